@@ -1,0 +1,295 @@
+"""Draws the toy figures of "Taking features out of superposition with sparse autoencoders".
+
+Sharkey, Braun, Millidge (2022): data of known sparse features in superposition, one sparse
+autoencoder per (l1_alpha, dictionary size), and four pictures of the plane they span: MMCS with the
+true features, dead features, MMCS with larger dictionaries, reconstruction loss.
+
+    python replicate_toy_models.py                    quick on a CPU, full on a GPU
+    python replicate_toy_models.py --preset smoke     does everything once, in seconds
+    python replicate_toy_models.py --verify           against the record of June 2023
+    python replicate_toy_models.py --help             all constants
+
+Any constant below is a flag, and wins over the preset. The same command resumes or merges.
+Times and hardware: README.md.
+"""
+
+import dataclasses
+import math
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sparse_coding import replication
+from sparse_coding.cells import all_files, groups_to_train, merged_rows, missing_cells
+from sparse_coding.config import (
+    fingerprint,
+    parse_flags,
+    require,
+    require_flag,
+    run_as_script,
+)
+from sparse_coding.distributed import Shard, collect_at_rank_0, find_shard
+from sparse_coding.ensemble import ensemble_bytes
+from sparse_coding.hardware import (
+    describe,
+    free_memory,
+    pick_device,
+    rough_time,
+    set_precision,
+    step_seconds,
+)
+from sparse_coding.report import write_figures, write_report
+from sparse_coding.results import (
+    about_this_run,
+    locked,
+    open_run_folder,
+    read_csv,
+    write_atomic,
+    write_csv,
+    write_tensors,
+)
+from sparse_coding.sweep import Cell, make_grid, split_by_cost
+from sparse_coding.toy_cells import prepare_task
+from sparse_coding.toy_data import ToyData, make_world
+from sparse_coding.tracking import Tracker
+from sparse_coding.training import Progress, train_groups
+
+DESCRIPTION = __doc__.split("\n\n")[0]
+PROJECT = "sparse_coding"  # of W&B
+TITLE = "Toy models: features taken out of superposition"
+
+
+@dataclass(frozen=True)
+class Config:
+    # auto: full on CUDA, else quick. smoke and quick: a smaller world with the same picture
+    preset: Literal["auto", "smoke", "quick", "full"] = "auto"
+
+    # data (defaults: the post)
+    data_law: Literal["post", "june2023"] = "post"  # june2023: what the 2023 replication drew
+    activation_dim: int = 256  # h, dimensions of x
+    n_true_features: int = 512  # G, twice as many as dimensions
+    n_active: float = 5.0  # k, true features active on average in a sample
+    feature_prob_decay: float = 0.99  # λ: feature g is active in proportion to λ^g
+    noise_std: float = 0.0  # standard deviation of noise added to every dimension of x
+
+    # the grid: l1_alpha = 10^(e/4), dict_ratio = 2^e; high ends are exclusive
+    l1_exp_low: int = -8  # l1_alpha from 0.01
+    l1_exp_high: int = 9  # to 100
+    dict_ratio_exp_low: int = -3  # n_dict from n_true_features / 8
+    dict_ratio_exp_high: int = 6  # to 32 n_true_features
+    # weight of mean Σ codes: l1_alpha / n_dict (per_feature, the post) or l1_alpha (sum)
+    l1_normalisation: Literal["per_feature", "sum"] = "per_feature"
+    seed: int = 0  # a seed is a whole replication: its own world, batches and starts
+    n_seeds: int = 1  # seeds seed, seed + 1, ...; figures show their mean
+
+    # training (defaults: the post)
+    batch_size: int = 256  # vectors per step
+    n_steps: int = 20_000  # steps of every autoencoder
+    learning_rate: float = 1e-3  # of Adam, betas (0.9, 0.999)
+
+    # the machine; none of these changes a number beyond rounding
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "tf32"] = "auto"  # of GEMMs; auto: tf32 on CUDA
+    max_memory_gb: float = 0.0  # for training, in GB; 0: 80 % of what is free
+    shard: str = ""  # i/N: train only this part; the same command without it merges
+
+    # output
+    output_dir: str = ""  # default: outputs/replicate_toy_models-<preset>-<hash of the constants>
+    fresh: bool = False  # delete what --output-dir holds and start again
+    log_every: int = 500  # steps between records in metrics.jsonl
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key
+    verify: bool = False  # only train the June-2023 cells and compare them with the record
+
+
+# verify is no choice of --preset: --verify takes it
+PRESETS = {
+    "smoke": dict(activation_dim=32, n_true_features=64, n_active=3.0, n_steps=600, log_every=100,
+                  l1_exp_low=-6, l1_exp_high=7, dict_ratio_exp_low=-1, dict_ratio_exp_high=3),
+    "quick": dict(activation_dim=64, n_true_features=128, n_active=3.0, n_steps=4000, log_every=200,
+                  dict_ratio_exp_low=-2, dict_ratio_exp_high=4),
+    "full": dict(),
+    "verify": dict(data_law="june2023", n_steps=5000, n_seeds=3),
+}  # fmt: skip
+# change no number beyond rounding, so a run folder is the same with other values of these
+NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "shard", "output_dir", "fresh",
+                "log_every", "wandb_mode"}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config(), argv, description=DESCRIPTION)
+    check(cfg)
+    shard = find_shard(cfg.shard)
+    require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
+    device = pick_device(cfg.device)
+    precision = set_precision(cfg.precision, device)
+    cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
+    cells = grid(cfg)
+
+    constants = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_IDENTITY}
+    constants |= {"device_type": device.type, "precision": precision}
+    name = f"replicate_toy_models-{cfg.preset}-{fingerprint(constants)}"
+    folder = Path(cfg.output_dir or f"outputs/{name}")
+    about = about_this_run(describe(device))
+    open_run_folder(folder, constants=constants, about=about, fresh=cfg.fresh)
+    with locked(folder, f"run{shard.suffix}"):
+        if (folder / "DONE").exists():
+            return last_lines(cfg, read_csv(folder / "results.csv"), folder)
+        tracker = Tracker(
+            folder,
+            mode=cfg.wandb_mode,
+            project=PROJECT,
+            run_name=name + shard.suffix,
+            config=constants | about,
+            jsonl_name=f"metrics{shard.suffix}.jsonl",
+        )
+        try:
+            train(cfg, cells, folder, device=device, shard=shard, tracker=tracker)
+            if not all_here(cells, folder, shard):
+                return 0
+            return finish(cfg, cells, folder, device=device, tracker=tracker, about=about)
+        finally:
+            tracker.close()
+
+
+def check(cfg: Config) -> None:
+    """Raises UserError for a constant out of its range."""
+    for name in ("activation_dim", "n_true_features", "batch_size", "n_steps", "n_seeds",
+                 "log_every"):  # fmt: skip
+        require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")
+    for name in ("seed", "noise_std", "max_memory_gb"):
+        require_flag(cfg, name, 0 <= getattr(cfg, name) < math.inf, "at least 0")
+    for name in ("l1_exp_low", "l1_exp_high", "dict_ratio_exp_low", "dict_ratio_exp_high"):
+        require_flag(cfg, name, abs(getattr(cfg, name)) <= 40, "between -40 and 40")
+    require_flag(cfg, "learning_rate", 0 < cfg.learning_rate < math.inf, "above 0")
+    require_flag(cfg, "feature_prob_decay", 0 < cfg.feature_prob_decay <= 1, "in (0, 1]")
+    n = cfg.n_true_features
+    require_flag(cfg, "n_active", 0 < cfg.n_active <= n, f"above 0 and at most n_true_features {n}")
+
+
+def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
+    """The preset's constants, with the flags of argv over them."""
+    auto = "full" if on_gpu else "quick"
+    preset = "verify" if cfg.verify else auto if cfg.preset == "auto" else cfg.preset
+    default = Config(**PRESETS[preset])
+    cfg = parse_flags(default, argv, description=DESCRIPTION)
+    check(cfg)
+    if cfg.verify:
+        for name in dataclasses.asdict(cfg).keys() - NOT_IDENTITY - {"verify", "seed"}:
+            fixed = getattr(default, name)
+            require_flag(cfg, name, getattr(cfg, name) == fixed, f"{fixed} with --verify: drop it")
+    return dataclasses.replace(cfg, preset=preset)
+
+
+def grid(cfg: Config) -> list[Cell]:
+    """All cells of the run."""
+    seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
+    if cfg.verify:
+        return replication.record_cells(seeds, cfg.n_true_features)
+    l1_exps = range(cfg.l1_exp_low, cfg.l1_exp_high)
+    size_exps = range(cfg.dict_ratio_exp_low, cfg.dict_ratio_exp_high)
+    return make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
+
+
+def train(cfg: Config, cells: list[Cell], folder: Path, *, device: torch.device, shard: Shard,
+          tracker: Tracker) -> None:  # fmt: skip
+    """Trains the cells of this shard that have no results yet."""
+    mine = split_by_cost(cells, shard.count)[shard.index]
+    shape = {"activation_dim": cfg.activation_dim, "batch_size": cfg.batch_size}
+    memory_of = partial(ensemble_bytes, **shape)
+    budget = cfg.max_memory_gb * 1e9 or free_memory(device)
+    groups = groups_to_train(folder, mine, budget=budget, memory_of=memory_of)
+    announce(cfg, [cell for group in groups for cell in group], shard, device)
+    peak = max((memory_of([cell.n_dict for cell in group]) for group in groups), default=0)
+    print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB; groups of cells: {len(groups)}")
+    print(f"results go to {folder}; the same command resumes", flush=True)
+    progress = Progress(
+        tracker,
+        n_groups=len(groups),
+        n_steps=cfg.n_steps,
+        log_every=cfg.log_every,
+        headline=("metrics/mmcs", max),
+    )
+    prepare = partial(
+        prepare_task,
+        data=toy_data(cfg),
+        l1_normalisation=cfg.l1_normalisation,
+        learning_rate=cfg.learning_rate,
+        n_steps=cfg.n_steps,
+        device=device,
+    )
+    train_groups(folder, groups, prepare=prepare, n_steps=cfg.n_steps, progress=progress)
+
+
+def announce(cfg: Config, to_train: list[Cell], shard: Shard, device: torch.device) -> None:
+    """The first line on the screen: what will run, on what, how long, and the price of full."""
+
+    def price(c: Config, cells: list[Cell]) -> str:
+        n_features = sum(cell.n_dict for cell in cells)
+        shape = {"activation_dim": c.activation_dim, "batch_size": c.batch_size}
+        seconds = c.n_steps * step_seconds(n_features, **shape, device=device)
+        return f"{len(cells)} SAEs x {c.n_steps:,} steps, about {rough_time(seconds)}"
+
+    of_shard = f" (shard {shard.index + 1} of {shard.count})" if shard.count > 1 else ""
+    line = f"{cfg.preset}{of_shard}: {price(cfg, to_train)} on {describe(device)}"
+    full = Config(**PRESETS["full"])
+    print(line if cfg.preset == "full" else f"{line}; --preset full: {price(full, grid(full))}")
+
+
+def toy_data(cfg: Config) -> ToyData:
+    names = (field.name for field in dataclasses.fields(ToyData) if field.name != "law")
+    return ToyData(law=cfg.data_law, **{name: getattr(cfg, name) for name in names})
+
+
+def all_here(cells: list[Cell], folder: Path, shard: Shard) -> bool:
+    """Whether this process has all results to merge; says so if it has not."""
+    if shard.by_torchrun:
+        collect_at_rank_0(folder, all_files(cells))
+        return shard.index == 0
+    n_missing = len(missing_cells(folder, cells))
+    if n_missing:
+        print(
+            f"shard done; {n_missing} of {len(cells)} cells are left to the others. When they are "
+            f"done, the same command without --shard merges all into {folder}"
+        )
+    return n_missing == 0
+
+
+def finish(cfg: Config, cells: list[Cell], folder: Path, *, device: torch.device, tracker: Tracker,
+           about: dict) -> int:  # fmt: skip
+    """Merges all cells into the table, the figures and the report."""
+    rows = merged_rows(folder, cells, device)
+    write_csv(folder / "results.csv", rows)
+    worlds = {seed: make_world(toy_data(cfg), seed) for seed in sorted({c.seed for c in cells})}
+    write_tensors(folder / "world.safetensors", replication.world_tensors(worlds))
+    figures = {}
+    if not cfg.verify:
+        sizes = sorted({cell.n_dict for cell in cells})
+        figures = write_figures(
+            folder, rows, replication.FIGURES, y_label="dict_ratio", row_key="dict_ratio",
+            x_label=replication.X_LABELS[cfg.l1_normalisation], column_key="l1_alpha",
+            row_notes={"mmcs": replication.chance_and_ceiling(worlds[cfg.seed].features, sizes)},
+        )  # fmt: skip
+        write_report(
+            folder, title=TITLE, verdict=replication.verdict(rows), rows=rows,
+            specs=replication.FIGURES, context=about | {"config": dataclasses.asdict(cfg)},
+        )  # fmt: skip
+    tracker.finish(figures=figures, table=rows)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    write_atomic(folder / "DONE", "")
+    return last_lines(cfg, rows, folder)
+
+
+def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
+    """Prints what came out and where it is; the exit code."""
+    if cfg.verify:
+        return 0 if replication.compare_with_record(rows) else 1
+    print(f"{replication.verdict(rows)}\ndone: {folder / 'report.html'} (--fresh starts again)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_as_script(main)

@@ -1,0 +1,99 @@
+"""Results of single cells on disk, and their merge into one table. Floor 2.
+
+A cell is done when cells/<name>.json exists; its dictionary is written before. Shards write into
+the same folder, or into folders that are copied together: the merge reads files and changes none.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_coding.config import fingerprint
+from sparse_coding.metrics import mmcs_with_larger
+from sparse_coding.results import CheckpointStore, read_tensors, write_json, write_tensors
+from sparse_coding.sweep import Cell, plan_groups
+
+N_LARGER = 2  # mmcs_with_larger compares with the next two sizes (the post's rule)
+
+
+def dictionary_path(cell: Cell) -> str:
+    return f"dictionaries/{cell.name}.safetensors"
+
+
+def row_path(cell: Cell) -> str:
+    return f"cells/{cell.name}.json"
+
+
+def all_files(cells: list[Cell]) -> list[str]:
+    """Files that the merge reads, relative to the run folder."""
+    return [path(cell) for cell in cells for path in (dictionary_path, row_path)]
+
+
+def missing_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
+    """Cells that still have to be trained."""
+    return [cell for cell in cells if not (folder / row_path(cell)).exists()]
+
+
+def write_cell(folder: Path, cell: Cell, *, dictionary: dict[str, Tensor], row: dict) -> None:
+    """Writes the dictionary, then the row that marks the cell as done."""
+    write_tensors(folder / dictionary_path(cell), dictionary, info={"cell": cell.name})
+    write_json(folder / row_path(cell), row)
+
+
+def checkpoints_of(folder: Path, group: list[Cell]) -> CheckpointStore:
+    """Where a group of cells that train together keeps its checkpoints."""
+    return CheckpointStore(folder / "checkpoints" / group_id(group))
+
+
+def group_id(group: list[Cell]) -> str:
+    return fingerprint({cell.name: None for cell in group})
+
+
+def unfinished_groups(folder: Path, cells: list[Cell]) -> list[list[Cell]]:
+    """Groups of these cells that have a checkpoint and a missing cell, as they were planned.
+
+    So a resume keeps its progress even if memory, and with it the plan, has changed meanwhile.
+    """
+    by_name = {cell.name: cell for cell in cells}
+    groups = []
+    for path in sorted((folder / "checkpoints").glob("*")):
+        names = (CheckpointStore(path).info() or {}).get("cells", [])
+        group = [by_name[name] for name in names if name in by_name]
+        if len(group) == len(names) and missing_cells(folder, group):
+            groups.append(group)
+            for name in names:  # a cell belongs to one group
+                del by_name[name]
+    return groups
+
+
+def groups_to_train(
+    folder: Path, cells: list[Cell], *, budget: float, memory_of: Callable[[list[int]], int]
+) -> list[list[Cell]]:
+    """Groups that cover the missing cells: those begun before, then new ones within the budget.
+
+    Args:
+        budget: bytes of memory; memory_of: bytes that an ensemble of these widths needs
+    """
+    begun = unfinished_groups(folder, cells)
+    in_them = {cell for group in begun for cell in group}
+    new = [cell for cell in missing_cells(folder, cells) if cell not in in_them]
+    return begun + plan_groups(new, budget, memory_of)
+
+
+def merged_rows(folder: Path, cells: list[Cell], device: torch.device) -> list[dict]:
+    """One row per cell in the order of the cells, mmcs_with_larger filled in."""
+    rows = {cell: json.loads((folder / row_path(cell)).read_text()) for cell in cells}
+    columns: dict[tuple[int, int], list[Cell]] = {}
+    for cell in cells:
+        columns.setdefault((cell.seed, cell.l1_exp), []).append(cell)
+    for column in columns.values():
+        column.sort(key=lambda cell: cell.n_dict)
+        files = {cell: read_tensors(folder / dictionary_path(cell))[0] for cell in column}
+        W_dec = {cell: tensors["W_dec"].to(device) for cell, tensors in files.items()}
+        for i, cell in enumerate(column):
+            larger = [W_dec[c] for c in column[i + 1 : i + 1 + N_LARGER]]
+            rows[cell]["mmcs_with_larger"] = mmcs_with_larger(W_dec[cell], larger)
+    return [rows[cell] for cell in cells]

@@ -1,0 +1,129 @@
+"""Command line, one-line errors, exit codes and named seeds. Floor 0: imports no other module."""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+C = TypeVar("C")
+
+
+class UserError(Exception):
+    """Bad input or environment: one line that says what is wrong, the value and what to do."""
+
+
+class Interrupted(Exception):
+    """Stopped by a signal after saving; the message says how to go on.
+
+    Args:
+        signum: number of the signal; the process exits with 128 + signum (130 Ctrl-C, 143 SIGTERM)
+    """
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_flag(config: object, name: str, holds: bool, rule: str) -> None:
+    """Raises UserError naming the flag, its value and the rule that it must follow."""
+    flag = "--" + name.replace("_", "-")
+    require(holds, f"{flag} {getattr(config, name)} must be {rule}")
+
+
+def run_as_script(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs main(argv) and exits: 0 or its result, 2 for bad input, 128 + signal if interrupted.
+
+    A full disk is bad input too; every other exception keeps its traceback, being our fault.
+    """
+    name = os.path.basename(sys.argv[0])
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        code = _fail(f"{name}: error: {error}", 2)
+    except Interrupted as stop:
+        code = _fail(f"{name}: {stop}", 128 + stop.signum)
+    except KeyboardInterrupt:
+        code = _fail(f"{name}: interrupted before training began; nothing was lost", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        code = _fail(f"{name}: error: disk full{where}: free some space, then run it again", 2)
+    sys.exit(code)
+
+
+def _fail(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def parse_flags(default: C, argv: list[str], *, description: str) -> C:
+    """The dataclass `default` with the flags of argv over it; --help prints its comments.
+
+    Raises:
+        UserError: an unknown flag (with the nearest name), a bad value or choice.
+    """
+    import tyro  # here, so that a module that needs UserError alone needs no tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config, unknown = tyro.cli(
+                type(default),
+                args=argv,
+                default=default,
+                description=description,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UserError(_one_line(errors.getvalue())) from None
+    if unknown:
+        raise UserError(_unknown_flag(unknown[0], default))
+    return config
+
+
+def _unknown_flag(flag: str, default: object) -> str:
+    names = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(default)]
+    nearest = difflib.get_close_matches(flag.split("=")[0].replace("_", "-"), names, 1, 0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+    return f"unknown flag {flag}: {hint}"
+
+
+def _one_line(message: str) -> str:
+    """tyro's error box without its frame, its title and the help text below the message."""
+    lines = [line.strip(" │╭╰╮╯─-") for line in message.splitlines()]
+    body = [line for line in lines[1:] if line]
+    for i, line in enumerate(body):
+        if line.startswith(("Argument helptext", "For full helptext", "Perhaps")):
+            body = body[:i]
+            break
+    return " ".join(body)
+
+
+def named_seed(*names: object) -> int:
+    """A 63-bit seed that depends on all names: named_seed(0, "world") never meets another use.
+
+    sha256 rather than seed + offset, so that streams of neighbouring seeds share nothing.
+    """
+    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def fingerprint(constants: dict) -> str:
+    """8 hex digits of the constants, independent of their order."""
+    text = repr(sorted(constants.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

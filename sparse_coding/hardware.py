@@ -1,0 +1,89 @@
+"""Device, precision, free memory and measured speed of the machine at hand. Floor 1."""
+
+import time
+
+import psutil
+import torch
+
+from sparse_coding.config import require
+from sparse_coding.distributed import local_device_index
+
+MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
+# Training runs at this share of the speed of one bare GEMM; ours, measured in LOG.md
+TRAINING_EFFICIENCY = 0.6
+
+
+def pick_device(flag: str) -> torch.device:
+    """The device of --device auto|cpu|cuda; under torchrun each rank its own GPU.
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    cuda = torch.cuda.is_available()
+    require(
+        flag != "cuda" or cuda,
+        "--device cuda: no usable CUDA GPU is seen by torch (check nvidia-smi and that torch "
+        "is a CUDA build), or use --device cpu",
+    )
+    if flag == "cpu" or not cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_device_index())
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_precision(flag: str, device: torch.device) -> str:
+    """Sets and returns the precision of float32 GEMMs: float32 or tf32 (auto: tf32 on CUDA).
+
+    Raises:
+        UserError: tf32 on a device without it.
+    """
+    precision = ("tf32" if device.type == "cuda" else "float32") if flag == "auto" else flag
+    require(
+        precision == "float32" or device.type == "cuda",
+        "--precision tf32 needs CUDA: use float32 on the CPU",
+    )
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    return precision
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of memory that a plan may use."""
+    if device.type == "cuda":
+        return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    return MEMORY_SHARE * psutil.virtual_memory().available
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def gemm_flops(device: torch.device, size: int = 512) -> float:
+    """FLOP/s of a square GEMM of this size, best of a few: takes some 20 ms."""
+    a = torch.randn(size, size, device=device)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def step_seconds(
+    n_features: int, *, batch_size: int, activation_dim: int, device: torch.device
+) -> float:
+    """Rough time of one step of autoencoders with n_features features in total.
+
+    Five GEMMs (forward: encoder, decoder; backward: both weights, codes) of 2 · batch · h · n FLOP.
+    """
+    flop = 10 * batch_size * activation_dim * n_features
+    return flop / (gemm_flops(device) * TRAINING_EFFICIENCY)
+
+
+def rough_time(seconds: float) -> str:
+    """Two significant parts at most: 40 s, 3 min, 1.5 h."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,102 @@
+"""The grid of cells, its split over shards and over memory. Floor 1, without torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparse_coding.config import require
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One autoencoder of a sweep. Keyed by integers, never by float equality.
+
+    l1_exp: l1_alpha = 10^(l1_exp/4)
+    size_exp: size relative to the base size is 2^size_exp (dict_ratio, expansion_factor)
+    """
+
+    seed: int
+    l1_exp: int
+    size_exp: int
+    n_dict: int
+
+    @property
+    def l1_alpha(self) -> float:
+        return 10 ** (self.l1_exp / 4)
+
+    @property
+    def size_ratio(self) -> float:
+        return 2.0**self.size_exp
+
+    @property
+    def name(self) -> str:
+        """File name: sorts by seed, size, l1_alpha."""
+        return f"seed{self.seed}_dict{self.n_dict:06d}_l1exp{self.l1_exp:+03d}"
+
+
+def make_grid(base_size: int, *, seeds: range, l1_exps: range, size_exps: range) -> list[Cell]:
+    """All cells, by seed, then size, then l1_alpha.
+
+    Args:
+        base_size: number of features at size_exp 0
+    Raises:
+        UserError: an empty range, or a size that is no whole number of features.
+    """
+    require(
+        len(l1_exps) > 0, f"--l1-exp-high {l1_exps.stop} must exceed --l1-exp-low {l1_exps.start}"
+    )
+    require(len(size_exps) > 0, f"no size between 2^{size_exps.start} and 2^{size_exps.stop}: "
+            "the high end must exceed the low end")  # fmt: skip
+    smallest = base_size * 2.0**size_exps.start
+    require(
+        smallest == int(smallest) >= 1,
+        f"smallest dictionary: {base_size} x 2^{size_exps.start} = {smallest:g} features, "
+        "which is no whole number: raise the low end of the sizes",
+    )
+    return [
+        Cell(seed, l1_exp, size_exp, int(base_size * 2.0**size_exp))
+        for seed in seeds
+        for size_exp in size_exps
+        for l1_exp in l1_exps
+    ]
+
+
+def split_by_cost(cells: list[Cell], n_shards: int) -> list[list[Cell]]:
+    """Cells dealt to shards, largest first to the lightest one; each keeps the grid's order.
+
+    Cost of a cell is its n_dict: all GEMMs are linear in it.
+    """
+    shards: list[list[Cell]] = [[] for _ in range(n_shards)]
+    load = [0] * n_shards
+    for cell in sorted(cells, key=lambda c: (-c.n_dict, c.seed, c.l1_exp)):
+        lightest = min(range(n_shards), key=lambda i: (load[i], i))
+        shards[lightest].append(cell)
+        load[lightest] += cell.n_dict
+    order = {cell: i for i, cell in enumerate(cells)}
+    return [sorted(shard, key=order.__getitem__) for shard in shards]
+
+
+def plan_groups(
+    cells: list[Cell], budget: float, memory_of: Callable[[list[int]], int]
+) -> list[list[Cell]]:
+    """Groups to train one after the other: one seed each, none larger than the budget.
+
+    Args:
+        budget: bytes of memory
+        memory_of: bytes that an ensemble of these widths needs
+    Raises:
+        UserError: a single cell exceeds the budget.
+    """
+    groups: list[list[Cell]] = []
+    for cell in cells:
+        alone = memory_of([cell.n_dict])
+        require(
+            alone <= budget,
+            f"n_dict {cell.n_dict} needs {alone / 1e9:.2f} GB, {budget / 1e9:.2f} GB are free: "
+            "lower the high end of the sizes",
+        )
+        group = groups[-1] if groups and groups[-1][0].seed == cell.seed else []
+        if group and memory_of([c.n_dict for c in [*group, cell]]) <= budget:
+            group.append(cell)
+        else:
+            groups.append([cell])
+    return groups

@@ -1,0 +1,212 @@
+"""The training loop, with checkpoints, resume and clean stops. Floor 2. The only loop there is.
+
+A sweep is trained in groups of cells that fit into memory together, one group after the other.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_coding.cells import checkpoints_of, group_id, write_cell
+from sparse_coding.config import Interrupted
+from sparse_coding.ensemble import Ensemble
+from sparse_coding.results import CheckpointStore
+from sparse_coding.sweep import Cell
+from sparse_coding.tracking import Tracker
+
+CHECKPOINT_SECONDS = 10.0  # a SIGKILL loses at most this; ours, not tuned
+CHECKPOINT_SHARE = 0.05  # of the time may go into writing checkpoints: large ones come less often
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group of cells, ready to train. Values per cell are in the order of the group.
+
+    batch_at: x of a step, (batch_size, activation_dim)
+    measure: x of the last step -> what is logged while training
+    evaluate: what goes into results.csv
+    """
+
+    ensemble: Ensemble
+    batch_at: Callable[[int], Tensor]
+    measure: Callable[[Tensor], dict[str, list[float]]]
+    evaluate: Callable[[], list[dict]]
+
+
+def train_groups(
+    folder: Path,
+    groups: list[list[Cell]],
+    *,
+    prepare: Callable[[list[Cell]], Task],
+    n_steps: int,
+    progress: "Progress",
+) -> None:
+    """Trains each group from its newest checkpoint, if any, and writes the results of its cells.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    with StopSignal() as stop:
+        for group in groups:
+            task = prepare(group)
+            names = [cell.name for cell in group]
+            progress.start_group(
+                names, info={"seed": group[0].seed, "group": group_id(group)}, measure=task.measure
+            )
+            checkpoints = checkpoints_of(folder, group)
+            seconds = train_(
+                task.ensemble,
+                task.batch_at,
+                n_steps=n_steps,
+                checkpoints=checkpoints,
+                info={"cells": names},
+                progress=progress,
+                stop=stop,
+            )
+            per_feature = seconds / sum(cell.n_dict for cell in group)
+            for i, (cell, row) in enumerate(zip(group, task.evaluate(), strict=True)):
+                row["seconds"] = round(per_feature * cell.n_dict, 3)
+                write_cell(folder, cell, dictionary=task.ensemble.dictionary(i), row=row)
+            checkpoints.remove()
+    progress.bar.close()
+
+
+class StopSignal:
+    """While entered, Ctrl-C and SIGTERM are noted instead of raised; the second one is not held."""
+
+    def __enter__(self) -> "StopSignal":
+        self.signum: int | None = None
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.signum = signum
+        signal.signal(signum, self.previous[signum])
+
+
+class CheckpointClock:
+    """Says when a checkpoint is due, so that writing takes at most its share of the time."""
+
+    def __init__(self) -> None:
+        self.last, self.interval = time.monotonic(), CHECKPOINT_SECONDS
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.interval
+
+    def written(self, seconds: float) -> None:
+        self.interval = max(CHECKPOINT_SECONDS, seconds / CHECKPOINT_SHARE)
+        self.last = time.monotonic()
+
+
+class Progress:
+    """One bar over all groups of a sweep, and a record to the tracker every log_every steps.
+
+    Args:
+        n_steps: of each group
+        headline: (key, max or min): whose best value over all cells the bar shows
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        *,
+        n_groups: int,
+        n_steps: int,
+        log_every: int,
+        headline: tuple[str, Callable],
+    ):
+        # 30 s where nobody watches: a log file is not filled with bars
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        total = n_groups * n_steps
+        self.bar = tqdm(total=total, unit="step", mininterval=interval, dynamic_ncols=True)
+        self.tracker, self.log_every, self.n_steps = tracker, log_every, n_steps
+        self.headline = headline
+        self.best: float | None = None
+
+    def start_group(
+        self, cells: list[str], *, info: dict, measure: Callable[[Tensor], dict[str, list[float]]]
+    ) -> None:
+        """info: put into every record; measure: x -> values per key, in the order of cells."""
+        self.cells, self.info, self.measure = cells, info, measure
+
+    def resumed(self, step: int) -> None:
+        """Called once per group with the steps already done: later records are forgotten."""
+        self.tracker.rewind(
+            lambda r: any(r.get(k) != v for k, v in self.info.items()) or r["step"] <= step
+        )
+        self.bar.update(step)
+        self.since, self.since_step = time.monotonic(), step
+
+    def log(self, done: int, x: Tensor) -> None:
+        """Measures on x and writes the record of `done` steps."""
+        values = self.measure(x)
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        rate = (done - self.since_step) * len(self.cells) / seconds
+        key, better = self.headline
+        self.best = better(values[key] + ([] if self.best is None else [self.best]))
+        per_cell = {
+            f"{k}/{c}": v for k, vs in values.items() for c, v in zip(self.cells, vs, strict=True)
+        }
+        self.tracker.log({"step": done, **self.info, "perf/sae_steps_per_s": rate, **per_cell})
+        name = key.split("/")[-1]
+        self.bar.set_postfix_str(f"{rate:,.0f} SAE-steps/s, best {name} {self.best:.3f}")
+        self.since, self.since_step = time.monotonic(), done
+
+
+def train_(
+    ensemble: Ensemble,
+    batch_at: Callable[[int], Tensor],
+    *,
+    n_steps: int,
+    checkpoints: CheckpointStore,
+    info: dict,
+    progress: Progress,
+    stop: StopSignal,
+) -> float:
+    """Trains the ensemble in place from its newest checkpoint, if any, to n_steps.
+
+    Args:
+        info: kept in the checkpoints
+    Returns:
+        seconds of training, those before a resume included
+    Raises:
+        Interrupted: a signal came; a checkpoint was written.
+    """
+    first, seconds_before = _restore_(ensemble, checkpoints)
+    progress.resumed(first)
+    started, clock = time.monotonic(), CheckpointClock()
+    for step in range(first, n_steps):
+        x = batch_at(step)
+        ensemble.step_(x)
+        done = step + 1
+        progress.bar.update(1)
+        if done % progress.log_every == 0 or done == n_steps:
+            progress.log(done, x)
+        if stop.signum or clock.due():
+            seconds = seconds_before + time.monotonic() - started
+            began = time.monotonic()
+            checkpoints.save(done, ensemble.state(), info={**info, "seconds": seconds})
+            clock.written(time.monotonic() - began)
+        if stop.signum:
+            raise Interrupted(stop.signum, f"stopped at step {done} of {n_steps}, saved")
+    return seconds_before + time.monotonic() - started
+
+
+def _restore_(ensemble: Ensemble, checkpoints: CheckpointStore) -> tuple[int, float]:
+    """(steps done, seconds they took) of the newest checkpoint, loaded; (0, 0.0) without one."""
+    found = checkpoints.load()
+    if found is None:
+        return 0, 0.0
+    tensors, info = found
+    ensemble.load_state_(tensors)
+    return info["step"], info["seconds"]
