@@ -17,32 +17,16 @@ import dataclasses
 import math
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from sparse_coding import replication
-from sparse_coding.cells import all_files, groups_to_train, merged_rows, missing_cells
-from sparse_coding.config import (
-    fingerprint,
-    parse_flags,
-    require,
-    require_flag,
-    run_as_script,
-)
-from sparse_coding.distributed import Shard, collect_at_rank_0, find_shard
-from sparse_coding.ensemble import ensemble_bytes
-from sparse_coding.hardware import (
-    describe,
-    free_memory,
-    pick_device,
-    rough_time,
-    set_precision,
-    step_seconds,
-)
-from sparse_coding.report import write_figures, write_report
+from sparse_coding.cells import all_results_here, merged_rows
+from sparse_coding.config import fingerprint, parse_flags, require, require_flag, run_as_script
+from sparse_coding.distributed import Shard, find_shard
+from sparse_coding.hardware import describe, free_memory, pick_device, rough_time, set_precision
 from sparse_coding.results import (
     about_this_run,
     locked,
@@ -50,17 +34,15 @@ from sparse_coding.results import (
     read_csv,
     write_atomic,
     write_csv,
-    write_tensors,
 )
 from sparse_coding.sweep import Cell, make_grid, split_by_cost
-from sparse_coding.toy_cells import prepare_task
-from sparse_coding.toy_data import ToyData, make_world
+from sparse_coding.toy_cells import ToyRecipe
+from sparse_coding.toy_data import ToyData
 from sparse_coding.tracking import Tracker
-from sparse_coding.training import Progress, train_groups
+from sparse_coding.training import train_missing_cells
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 PROJECT = "sparse_coding"  # of W&B
-TITLE = "Toy models: features taken out of superposition"
 
 
 @dataclass(frozen=True)
@@ -148,7 +130,7 @@ def main(argv: list[str]) -> int:
         )
         try:
             train(cfg, cells, folder, device=device, shard=shard, tracker=tracker)
-            if not all_here(cells, folder, shard):
+            if not all_results_here(folder, cells, shard):
                 return 0
             return finish(cfg, cells, folder, device=device, tracker=tracker, about=about)
         finally:
@@ -194,89 +176,56 @@ def grid(cfg: Config) -> list[Cell]:
     return make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
 
 
-def train(cfg: Config, cells: list[Cell], folder: Path, *, device: torch.device, shard: Shard,
-          tracker: Tracker) -> None:  # fmt: skip
-    """Trains the cells of this shard that have no results yet."""
-    mine = split_by_cost(cells, shard.count)[shard.index]
-    shape = {"activation_dim": cfg.activation_dim, "batch_size": cfg.batch_size}
-    memory_of = partial(ensemble_bytes, **shape)
-    budget = cfg.max_memory_gb * 1e9 or free_memory(device)
-    groups = groups_to_train(folder, mine, budget=budget, memory_of=memory_of)
-    announce(cfg, [cell for group in groups for cell in group], shard, device)
-    peak = max((memory_of([cell.n_dict for cell in group]) for group in groups), default=0)
-    print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB; groups of cells: {len(groups)}")
-    print(f"results go to {folder}; the same command resumes", flush=True)
-    progress = Progress(
-        tracker,
-        n_groups=len(groups),
-        n_steps=cfg.n_steps,
-        log_every=cfg.log_every,
-        headline=("metrics/mmcs", max),
-    )
-    prepare = partial(
-        prepare_task,
-        data=toy_data(cfg),
-        l1_normalisation=cfg.l1_normalisation,
-        learning_rate=cfg.learning_rate,
-        n_steps=cfg.n_steps,
-        device=device,
-    )
-    train_groups(folder, groups, prepare=prepare, n_steps=cfg.n_steps, progress=progress)
-
-
-def announce(cfg: Config, to_train: list[Cell], shard: Shard, device: torch.device) -> None:
-    """The first line on the screen: what will run, on what, how long, and the price of full."""
-
-    def price(c: Config, cells: list[Cell]) -> str:
-        n_features = sum(cell.n_dict for cell in cells)
-        shape = {"activation_dim": c.activation_dim, "batch_size": c.batch_size}
-        seconds = c.n_steps * step_seconds(n_features, **shape, device=device)
-        return f"{len(cells)} SAEs x {c.n_steps:,} steps, about {rough_time(seconds)}"
-
-    of_shard = f" (shard {shard.index + 1} of {shard.count})" if shard.count > 1 else ""
-    line = f"{cfg.preset}{of_shard}: {price(cfg, to_train)} on {describe(device)}"
-    full = Config(**PRESETS["full"])
-    print(line if cfg.preset == "full" else f"{line}; --preset full: {price(full, grid(full))}")
-
-
 def toy_data(cfg: Config) -> ToyData:
     names = (field.name for field in dataclasses.fields(ToyData) if field.name != "law")
     return ToyData(law=cfg.data_law, **{name: getattr(cfg, name) for name in names})
 
 
-def all_here(cells: list[Cell], folder: Path, shard: Shard) -> bool:
-    """Whether this process has all results to merge; says so if it has not."""
-    if shard.by_torchrun:
-        collect_at_rank_0(folder, all_files(cells))
-        return shard.index == 0
-    n_missing = len(missing_cells(folder, cells))
-    if n_missing:
-        print(
-            f"shard done; {n_missing} of {len(cells)} cells are left to the others. When they are "
-            f"done, the same command without --shard merges all into {folder}"
-        )
-    return n_missing == 0
+def train(
+    cfg: Config,
+    cells: list[Cell],
+    folder: Path,
+    *,
+    device: torch.device,
+    shard: Shard,
+    tracker: Tracker,
+) -> None:
+    """Trains the cells of this shard that have no results yet."""
+
+    def recipe_of(cfg: Config) -> ToyRecipe:
+        numbers = (cfg.l1_normalisation, cfg.learning_rate, cfg.n_steps, device)
+        return ToyRecipe(toy_data(cfg), *numbers)
+
+    mine = split_by_cost(cells, shard.count)[shard.index]
+    part = f", part {shard.index + 1} of {shard.count}" if shard.count > 1 else ""
+    print(f"{cfg.preset}: {len(cells)} SAEs{part}, on {describe(device)}", end="")
+    full = Config(**PRESETS["full"])
+    price = rough_time(recipe_of(full).seconds(sum(cell.n_dict for cell in grid(full))))
+    print("" if cfg.preset == "full" else f" (--preset full: {len(grid(full))}, about {price})")
+    budget = cfg.max_memory_gb * 1e9 or free_memory(device)
+    train_missing_cells(recipe_of(cfg), folder, cells=mine, budget=budget, tracker=tracker,
+                        log_every=cfg.log_every)  # fmt: skip
 
 
-def finish(cfg: Config, cells: list[Cell], folder: Path, *, device: torch.device, tracker: Tracker,
-           about: dict) -> int:  # fmt: skip
-    """Merges all cells into the table, the figures and the report."""
+def finish(
+    cfg: Config,
+    cells: list[Cell],
+    folder: Path,
+    *,
+    device: torch.device,
+    tracker: Tracker,
+    about: dict,
+) -> int:
+    """Merges the results of all cells into the table, the figures and the report."""
     rows = merged_rows(folder, cells, device)
     write_csv(folder / "results.csv", rows)
-    worlds = {seed: make_world(toy_data(cfg), seed) for seed in sorted({c.seed for c in cells})}
-    write_tensors(folder / "world.safetensors", replication.world_tensors(worlds))
+    data = toy_data(cfg)
+    replication.write_worlds(folder, data, sorted({cell.seed for cell in cells}))
     figures = {}
     if not cfg.verify:
-        sizes = sorted({cell.n_dict for cell in cells})
-        figures = write_figures(
-            folder, rows, replication.FIGURES, y_label="dict_ratio", row_key="dict_ratio",
-            x_label=replication.X_LABELS[cfg.l1_normalisation], column_key="l1_alpha",
-            row_notes={"mmcs": replication.chance_and_ceiling(worlds[cfg.seed].features, sizes)},
-        )  # fmt: skip
-        write_report(
-            folder, title=TITLE, verdict=replication.verdict(rows), rows=rows,
-            specs=replication.FIGURES, context=about | {"config": dataclasses.asdict(cfg)},
-        )  # fmt: skip
+        context = about | {"config": dataclasses.asdict(cfg)}
+        figures = replication.draw(folder, rows, data=data, context=context,
+                                   l1_normalisation=cfg.l1_normalisation)  # fmt: skip
     tracker.finish(figures=figures, table=rows)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     write_atomic(folder / "DONE", "")

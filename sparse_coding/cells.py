@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import fingerprint
+from sparse_coding.distributed import Shard, collect_at_rank_0
 from sparse_coding.metrics import mmcs_with_larger
 from sparse_coding.results import CheckpointStore, read_tensors, write_json, write_tensors
 from sparse_coding.sweep import Cell, plan_groups
@@ -25,11 +26,6 @@ def dictionary_path(cell: Cell) -> str:
 
 def row_path(cell: Cell) -> str:
     return f"cells/{cell.name}.json"
-
-
-def all_files(cells: list[Cell]) -> list[str]:
-    """Files that the merge reads, relative to the run folder."""
-    return [path(cell) for cell in cells for path in (dictionary_path, row_path)]
 
 
 def missing_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
@@ -81,6 +77,21 @@ def groups_to_train(
     in_them = {cell for group in begun for cell in group}
     new = [cell for cell in missing_cells(folder, cells) if cell not in in_them]
     return begun + plan_groups(new, budget, memory_of)
+
+
+def all_results_here(folder: Path, cells: list[Cell], shard: Shard) -> bool:
+    """Whether this process may merge: rank 0 of torchrun after waiting for the others, or whoever
+    finds all cells done. Says so if some are left to other shards."""
+    if shard.by_torchrun:
+        collect_at_rank_0(folder, [p(c) for c in cells for p in (dictionary_path, row_path)])
+        return shard.index == 0
+    n_missing = len(missing_cells(folder, cells))
+    if n_missing:
+        print(
+            f"shard done; {n_missing} of {len(cells)} cells are left to the others. When they are "
+            f"done, the same command without --shard merges all into {folder}"
+        )
+    return n_missing == 0
 
 
 def merged_rows(folder: Path, cells: list[Cell], device: torch.device) -> list[dict]:

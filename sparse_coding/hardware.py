@@ -72,7 +72,7 @@ def gemm_flops(device: torch.device, size: int = 512) -> float:
 
 
 def step_seconds(
-    n_features: int, *, batch_size: int, activation_dim: int, device: torch.device
+    n_features: int, activation_dim: int, *, batch_size: int, device: torch.device
 ) -> float:
     """Rough time of one step of autoencoders with n_features features in total.
 

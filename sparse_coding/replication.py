@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from torch import Tensor
-
 from sparse_coding.metrics import ceiling_mmcs, chance_mmcs
 from sparse_coding.plotting import HeatmapSpec
+from sparse_coding.report import write_figures, write_report
+from sparse_coding.results import write_tensors
 from sparse_coding.sweep import Cell
-from sparse_coding.toy_data import World
+from sparse_coding.toy_data import ToyData, make_world
 
 RECORD = Path(__file__).parent.parent / "results" / "june2023_reference.json"
 
@@ -19,11 +19,12 @@ FIGURES = (
     HeatmapSpec(
         name="mmcs",
         column="mmcs",
-        title="How well the true features are found",
-        colour_label="MMCS with the true features",
-        explanation="Near 1, every true feature has a dictionary feature that points its way; near "
-        "chance, the autoencoder learned nothing. Look for a ridge: at the right l1_alpha all "
-        "dictionaries with dict_ratio 1 or more should reach it.",
+        title="True features found (MMCS)",
+        colour_label="mmcs with the true features",
+        explanation="Look for a bright band from dict_ratio 1 down: there mmcs nears 1, nearly "
+        "every true feature is a row of the dictionary. Beside it, and in dictionaries too small "
+        "to hold all features, it falls toward the chance level of random dictionaries (given at "
+        "the right, with the highest value possible).",
         vmin=0.0,
         vmax=1.0,
     ),
@@ -31,11 +32,12 @@ FIGURES = (
         name="dead_features",
         column="n_dead",
         title="Dead features",
-        colour_label="dead features (colour capped at 100)",
-        explanation="Features that are 0 on all fresh samples, out of n_dict. They rise with "
-        "l1_alpha until every feature is dead: the right l1_alpha lies left of that edge.",
-        vmin=0,
-        vmax=100,
+        colour_label="n_dead: 0 on all fresh samples (colour capped at 100)",
+        explanation="Features die as l1_alpha grows, until the whole dictionary is dead (the "
+        "number in the cell reaches n_dict). The band of high mmcs lies left of that edge, so "
+        "this count bounds l1_alpha without knowing the true features.",
+        vmin=0.0,
+        vmax=100.0,
         value_format=".0f",
         cmap="magma",
     ),
@@ -43,9 +45,10 @@ FIGURES = (
         name="mmcs_with_larger",
         column="mmcs_with_larger",
         title="Agreement with larger dictionaries",
-        colour_label="MMCS with the next two larger dictionaries",
-        explanation="A signal that needs no ground truth: features that larger dictionaries of the "
-        "same l1_alpha find too are likely real. It should peak where the first figure does.",
+        colour_label="mmcs with the next two larger",
+        explanation="This needs no ground truth, so it is the score that one has on a real model: "
+        "dictionaries of different sizes that agree have found the same features. It should peak "
+        "at about the l1_alpha where mmcs does; the largest dictionary has none to compare with.",
         vmin=0.0,
         vmax=1.0,
     ),
@@ -53,32 +56,56 @@ FIGURES = (
         name="reconstruction_loss",
         column="mse",
         title="Reconstruction loss",
-        colour_label="mean squared error per dimension (log scale)",
-        explanation="It rises with l1_alpha, up to the variance of the data once all features are "
-        "dead. The smallest loss is not where the features are found: compare with the first "
-        "figure.",
+        colour_label="mse per dimension (log scale)",
+        explanation="The loss rises with l1_alpha, up to the loss of an autoencoder that outputs "
+        "0. It has no minimum where mmcs has its peak, so reconstruction alone cannot choose "
+        "l1_alpha.",
         log_scale=True,
         value_format=".0e",
         cmap="cividis",
     ),
 )
-X_LABELS = {
-    "per_feature": "l1_alpha (L1 term: l1_alpha · mean Σ codes / n_dict)",
-    "sum": "l1_alpha (L1 term: l1_alpha · mean Σ codes)",
+TITLE = "Toy models: features taken out of superposition"
+L1_TERMS = {  # --l1-normalisation -> the term, as every axis label says it
+    "per_feature": "l1_alpha · mean Σ codes / n_dict",
+    "sum": "l1_alpha · mean Σ codes",
 }
 
 
-def world_tensors(worlds: dict[int, World]) -> dict[str, Tensor]:
-    """The true features F and Σ of every seed, for world.safetensors."""
-    return {
-        f"seed{seed}.{name}": tensor
-        for seed, world in worlds.items()
-        for name, tensor in (("features", world.features), ("covariance", world.covariance))
-    }
+def write_worlds(folder: Path, data: ToyData, seeds: list[int]) -> None:
+    """world.safetensors: the true features F and Σ of every seed."""
+    worlds = {seed: make_world(data, seed) for seed in seeds}
+    tensors = {f"seed{seed}.features": world.features for seed, world in worlds.items()}
+    tensors |= {f"seed{seed}.covariance": world.covariance for seed, world in worlds.items()}
+    write_tensors(folder / "world.safetensors", tensors)
 
 
-def chance_and_ceiling(features: Tensor, n_dicts: list[int]) -> list[str]:
+def draw(
+    folder: Path, rows: list[dict], *, data: ToyData, l1_normalisation: str, context: dict
+) -> dict[str, Path]:
+    """Writes the figures and report.html; returns the png of each figure.
+
+    context: what was run, for the report
+    """
+    sizes = sorted({row["n_dict"] for row in rows})
+    figures = write_figures(
+        folder,
+        rows,
+        FIGURES,
+        x_label=f"l1_alpha; L1 term of the loss: {L1_TERMS[l1_normalisation]}",
+        y_label="dict_ratio",
+        row_key="dict_ratio",
+        column_key="l1_alpha",
+        row_notes={"mmcs": _chance_and_ceiling(data, rows[0]["seed"], sizes)},
+    )
+    text = verdict(rows)
+    write_report(folder, title=TITLE, verdict=text, rows=rows, specs=FIGURES, context=context)
+    return figures
+
+
+def _chance_and_ceiling(data: ToyData, seed: int, n_dicts: list[int]) -> list[str]:
     """A note per size: mmcs of a random dictionary, and of one whose rows are true features."""
+    features = make_world(data, seed).features
 
     def note(n_dict: int) -> str:
         chance, most = chance_mmcs(features, n_dict), ceiling_mmcs(features, n_dict)

@@ -1,12 +1,14 @@
-"""Cells of the toy replication as tasks to train: data, starts, metrics, table rows. Floor 2."""
+"""Cells of the toy replication as training needs them: data, starts, metrics, rows. Floor 2."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from sparse_coding.config import named_seed
-from sparse_coding.ensemble import Ensemble, Member
+from sparse_coding.ensemble import Ensemble, Member, ensemble_bytes
 from sparse_coding.evaluation import agreement_with_truth, reconstruction, training_state
+from sparse_coding.hardware import step_seconds
 from sparse_coding.sweep import Cell
 from sparse_coding.toy_data import ToyData, ToyStream, make_world
 from sparse_coding.training import Task
@@ -18,33 +20,51 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def prepare_task(
-    group: list[Cell],
-    data: ToyData,
-    *,
-    l1_normalisation: str,
-    learning_rate: float,
-    n_steps: int,
-    device: torch.device,
-) -> Task:
-    """Autoencoders of cells of one seed with the stream they train on and their evaluation."""
-    seed = group[0].seed
-    stream = partial(ToyStream, data, make_world(data, seed), device=device)
-    training = stream(batch_seed=named_seed(seed, "batches"))
-    fresh = stream(batch_seed=named_seed(seed, "evaluation"))
-    members = members_of(group, l1_normalisation)
-    ensemble = Ensemble(members, data.activation_dim, lr=learning_rate, device=device)
+@dataclass(frozen=True)
+class ToyRecipe:
+    """How cells of the toy replication are trained (a training.Recipe).
 
-    def evaluate() -> list[dict]:
-        values = agreement_with_truth(ensemble, training.features)
-        values |= reconstruction(ensemble, map(fresh.batch, range(N_EVALUATION_BATCHES)))
-        return [
-            row_of(cell, {k: v[i] for k, v in values.items()} | {"n_steps": n_steps})
-            for i, cell in enumerate(group)
-        ]
+    l1_normalisation: per_feature divides l1_alpha by n_dict (the post), sum does not
+    n_steps: of batch_size vectors each; learning_rate: of Adam
+    """
 
-    measure = partial(training_state, ensemble, features=training.features)
-    return Task(ensemble, training.batch, measure, evaluate)
+    data: ToyData
+    l1_normalisation: str
+    learning_rate: float
+    n_steps: int
+    device: torch.device
+    headline = ("metrics/mmcs", max)
+
+    def memory(self, n_dicts: list[int]) -> int:
+        return ensemble_bytes(n_dicts, self.data.activation_dim, self.data.batch_size)
+
+    def seconds(self, n_features: int) -> float:
+        h, batch_size = self.data.activation_dim, self.data.batch_size
+        step = step_seconds(n_features, h, batch_size=batch_size, device=self.device)
+        return self.n_steps * step
+
+    def prepare(self, group: list[Cell]) -> Task:
+        """Autoencoders of cells of one seed with the stream they train on and their evaluation."""
+        seed = group[0].seed
+        stream = partial(ToyStream, self.data, make_world(self.data, seed), device=self.device)
+        training = stream(batch_seed=named_seed(seed, "batches"))
+        fresh = stream(batch_seed=named_seed(seed, "evaluation"))
+        members = members_of(group, self.l1_normalisation)
+        ensemble = Ensemble(
+            members, self.data.activation_dim, lr=self.learning_rate, device=self.device
+        )
+
+        def evaluate() -> list[dict]:
+            values = agreement_with_truth(ensemble, training.features)
+            values |= reconstruction(ensemble, map(fresh.batch, range(N_EVALUATION_BATCHES)))
+            of_cell = [{k: v[i] for k, v in values.items()} for i in range(len(group))]
+            return [
+                row_of(cell, found | {"n_steps": self.n_steps})
+                for cell, found in zip(group, of_cell, strict=True)
+            ]
+
+        measure = partial(training_state, ensemble, features=training.features)
+        return Task(ensemble, training.batch, measure, evaluate)
 
 
 def members_of(cells: list[Cell], l1_normalisation: str) -> list[Member]:

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_coding.cells import checkpoints_of, group_id, write_cell
+from sparse_coding.cells import checkpoints_of, group_id, groups_to_train, write_cell
 from sparse_coding.config import Interrupted
 from sparse_coding.ensemble import Ensemble
+from sparse_coding.hardware import rough_time
 from sparse_coding.results import CheckpointStore
 from sparse_coding.sweep import Cell
 from sparse_coding.tracking import Tracker
@@ -39,42 +41,89 @@ class Task:
     evaluate: Callable[[], list[dict]]
 
 
-def train_groups(
-    folder: Path,
-    groups: list[list[Cell]],
-    *,
-    prepare: Callable[[list[Cell]], Task],
-    n_steps: int,
-    progress: "Progress",
-) -> None:
-    """Trains each group from its newest checkpoint, if any, and writes the results of its cells.
+class Recipe(Protocol):
+    """What a script brings to the training of its cells.
 
+    n_steps: of every cell
+    headline: (key of Task.measure, max or min) whose best value the progress bar shows
+    """
+
+    n_steps: int
+    headline: tuple[str, Callable]
+
+    def memory(self, n_dicts: list[int]) -> int:
+        """Bytes that an ensemble of these widths needs."""
+
+    def seconds(self, n_features: int) -> float:
+        """Rough time to train that many features."""
+
+    def prepare(self, group: list[Cell]) -> Task:
+        """Cells of one seed, ready to train."""
+
+
+def train_missing_cells(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    cells: list[Cell],
+    budget: float,
+    tracker: Tracker,
+    log_every: int,
+) -> None:
+    """Trains those of the cells that have no results in the folder yet, and writes theirs.
+
+    Prints the plan first. Groups that were begun before go on from their newest checkpoint.
+
+    Args:
+        budget: bytes of memory
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
+    groups = groups_to_train(folder, cells, budget=budget, memory_of=recipe.memory)
+    peak = max((recipe.memory([cell.n_dict for cell in group]) for group in groups), default=0)
+    n_cells = sum(map(len, groups))
+    seconds = recipe.seconds(sum(cell.n_dict for group in groups for cell in group))
+    print(
+        f"to train: {n_cells} SAEs x {recipe.n_steps:,} steps, about {rough_time(seconds)} in all"
+    )
+    print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB, groups of cells: {len(groups)}")
+    print(f"results go to {folder}; the same command resumes", flush=True)
+    progress = Progress(
+        tracker,
+        n_groups=len(groups),
+        n_steps=recipe.n_steps,
+        log_every=log_every,
+        headline=recipe.headline,
+    )
     with StopSignal() as stop:
         for group in groups:
-            task = prepare(group)
-            names = [cell.name for cell in group]
-            progress.start_group(
-                names, info={"seed": group[0].seed, "group": group_id(group)}, measure=task.measure
-            )
-            checkpoints = checkpoints_of(folder, group)
-            seconds = train_(
-                task.ensemble,
-                task.batch_at,
-                n_steps=n_steps,
-                checkpoints=checkpoints,
-                info={"cells": names},
-                progress=progress,
-                stop=stop,
-            )
-            per_feature = seconds / sum(cell.n_dict for cell in group)
-            for i, (cell, row) in enumerate(zip(group, task.evaluate(), strict=True)):
-                row["seconds"] = round(per_feature * cell.n_dict, 3)
-                write_cell(folder, cell, dictionary=task.ensemble.dictionary(i), row=row)
-            checkpoints.remove()
+            _train_group(recipe, folder, group=group, progress=progress, stop=stop)
     progress.bar.close()
+
+
+def _train_group(
+    recipe: Recipe, folder: Path, *, group: list[Cell], progress: "Progress", stop: "StopSignal"
+) -> None:
+    """Trains one group and writes the results of its cells."""
+    task = recipe.prepare(group)
+    names = [cell.name for cell in group]
+    info = {"seed": group[0].seed, "group": group_id(group)}
+    progress.start_group(names, info=info, measure=task.measure)
+    checkpoints = checkpoints_of(folder, group)
+    seconds = train_(
+        task.ensemble,
+        task.batch_at,
+        n_steps=recipe.n_steps,
+        checkpoints=checkpoints,
+        info={"cells": names},
+        progress=progress,
+        stop=stop,
+    )
+    per_feature = seconds / sum(cell.n_dict for cell in group)
+    for i, (cell, row) in enumerate(zip(group, task.evaluate(), strict=True)):
+        row["seconds"] = round(per_feature * cell.n_dict, 3)
+        write_cell(folder, cell, dictionary=task.ensemble.dictionary(i), row=row)
+    checkpoints.remove()
 
 
 class StopSignal:
