@@ -26,15 +26,9 @@ from sparse_coding import replication
 from sparse_coding.cells import all_results_here, merged_rows
 from sparse_coding.config import fingerprint, parse_flags, require, require_flag, run_as_script
 from sparse_coding.distributed import Shard, find_shard
+from sparse_coding.files import read_csv, write_atomic, write_csv
 from sparse_coding.hardware import describe, free_memory, pick_device, rough_time, set_precision
-from sparse_coding.results import (
-    about_this_run,
-    locked,
-    open_run_folder,
-    read_csv,
-    write_atomic,
-    write_csv,
-)
+from sparse_coding.results import about_this_run, locked, open_run_folder
 from sparse_coding.sweep import Cell, make_grid, split_by_cost
 from sparse_coding.toy_cells import ToyRecipe
 from sparse_coding.toy_data import ToyData
@@ -146,6 +140,10 @@ def check(cfg: Config) -> None:
         require_flag(cfg, name, 0 <= getattr(cfg, name) < math.inf, "at least 0")
     for name in ("l1_exp_low", "l1_exp_high", "dict_ratio_exp_low", "dict_ratio_exp_high"):
         require_flag(cfg, name, abs(getattr(cfg, name)) <= 40, "between -40 and 40")
+    for name in ("l1_exp", "dict_ratio_exp"):
+        low, high = f"{name}_low", f"{name}_high"
+        rule = f"above --{low.replace('_', '-')} {getattr(cfg, low)}"
+        require_flag(cfg, high, getattr(cfg, high) > getattr(cfg, low), rule)
     require_flag(cfg, "learning_rate", 0 < cfg.learning_rate < math.inf, "above 0")
     require_flag(cfg, "feature_prob_decay", 0 < cfg.feature_prob_decay <= 1, "in (0, 1]")
     n = cfg.n_true_features

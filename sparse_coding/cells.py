@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparse_coding.config import fingerprint
 from sparse_coding.distributed import Shard, collect_at_rank_0
+from sparse_coding.files import read_tensors, write_json, write_tensors
 from sparse_coding.metrics import mmcs_with_larger
-from sparse_coding.results import CheckpointStore, read_tensors, write_json, write_tensors
+from sparse_coding.results import CheckpointStore
 from sparse_coding.sweep import Cell, plan_groups
 
 N_LARGER = 2  # mmcs_with_larger compares with the next two sizes (the post's rule)

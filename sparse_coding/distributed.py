@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
-from sparse_coding.results import write_atomic
+from sparse_coding.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,6 @@ def find_shard(flag: str) -> Shard:
         raise UserError(f"--shard {flag} must be i/N, for example 1/4") from None
     require(1 <= index <= count, f"--shard {flag} must be i/N with 1 <= i <= N, for example 1/4")
     return Shard(index - 1, count)
-
-
-def local_device_index() -> int:
-    """Number of this rank's GPU on its host (0 without torchrun)."""
-    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def collect_at_rank_0(folder: Path, names: list[str]) -> None:

@@ -1,12 +1,12 @@
 """Device, precision, free memory and measured speed of the machine at hand. Floor 1."""
 
+import os
 import time
 
 import psutil
 import torch
 
 from sparse_coding.config import require
-from sparse_coding.distributed import local_device_index
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
 # Training runs at this share of the speed of one bare GEMM; ours, measured in LOG.md
@@ -27,7 +27,7 @@ def pick_device(flag: str) -> torch.device:
     )
     if flag == "cpu" or not cuda:
         return torch.device("cpu")
-    device = torch.device("cuda", local_device_index())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # of torchrun
     torch.cuda.set_device(device)
     return device
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sparse_coding.config import named_seed
+
 RECOVERED = 0.9  # cosine similarity above which a true feature counts as recovered (design, §5)
 CHUNK = 4096  # dictionary rows compared at once: bounds memory at n_true x 4096 similarities
 
@@ -45,9 +47,9 @@ def mmcs_with_larger(dictionary: Tensor, larger: list[Tensor]) -> float | None:
     return sum(float(mmcs(dictionary, other)) for other in larger) / len(larger)
 
 
-def chance_mmcs(features: Tensor, n_dict: int, *, seed: int = 0) -> float:
+def chance_mmcs(features: Tensor, n_dict: int) -> float:
     """mmcs of one random dictionary of n_dict rows: what knowing nothing gives."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(named_seed("chance"))
     random = torch.randn(n_dict, features.shape[1], generator=rng)
     return float(mmcs(features.cpu(), random))
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+from sparse_coding.files import write_tensors
 from sparse_coding.metrics import ceiling_mmcs, chance_mmcs
 from sparse_coding.plotting import HeatmapSpec
 from sparse_coding.report import write_figures, write_report
-from sparse_coding.results import write_tensors
 from sparse_coding.sweep import Cell
 from sparse_coding.toy_data import ToyData, make_world
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from sparse_coding.files import write_atomic
 from sparse_coding.plotting import (
     HeatmapSpec,
     draw_heatmap,
@@ -22,7 +23,6 @@ from sparse_coding.plotting import (
     png_bytes,
     ratio_labels,
 )
-from sparse_coding.results import write_atomic
 
 EMPTY = "–"
 DATA_FILES = ("results.csv", "config.json", "metrics.jsonl")  # linked to where they exist

@@ -1,12 +1,6 @@
-"""Run folders: atomic files, checkpoints that fall back, refusal of other constants. Floor 1.
-
-Nothing here is pickled. Every file is written whole (temporary file, fsync, rename), so a SIGKILL
-at any moment leaves either the old file or the new one.
-"""
+"""Run folders: one per set of constants, with checkpoints that fall back. Floor 1."""
 
 import contextlib
-import csv
-import io
 import json
 import os
 import platform
@@ -18,77 +12,9 @@ from importlib import metadata
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
+from sparse_coding.files import read_tensor_info, read_tensors, write_json, write_tensors
 
 PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "wandb", "tyro")  # named in config.json
-DISK_RESERVE = 64 * 2**20  # bytes left free on the disk by every large write; ours, not tuned
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; on leaving it is synced and renamed to `path`.
-
-    The parent folder is made if it is missing. After an exception `path` is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # pid: two shards on one host may write the same file (config.json), each its own temporary
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes the file whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-def write_tensors(path: Path, tensors: dict, *, info: dict | None = None) -> None:
-    """Writes a safetensors file atomically, `info` as JSON in its metadata.
-
-    Raises:
-        UserError: it would not fit on the disk.
-    """
-    from safetensors.torch import save_file
-
-    n_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    require_free_disk(path.parent, n_bytes)
-    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with written_whole(path) as temporary:
-        save_file(on_cpu, temporary, metadata={"info": json.dumps(info or {}, sort_keys=True)})
-
-
-def read_tensors(path: Path) -> tuple[dict, dict]:
-    """(tensors, info) of a file of write_tensors. Raises SafetensorError if it is torn."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        info = json.loads((file.metadata() or {}).get("info", "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
-
-
-def read_tensor_info(path: Path) -> dict:
-    """The info of a file of write_tensors, without its tensors."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("info", "{}"))
-
-
-def require_free_disk(folder: Path, n_bytes: int) -> None:
-    """Raises UserError unless n_bytes and a reserve fit on the disk of the folder."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    require(
-        free >= n_bytes + DISK_RESERVE,
-        f"disk full: {n_bytes / 1e6:.0f} MB to write under {folder}, {free / 1e6:.0f} MB free: "
-        "free some space or choose another --output-dir, then run it again",
-    )
 
 
 class CheckpointStore:
@@ -166,9 +92,8 @@ def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) 
     Raises:
         UserError: it is a file, can't be written, or belongs to something else.
     """
-    require(
-        not folder.exists() or folder.is_dir(), f"--output-dir {folder} is a file, not a folder"
-    )
+    is_file = folder.exists() and not folder.is_dir()
+    require(not is_file, f"--output-dir {folder} is a file: choose another one")
     config_path = folder / "config.json"
     if folder.is_dir() and any(folder.iterdir()):
         _require_same_constants(folder, constants, fresh)
@@ -202,34 +127,6 @@ def _require_same_constants(folder: Path, constants: dict, fresh: bool) -> None:
         f"--output-dir {folder} belongs to other constants ({shown}): "
         "choose another one, or --fresh to start again there",
     )
-
-
-def write_json(path: Path, data: object) -> None:
-    write_atomic(path, json.dumps(data, indent=1) + "\n")
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows (of one set of keys) as a csv, written whole; None is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
-
-
-def read_csv(path: Path) -> list[dict]:
-    """Rows of write_csv with numbers as int or float and None for empty fields."""
-    with open(path, newline="") as file:
-        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> int | float | None:
-    if text == "":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def about_this_run(device: str, **more: object) -> dict:

@@ -39,13 +39,8 @@ def make_grid(base_size: int, *, seeds: range, l1_exps: range, size_exps: range)
     Args:
         base_size: number of features at size_exp 0
     Raises:
-        UserError: an empty range, or a size that is no whole number of features.
+        UserError: a size is no whole number of features.
     """
-    require(
-        len(l1_exps) > 0, f"--l1-exp-high {l1_exps.stop} must exceed --l1-exp-low {l1_exps.start}"
-    )
-    require(len(size_exps) > 0, f"no size between 2^{size_exps.start} and 2^{size_exps.stop}: "
-            "the high end must exceed the low end")  # fmt: skip
     smallest = base_size * 2.0**size_exps.start
     require(
         smallest == int(smallest) >= 1,

@@ -1,0 +1,73 @@
+"""The floors and sizes of the code, counted."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+MODULES = sorted(p for p in (ROOT / "sparse_coding").glob("*.py") if p.stem != "__init__")
+FILES = SCRIPTS + MODULES + sorted((ROOT / "benchmarks").glob("*.py"))
+FLOORS = [
+    {"config", "files"},
+    {"sweep", "results", "distributed", "hardware", "toy_data", "metrics", "ensemble", "plotting",
+     "tracking"},
+    {"cells", "evaluation", "training", "toy_cells", "report", "replication"},
+]  # fmt: skip
+# arrows within a floor: none but these
+ARROWS = {
+    "files": {"config"},
+    "training": {"cells"},
+    "toy_cells": {"evaluation", "training"},
+    "replication": {"report"},
+}
+
+
+def floor_of(module: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if module in names)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that the file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "sparse_coding":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparse_coding."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_a_module_imports_only_from_lower_floors(path):
+    for other in imports_of(path) - ARROWS.get(path.stem, set()):
+        assert floor_of(other) < floor_of(path.stem), f"{path.stem} imports {other}"
+
+
+def test_every_module_has_a_floor():
+    assert {p.stem for p in MODULES} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_files_functions_and_parameters_keep_their_sizes(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= (250 if path in SCRIPTS else 300)
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        where = f"{path.name}:{node.lineno} {node.name}"
+        limit = 60 if node.name == "train_" else 40  # the training loop
+        assert node.end_lineno - node.lineno + 1 <= limit, where
+        parameters = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+        parameters = [name for name in parameters if name not in ("self", "cls")]
+        assert len(parameters) + len(node.args.kwonlyargs) <= 8, where
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_module_says_what_it_is_for_and_hides_no_exception(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno} bare except"

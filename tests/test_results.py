@@ -1,0 +1,105 @@
+"""Run folders and checkpoints: refusal and fall-back."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from sparse_coding.config import UserError
+from sparse_coding.results import CheckpointStore, about_this_run, locked, open_run_folder
+
+
+def store_with(tmp_path, *steps: int) -> CheckpointStore:
+    store = CheckpointStore(tmp_path / "group")
+    for step in steps:
+        store.save(step, {"w": torch.full((100,), float(step))}, info={"cells": ["c"]})
+    return store
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_newest_is_loaded(tmp_path):
+    store = store_with(tmp_path, 10, 20, 30)
+    assert [path.name for path in store.paths()] == [
+        "step-00000030.safetensors",
+        "step-00000020.safetensors",
+    ]
+    tensors, info = store.load()
+    assert info == {"cells": ["c"], "step": 30}
+    assert tensors["w"][0] == 30
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_previous_and_says_so(tmp_path, capsys):
+    store = store_with(tmp_path, 10, 20)
+    newest = store.paths()[0]
+    newest.write_bytes(newest.read_bytes()[:-50])
+    assert store.info()["step"] == 10
+    tensors, info = store.load()
+    assert (info["step"], tensors["w"][0]) == (10, 10)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert len(store.paths()) == 1
+
+
+def test_without_a_readable_checkpoint_there_is_none(tmp_path, capsys):
+    store = store_with(tmp_path, 10)
+    store.paths()[0].write_bytes(b"")
+    assert store.info() is None
+    assert store.load() is None
+    assert "damaged" in capsys.readouterr().err
+
+
+CONSTANTS = {"n_steps": 5, "law": "post"}
+
+
+def test_a_folder_opens_again_for_the_same_constants_and_keeps_its_files(tmp_path):
+    folder = tmp_path / "run"
+    open_run_folder(folder, constants=CONSTANTS, about={"command": "first"}, fresh=False)
+    (folder / "kept").write_text("x")
+    open_run_folder(folder, constants=dict(CONSTANTS), about={"command": "second"}, fresh=False)
+    assert (folder / "kept").exists()
+    assert json.loads((folder / "config.json").read_text())["command"] == "first"
+
+
+def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path):
+    folder = tmp_path / "run"
+    open_run_folder(folder, constants=CONSTANTS, about={}, fresh=False)
+    (folder / "old").write_text("x")
+    other = CONSTANTS | {"n_steps": 6}
+    with pytest.raises(UserError, match="n_steps 5 there, 6 here"):
+        open_run_folder(folder, constants=other, about={}, fresh=False)
+    assert (folder / "old").exists()
+    open_run_folder(folder, constants=other, about={}, fresh=True)
+    assert os.listdir(folder) == ["config.json"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_is_not_ours_is_never_touched(tmp_path, fresh):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        open_run_folder(tmp_path, constants=CONSTANTS, about={}, fresh=fresh)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_or_a_path_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="choose another one"):
+            open_run_folder(path, constants=CONSTANTS, about={}, fresh=False)
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    with locked(tmp_path, "run"):
+        with pytest.raises(UserError, match="another process"), locked(tmp_path, "run"):
+            pass
+        with locked(tmp_path, "run-shard-1-of-2"):
+            pass
+    with locked(tmp_path, "run"):
+        pass
+
+
+def test_config_names_versions_and_commit_but_no_machine_path(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/secret/place/run.py", "--n-steps", "5"])
+    about = about_this_run("CPU")
+    assert about["command"] == "python run.py --n-steps 5"
+    assert about["versions"]["torch"] == torch.__version__
+    assert {"git_commit", "git_dirty", "device"} <= about.keys()
+    assert "secret" not in json.dumps(about)
