@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from sparse_coding.results import write_atomic
+from sparse_coding.files import write_atomic
 
 # Seconds. Measured with wandb 0.31 on two CPU cores: import 0.4, init offline 0.4, finish 0.01.
 FINISH_WAIT_S = 30.0  # bound of finish(): the two timeouts below, and W&B's own start and stop
