@@ -124,9 +124,10 @@ def main(argv: list[str]) -> int:
         )
         try:
             train(cfg, cells, folder, device=device, shard=shard, tracker=tracker)
-            if not all_results_here(folder, cells, shard):
-                return 0
-            return finish(cfg, cells, folder, device=device, tracker=tracker, about=about)
+            if all_results_here(folder, cells, shard):
+                return finish(cfg, cells, folder, device=device, tracker=tracker, about=about)
+            tracker.finish(figures={}, table=[])
+            return 0
         finally:
             tracker.close()
 
