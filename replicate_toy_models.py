@@ -26,10 +26,10 @@ from sparse_coding import replication
 from sparse_coding.cells import all_results_here, merged_rows
 from sparse_coding.config import fingerprint, parse_flags, require, require_flag, run_as_script
 from sparse_coding.distributed import Shard, find_shard
-from sparse_coding.files import read_csv, write_atomic, write_csv
+from sparse_coding.files import read_csv, require_free_disk, write_atomic, write_csv
 from sparse_coding.hardware import describe, free_memory, pick_device, rough_time, set_precision
 from sparse_coding.results import about_this_run, locked, open_run_folder
-from sparse_coding.sweep import Cell, make_grid, split_by_cost
+from sparse_coding.sweep import Cell, make_grid, plan_groups, split_by_cost
 from sparse_coding.toy_cells import ToyRecipe
 from sparse_coding.toy_data import ToyData
 from sparse_coding.tracking import Tracker
@@ -85,7 +85,7 @@ class Config:
 PRESETS = {
     "smoke": dict(activation_dim=32, n_true_features=64, n_active=3.0, n_steps=600, log_every=100,
                   l1_exp_low=-6, l1_exp_high=7, dict_ratio_exp_low=-1, dict_ratio_exp_high=3),
-    "quick": dict(activation_dim=64, n_true_features=128, n_active=3.0, n_steps=4000, log_every=200,
+    "quick": dict(activation_dim=64, n_true_features=128, n_active=3.0, n_steps=2500, log_every=125,
                   dict_ratio_exp_low=-2, dict_ratio_exp_high=4),
     "full": dict(),
     "verify": dict(data_law="june2023", n_steps=5000, n_seeds=3),
@@ -97,58 +97,73 @@ NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "shard", "outp
 
 def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
-    check(cfg)
     shard = find_shard(cfg.shard)
     require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
     device = pick_device(cfg.device)
     precision = set_precision(cfg.precision, device)
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
-    cells = grid(cfg)
+    cells, recipe = grid(cfg), recipe_of(cfg, device)
 
     constants = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_IDENTITY}
     constants |= {"device_type": device.type, "precision": precision}
     name = f"replicate_toy_models-{cfg.preset}-{fingerprint(constants)}"
     folder = Path(cfg.output_dir or f"outputs/{name}")
-    about = about_this_run(describe(device))
+    if not folder.exists():  # what can't fit is refused before anything is written
+        plan_groups(cells, budget_of(cfg, device), recipe.memory)
+        require_free_disk(folder, recipe.disk([cell.n_dict for cell in cells]))
+    about = {"run_name": name + shard.suffix, **about_this_run(describe(device))}
     open_run_folder(folder, constants=constants, about=about, fresh=cfg.fresh)
     with locked(folder, f"run{shard.suffix}"):
         if (folder / "DONE").exists():
             return last_lines(cfg, read_csv(folder / "results.csv"), folder)
-        tracker = Tracker(
+        return run(cfg, recipe, cells, folder=folder, shard=shard, about=about)
+
+
+def run(
+    cfg: Config, recipe: ToyRecipe, cells: list[Cell], *, folder: Path, shard: Shard, about: dict
+) -> int:
+    """Trains what is missing of this shard; merges if nothing is missing of the others."""
+    tracker = Tracker(
+        folder,
+        mode=cfg.wandb_mode,
+        project=PROJECT,
+        run_name=about["run_name"],
+        config=dataclasses.asdict(cfg) | about,
+        jsonl_name=f"metrics{shard.suffix}.jsonl",
+    )
+    try:
+        announce(cfg, len(cells), shard, recipe.device)
+        train_missing_cells(
+            recipe,
             folder,
-            mode=cfg.wandb_mode,
-            project=PROJECT,
-            run_name=name + shard.suffix,
-            config=constants | about,
-            jsonl_name=f"metrics{shard.suffix}.jsonl",
+            cells=split_by_cost(cells, shard.count)[shard.index],
+            budget=budget_of(cfg, recipe.device),
+            tracker=tracker,
+            log_every=cfg.log_every,
         )
-        try:
-            train(cfg, cells, folder, device=device, shard=shard, tracker=tracker)
-            if all_results_here(folder, cells, shard):
-                return finish(cfg, cells, folder, device=device, tracker=tracker, about=about)
-            tracker.finish(figures={}, table=[])
-            return 0
-        finally:
-            tracker.close()
+        if all_results_here(folder, cells, shard):
+            return finish(cfg, recipe, cells, folder=folder, tracker=tracker, about=about)
+        tracker.finish(figures={}, table=[])
+        return 0
+    finally:
+        tracker.close()
+
+
+def budget_of(cfg: Config, device: torch.device) -> float:
+    """Bytes of memory for training."""
+    return cfg.max_memory_gb * 1e9 or free_memory(device)
 
 
 def check(cfg: Config) -> None:
-    """Raises UserError for a constant out of its range."""
-    for name in ("activation_dim", "n_true_features", "batch_size", "n_steps", "n_seeds",
-                 "log_every"):  # fmt: skip
+    """Raises UserError for a constant out of its range; those of the recipe check themselves."""
+    for name in ("n_seeds", "log_every"):
         require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")
-    for name in ("seed", "noise_std", "max_memory_gb"):
+    for name in ("seed", "max_memory_gb"):
         require_flag(cfg, name, 0 <= getattr(cfg, name) < math.inf, "at least 0")
-    for name in ("l1_exp_low", "l1_exp_high", "dict_ratio_exp_low", "dict_ratio_exp_high"):
-        require_flag(cfg, name, abs(getattr(cfg, name)) <= 40, "between -40 and 40")
-    for name in ("l1_exp", "dict_ratio_exp"):
-        low, high = f"{name}_low", f"{name}_high"
-        rule = f"above --{low.replace('_', '-')} {getattr(cfg, low)}"
-        require_flag(cfg, high, getattr(cfg, high) > getattr(cfg, low), rule)
-    require_flag(cfg, "learning_rate", 0 < cfg.learning_rate < math.inf, "above 0")
-    require_flag(cfg, "feature_prob_decay", 0 < cfg.feature_prob_decay <= 1, "in (0, 1]")
-    n = cfg.n_true_features
-    require_flag(cfg, "n_active", 0 < cfg.n_active <= n, f"above 0 and at most n_true_features {n}")
+    for axis in ("l1_exp", "dict_ratio_exp"):
+        low, high = getattr(cfg, f"{axis}_low"), getattr(cfg, f"{axis}_high")
+        require_flag(cfg, f"{axis}_low", low >= -40, "at least -40")
+        require_flag(cfg, f"{axis}_high", low < high <= 40, f"above the low end {low}, at most 40")
 
 
 def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
@@ -175,56 +190,47 @@ def grid(cfg: Config) -> list[Cell]:
     return make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
 
 
-def toy_data(cfg: Config) -> ToyData:
+def recipe_of(cfg: Config, device: torch.device) -> ToyRecipe:
     names = (field.name for field in dataclasses.fields(ToyData) if field.name != "law")
-    return ToyData(law=cfg.data_law, **{name: getattr(cfg, name) for name in names})
+    data = ToyData(law=cfg.data_law, **{name: getattr(cfg, name) for name in names})
+    return ToyRecipe(data, cfg.l1_normalisation, cfg.learning_rate, cfg.n_steps, device)
 
 
-def train(
-    cfg: Config,
-    cells: list[Cell],
-    folder: Path,
-    *,
-    device: torch.device,
-    shard: Shard,
-    tracker: Tracker,
-) -> None:
-    """Trains the cells of this shard that have no results yet."""
-
-    def recipe_of(cfg: Config) -> ToyRecipe:
-        numbers = (cfg.l1_normalisation, cfg.learning_rate, cfg.n_steps, device)
-        return ToyRecipe(toy_data(cfg), *numbers)
-
-    mine = split_by_cost(cells, shard.count)[shard.index]
-    part = f", part {shard.index + 1} of {shard.count}" if shard.count > 1 else ""
-    print(f"{cfg.preset}: {len(cells)} SAEs{part}, on {describe(device)}", end="")
-    full = Config(**PRESETS["full"])
-    price = rough_time(recipe_of(full).seconds(sum(cell.n_dict for cell in grid(full))))
-    print("" if cfg.preset == "full" else f" (--preset full: {len(grid(full))}, about {price})")
-    budget = cfg.max_memory_gb * 1e9 or free_memory(device)
-    train_missing_cells(recipe_of(cfg), folder, cells=mine, budget=budget, tracker=tracker,
-                        log_every=cfg.log_every)  # fmt: skip
+def announce(cfg: Config, n_cells: int, shard: Shard, device: torch.device) -> None:
+    """The first line on the screen: what runs, on what, and what --preset full would cost."""
+    line = f"{cfg.preset}: {n_cells} SAEs on {describe(device)}"
+    if shard.count > 1:
+        line += f", shard {shard.index + 1} of {shard.count}"
+    if cfg.preset != "full":
+        full = Config(**PRESETS["full"])
+        n_features = sum(cell.n_dict for cell in grid(full))
+        price = rough_time(recipe_of(full, device).seconds(n_features))
+        line += f" (--preset full: {len(grid(full))} SAEs, about {price})"
+    print(line)
 
 
 def finish(
     cfg: Config,
+    recipe: ToyRecipe,
     cells: list[Cell],
-    folder: Path,
     *,
-    device: torch.device,
+    folder: Path,
     tracker: Tracker,
     about: dict,
 ) -> int:
     """Merges the results of all cells into the table, the figures and the report."""
-    rows = merged_rows(folder, cells, device)
+    rows = merged_rows(folder, cells, recipe.device)
     write_csv(folder / "results.csv", rows)
-    data = toy_data(cfg)
-    replication.write_worlds(folder, data, sorted({cell.seed for cell in cells}))
+    replication.write_worlds(folder, recipe.data, sorted({cell.seed for cell in cells}))
     figures = {}
     if not cfg.verify:
-        context = about | {"config": dataclasses.asdict(cfg)}
-        figures = replication.draw(folder, rows, data=data, context=context,
-                                   l1_normalisation=cfg.l1_normalisation)  # fmt: skip
+        figures = replication.draw(
+            folder,
+            rows,
+            data=recipe.data,
+            l1_normalisation=cfg.l1_normalisation,
+            context=about | {"config": dataclasses.asdict(cfg)},
+        )
     tracker.finish(figures=figures, table=rows)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     write_atomic(folder / "DONE", "")

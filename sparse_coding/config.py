@@ -55,7 +55,7 @@ def run_as_script(main: Callable[[list[str]], int]) -> NoReturn:
     except Interrupted as stop:
         code = _fail(f"{name}: {stop}", 128 + stop.signum)
     except KeyboardInterrupt:
-        code = _fail(f"{name}: interrupted before training began; nothing was lost", 130)
+        code = _fail(f"{name}: interrupted: the same command goes on", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -55,6 +55,7 @@ def write_tensors(path: Path, tensors: dict, *, info: dict | None = None) -> Non
     on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with written_whole(path) as temporary:
         save_file(on_cpu, temporary, metadata={"info": json.dumps(info or {}, sort_keys=True)})
+        temporary.chmod(0o644)  # safetensors makes it 0600, which a group on a cluster can't read
 
 
 def read_tensors(path: Path) -> tuple[dict, dict]:

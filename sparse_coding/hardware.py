@@ -9,7 +9,7 @@ import torch
 from sparse_coding.config import require
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
-# Training runs at this share of the speed of one bare GEMM; ours, measured in LOG.md
+# Training runs at this share of the speed of its bare GEMMs; ours, measured in LOG.md
 TRAINING_EFFICIENCY = 0.6
 
 
@@ -43,15 +43,16 @@ def set_precision(flag: str, device: torch.device) -> str:
         precision == "float32" or device.type == "cuda",
         "--precision tf32 needs CUDA: use float32 on the CPU",
     )
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return precision
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of memory that a plan may use."""
+    """Bytes of memory that this process may plan for."""
     if device.type == "cuda":
         return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
-    return MEMORY_SHARE * psutil.virtual_memory().available
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun
+    return MEMORY_SHARE * psutil.virtual_memory().available / ranks_here
 
 
 def describe(device: torch.device) -> str:
@@ -60,15 +61,18 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def gemm_flops(device: torch.device, size: int = 512) -> float:
-    """FLOP/s of a square GEMM of this size, best of a few: takes some 20 ms."""
-    a = torch.randn(size, size, device=device)
+def gemm_flops(activation_dim: int, batch_size: int, device: torch.device) -> float:
+    """FLOP/s of the encoder's batched GEMM for 16 x 128 features, best of a few: some 30 ms."""
+    W_enc = torch.randn(16, 128, activation_dim, device=device)
+    x_T = torch.randn(activation_dim, batch_size, device=device).expand(16, -1, -1)
+    out = torch.empty(16, 128, batch_size, device=device)
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the GPU
+        torch.bmm(W_enc, x_T, out=out)
+        out[0, 0, 0].item()  # waits for the GPU
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * 16 * 128 * activation_dim * batch_size / best
 
 
 def step_seconds(
@@ -79,7 +83,7 @@ def step_seconds(
     Five GEMMs (forward: encoder, decoder; backward: both weights, codes) of 2 · batch · h · n FLOP.
     """
     flop = 10 * batch_size * activation_dim * n_features
-    return flop / (gemm_flops(device) * TRAINING_EFFICIENCY)
+    return flop / (gemm_flops(activation_dim, batch_size, device) * TRAINING_EFFICIENCY)
 
 
 def rough_time(seconds: float) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from sparse_coding.config import named_seed
+from sparse_coding.config import named_seed, require_flag
 from sparse_coding.ensemble import Ensemble, Member, ensemble_bytes
 from sparse_coding.evaluation import agreement_with_truth, reconstruction, training_state
 from sparse_coding.hardware import step_seconds
@@ -35,8 +35,19 @@ class ToyRecipe:
     device: torch.device
     headline = ("metrics/mmcs", max)
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a constant out of its range; their names are those of the flags."""
+        require_flag(self, "n_steps", self.n_steps >= 1, "at least 1")
+        require_flag(self, "learning_rate", 0 < self.learning_rate < float("inf"), "above 0")
+
     def memory(self, n_dicts: list[int]) -> int:
         return ensemble_bytes(n_dicts, self.data.activation_dim, self.data.batch_size)
+
+    def disk(self, n_dicts: list[int]) -> int:
+        """Bytes of a run folder at its largest: dictionaries and three checkpoints (one half
+        written), each with Adam's two moments beside every parameter."""
+        parameters = sum(2 * n * self.data.activation_dim + n for n in n_dicts)
+        return 4 * parameters * (1 + 3 * 3)
 
     def seconds(self, n_features: int) -> float:
         h, batch_size = self.data.activation_dim, self.data.batch_size

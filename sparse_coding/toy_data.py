@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_coding.config import named_seed
+from sparse_coding.config import named_seed, require_flag
 
 LAWS = ("post", "june2023")
 
@@ -31,6 +31,16 @@ class ToyData:
     feature_prob_decay: float
     noise_std: float
     batch_size: int
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a constant out of its range; their names are those of the flags."""
+        for name in ("activation_dim", "n_true_features", "batch_size"):
+            require_flag(self, name, getattr(self, name) >= 1, "at least 1")
+        most = self.n_true_features
+        rule = f"above 0 and at most --n-true-features {most}"
+        require_flag(self, "n_active", 0 < self.n_active <= most, rule)
+        require_flag(self, "feature_prob_decay", 0 < self.feature_prob_decay <= 1, "in (0, 1]")
+        require_flag(self, "noise_std", 0 <= self.noise_std < float("inf"), "at least 0")
 
 
 @dataclass(frozen=True)

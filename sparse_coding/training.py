@@ -3,6 +3,7 @@
 A sweep is trained in groups of cells that fit into memory together, one group after the other.
 """
 
+import contextlib
 import signal
 import sys
 import time
@@ -80,13 +81,14 @@ def train_missing_cells(
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     groups = groups_to_train(folder, cells, budget=budget, memory_of=recipe.memory)
-    peak = max((recipe.memory([cell.n_dict for cell in group]) for group in groups), default=0)
+    if not groups:
+        return
     n_cells = sum(map(len, groups))
     seconds = recipe.seconds(sum(cell.n_dict for group in groups for cell in group))
-    print(
-        f"to train: {n_cells} SAEs x {recipe.n_steps:,} steps, about {rough_time(seconds)} in all"
-    )
-    print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB, groups of cells: {len(groups)}")
+    print(f"to train: {n_cells} SAEs x {recipe.n_steps:,} steps, about {rough_time(seconds)}")
+    peak = max(recipe.memory([cell.n_dict for cell in group]) for group in groups)
+    split = "" if len(groups) == 1 else f", in {len(groups)} groups one after the other"
+    print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB free{split}")
     print(f"results go to {folder}; the same command resumes", flush=True)
     progress = Progress(
         tracker,
@@ -95,10 +97,9 @@ def train_missing_cells(
         log_every=log_every,
         headline=recipe.headline,
     )
-    with StopSignal() as stop:
+    with StopSignal() as stop, contextlib.closing(progress.bar):
         for group in groups:
             _train_group(recipe, folder, group=group, progress=progress, stop=stop)
-    progress.bar.close()
 
 
 def _train_group(
@@ -247,7 +248,8 @@ def train_(
             checkpoints.save(done, ensemble.state(), info={**info, "seconds": seconds})
             clock.written(time.monotonic() - began)
         if stop.signum:
-            raise Interrupted(stop.signum, f"stopped at step {done} of {n_steps}, saved")
+            message = f"stopped and saved at step {done} of {n_steps}: the same command goes on"
+            raise Interrupted(stop.signum, message)
     return seconds_before + time.monotonic() - started
 
 
