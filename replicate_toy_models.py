@@ -15,7 +15,6 @@ Times and hardware: README.md.
 
 import dataclasses
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,9 +25,9 @@ from sparse_coding import replication
 from sparse_coding.cells import all_results_here, merged_rows
 from sparse_coding.config import fingerprint, parse_flags, require, require_flag, run_as_script
 from sparse_coding.distributed import Shard, find_shard
-from sparse_coding.files import read_csv, require_free_disk, write_atomic, write_csv
+from sparse_coding.files import read_csv, require_free_disk, write_csv
 from sparse_coding.hardware import describe, free_memory, pick_device, rough_time, set_precision
-from sparse_coding.results import about_this_run, locked, open_run_folder
+from sparse_coding.results import about_this_run, close_run_folder, locked, open_run_folder
 from sparse_coding.sweep import Cell, make_grid, plan_groups, split_by_cost
 from sparse_coding.toy_cells import ToyRecipe
 from sparse_coding.toy_data import ToyData
@@ -232,8 +231,7 @@ def finish(
             context=about | {"config": dataclasses.asdict(cfg)},
         )
     tracker.finish(figures=figures, table=rows)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    write_atomic(folder / "DONE", "")
+    close_run_folder(folder)
     return last_lines(cfg, rows, folder)
 
 

@@ -36,6 +36,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether the file is one of written_whole that a killed process left behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Writes the file whole or not at all."""
     with written_whole(path) as temporary:

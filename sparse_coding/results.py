@@ -12,7 +12,14 @@ from importlib import metadata
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
-from sparse_coding.files import read_tensor_info, read_tensors, write_json, write_tensors
+from sparse_coding.files import (
+    is_temporary,
+    read_tensor_info,
+    read_tensors,
+    write_atomic,
+    write_json,
+    write_tensors,
+)
 
 PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "wandb", "tyro")  # named in config.json
 
@@ -95,10 +102,12 @@ def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) 
     is_file = folder.exists() and not folder.is_dir()
     require(not is_file, f"--output-dir {folder} is a file: choose another one")
     config_path = folder / "config.json"
-    if folder.is_dir() and any(folder.iterdir()):
+    # a process killed before it wrote config.json leaves a temporary file at most
+    if folder.is_dir() and any(not is_temporary(path) for path in folder.iterdir()):
         _require_same_constants(folder, constants, fresh)
         if fresh:
-            shutil.rmtree(folder)
+            with locked(folder, "run"):
+                shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -107,6 +116,15 @@ def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) 
         raise UserError(f"--output-dir {folder} can't be written: choose another one") from None
     if not config_path.exists():
         write_json(config_path, {"constants": constants, **about})
+
+
+def close_run_folder(folder: Path) -> None:
+    """Removes what only a resume needs, and what killed processes left; writes DONE, the last."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for path in folder.rglob(".*"):
+        if is_temporary(path):
+            path.unlink()
+    write_atomic(folder / "DONE", "")
 
 
 def _require_same_constants(folder: Path, constants: dict, fresh: bool) -> None:
@@ -132,7 +150,9 @@ def _require_same_constants(folder: Path, constants: dict, fresh: bool) -> None:
 def about_this_run(device: str, **more: object) -> dict:
     """Command, commit and versions for config.json. No host name, no path, no environment."""
     versions = {"python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # wandb may be left out
+            versions[name] = metadata.version(name)
     command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"command": command, **_git_state(), "versions": versions, "device": device, **more}
 

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
-from sparse_coding.results import CheckpointStore, about_this_run, locked, open_run_folder
+from sparse_coding.results import (
+    CheckpointStore,
+    about_this_run,
+    close_run_folder,
+    locked,
+    open_run_folder,
+)
 
 
 def store_with(tmp_path, *steps: int) -> CheckpointStore:
@@ -67,8 +73,30 @@ def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path):
     with pytest.raises(UserError, match="n_steps 5 there, 6 here"):
         open_run_folder(folder, constants=other, about={}, fresh=False)
     assert (folder / "old").exists()
+    with locked(folder, "run"), pytest.raises(UserError, match="another process"):
+        open_run_folder(folder, constants=other, about={}, fresh=True)
     open_run_folder(folder, constants=other, about={}, fresh=True)
     assert os.listdir(folder) == ["config.json"]
+
+
+def test_a_process_killed_while_it_made_the_folder_does_not_block_the_next(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.json.123.tmp").write_text("{")
+    open_run_folder(folder, constants=CONSTANTS, about={}, fresh=False)
+    assert json.loads((folder / "config.json").read_text())["constants"] == CONSTANTS
+
+
+def test_closing_leaves_no_checkpoint_and_no_temporary_file(tmp_path):
+    open_run_folder(tmp_path / "run", constants=CONSTANTS, about={}, fresh=False)
+    folder = tmp_path / "run"
+    (folder / "cells").mkdir()
+    (folder / "cells" / ".a.json.123.tmp").write_text("torn")
+    (folder / "cells" / "a.json").write_text("{}")
+    store_with(folder / "checkpoints", 10)
+    close_run_folder(folder)
+    left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert left == ["DONE", "cells/a.json", "config.json"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])
