@@ -15,6 +15,7 @@ Times and hardware: README.md.
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,10 +53,10 @@ class Config:
     noise_std: float = 0.0  # standard deviation of noise added to every dimension of x
 
     # the grid: l1_alpha = 10^(e/4), dict_ratio = 2^e; high ends are exclusive
-    l1_exp_low: int = -8  # l1_alpha from 0.01
-    l1_exp_high: int = 9  # to 100
-    dict_ratio_exp_low: int = -3  # n_dict from n_true_features / 8
-    dict_ratio_exp_high: int = 6  # to 32 n_true_features
+    l1_exp_low: int = -8  # lowest e of l1_alpha = 10^(e/4): from 0.01
+    l1_exp_high: int = 9  # end of e, exclusive: to 10^(8/4) = 100
+    dict_ratio_exp_low: int = -3  # lowest e of dict_ratio = 2^e: n_dict from n_true_features / 8
+    dict_ratio_exp_high: int = 6  # end of e, exclusive: to 2^5 = 32 n_true_features
     # weight of mean Σ codes: l1_alpha / n_dict (per_feature, the post) or l1_alpha (sum)
     l1_normalisation: Literal["per_feature", "sum"] = "per_feature"
     seed: int = 0  # a seed is a whole replication: its own world, batches and starts
@@ -67,7 +68,7 @@ class Config:
     learning_rate: float = 1e-3  # of Adam, betas (0.9, 0.999)
 
     # the machine; none of these changes a number beyond rounding
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
     precision: Literal["auto", "float32", "tf32"] = "auto"  # of GEMMs; auto: tf32 on CUDA
     max_memory_gb: float = 0.0  # for training, in GB; 0: 80 % of what is free
     shard: str = ""  # i/N: train only this part; the same command without it merges
@@ -107,12 +108,13 @@ def main(argv: list[str]) -> int:
     constants |= {"device_type": device.type, "precision": precision}
     name = f"replicate_toy_models-{cfg.preset}-{fingerprint(constants)}"
     folder = Path(cfg.output_dir or f"outputs/{name}")
-    if not folder.exists():  # what can't fit is refused before anything is written
+    # what can't fit is refused before anything is written or deleted
+    if cfg.fresh or not os.path.exists(folder):
         plan_groups(cells, budget_of(cfg, device), recipe.memory)
         require_free_disk(folder, recipe.disk([cell.n_dict for cell in cells]))
     about = {"run_name": name + shard.suffix, **about_this_run(describe(device))}
     open_run_folder(folder, constants=constants, about=about, fresh=cfg.fresh)
-    with locked(folder, f"run{shard.suffix}"):
+    with locked(folder, shard.suffix):
         if (folder / "DONE").exists():
             return last_lines(cfg, read_csv(folder / "results.csv"), folder)
         return run(cfg, recipe, cells, folder=folder, shard=shard, about=about)
@@ -155,10 +157,10 @@ def budget_of(cfg: Config, device: torch.device) -> float:
 
 def check(cfg: Config) -> None:
     """Raises UserError for a constant out of its range; those of the recipe check themselves."""
-    for name in ("n_seeds", "log_every"):
-        require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")
+    require_flag(cfg, "n_seeds", 1 <= cfg.n_seeds <= 1000, "between 1 and 1000")
+    require_flag(cfg, "log_every", cfg.log_every >= 1, "at least 1")
     for name in ("seed", "max_memory_gb"):
-        require_flag(cfg, name, 0 <= getattr(cfg, name) < math.inf, "at least 0")
+        require_flag(cfg, name, 0 <= getattr(cfg, name) < math.inf, "at least 0 and finite")
     for axis in ("l1_exp", "dict_ratio_exp"):
         low, high = getattr(cfg, f"{axis}_low"), getattr(cfg, f"{axis}_high")
         require_flag(cfg, f"{axis}_low", low >= -40, "at least -40")
@@ -173,6 +175,7 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
     cfg = parse_flags(default, argv, description=DESCRIPTION)
     check(cfg)
     if cfg.verify:
+        require_flag(cfg, "preset", cfg.preset == "auto", "left out with --verify")
         for name in dataclasses.asdict(cfg).keys() - NOT_IDENTITY - {"verify", "seed"}:
             fixed = getattr(default, name)
             require_flag(cfg, name, getattr(cfg, name) == fixed, f"{fixed} with --verify: drop it")

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -56,6 +57,9 @@ def run_as_script(main: Callable[[list[str]], int]) -> NoReturn:
         code = _fail(f"{name}: {stop}", 128 + stop.signum)
     except KeyboardInterrupt:
         code = _fail(f"{name}: interrupted: the same command goes on", 130)
+    except BrokenPipeError:  # the reader of our output has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails again
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
@@ -50,7 +51,8 @@ def collect_at_rank_0(folder: Path, names: list[str]) -> None:
     """
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    # a rank waits for the slowest one: days, not the default half hour
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         wanted = [[name for name in names if not (folder / name).exists()]]
         dist.barrier()  # all ranks are done writing

@@ -9,8 +9,9 @@ One autoencoder (no b_dec: it is fixed at 0 in the toy replication):
 Autoencoders of one width form a Stack; all stacks see the same x. Inside, everything is
 feature-major (features in rows, samples in columns): a feature's weights, moments and codes are
 contiguous, and each GEMM has the shape of a single autoencoder, batched over the stack. So on CPU
-an autoencoder's numbers are the same bits whatever else is in the ensemble (a test holds that; one
-GEMM for all encoders measured no faster, see LOG.md).
+an autoencoder's numbers are the same bits whatever else is in the ensemble, if n_dict and
+activation_dim are multiples of 8 (a test holds that; odd sizes, which align differently in memory,
+agree to rounding). One GEMM for all encoders measured no faster, see LOG.md.
 
 Gradients are derived by hand (autograd agrees to 1e-9 in float64, see tests/test_ensemble.py):
 

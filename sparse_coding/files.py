@@ -82,7 +82,7 @@ def read_tensor_info(path: Path) -> dict:
 
 def require_free_disk(folder: Path, n_bytes: int) -> None:
     """Raises UserError unless n_bytes and a reserve fit on the disk of the folder."""
-    while not folder.exists():
+    while not os.path.exists(folder):  # also False for a name that is too long
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     require(

@@ -1,6 +1,7 @@
 """What a toy run says about the post: figures, verdict, check against the record. Floor 2."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -116,8 +117,13 @@ def _chance_and_ceiling(data: ToyData, seed: int, n_dicts: list[int]) -> list[st
 
 def verdict(rows: list[dict]) -> str:
     """One paragraph: the best cell, and whether mmcs_with_larger points at the same l1_alpha."""
+    diverged = [row for row in rows if not math.isfinite(row["mse"])]
+    rows = [row for row in rows if math.isfinite(row["mse"])]
+    if not rows:
+        return f"All {len(diverged)} cells diverged: lower the learning rate."
     best = max(rows, key=lambda r: r["mmcs"])
-    text = (
+    text = f"{len(diverged)} cells diverged and are left out of this line. " if diverged else ""
+    text += (
         f"Best mmcs {best['mmcs']:.3f} at l1_alpha {best['l1_alpha']:.3g}, dict_ratio "
         f"{best['dict_ratio']:g} (n_dict {best['n_dict']}): {best['n_recovered']} true features "
         f"recovered (cosine similarity above 0.9), {best['n_dead']} dead, l0 {best['l0']:.1f}."

@@ -1,6 +1,8 @@
 """Run folders: one per set of constants, with checkpoints that fall back. Floor 1."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -74,19 +76,27 @@ class CheckpointStore:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """Holds the lock of this name in the folder; a killed process holds none.
+def locked(folder: Path, shard_suffix: str = "") -> Iterator[None]:
+    """Keeps other processes out of the folder; a killed process keeps out none.
+
+    Shards share it, each number once. A run without shards has it alone: it would train their
+    cells a second time.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process is there.
     """
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(folder / f".{name}.lock", blocking=False):
-            yield
-    except Timeout:
-        raise UserError(f"another process is running in {folder}: wait for it or stop it") from None
+    locks = [(".run.lock", fcntl.LOCK_SH if shard_suffix else fcntl.LOCK_EX)]
+    if shard_suffix:
+        locks.append((f".run{shard_suffix}.lock", fcntl.LOCK_EX))
+    with contextlib.ExitStack() as held:
+        for name, kind in locks:
+            file = held.enter_context(open(folder / name, "a"))
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"another process is running in {folder}: wait for it or stop it"
+                raise UserError(message) from None
+        yield
 
 
 def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) -> None:
@@ -99,27 +109,34 @@ def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) 
     Raises:
         UserError: it is a file, can't be written, or belongs to something else.
     """
-    is_file = folder.exists() and not folder.is_dir()
+    is_file = os.path.exists(folder) and not folder.is_dir()  # os.path: False if it can't be
     require(not is_file, f"--output-dir {folder} is a file: choose another one")
     config_path = folder / "config.json"
     # a process killed before it wrote config.json leaves a temporary file at most
-    if folder.is_dir() and any(not is_temporary(path) for path in folder.iterdir()):
+    if os.path.isdir(folder) and any(not is_temporary(path) for path in folder.iterdir()):
         _require_same_constants(folder, constants, fresh)
         if fresh:
-            with locked(folder, "run"):
-                shutil.rmtree(folder)
+            with locked(folder):
+                shutil.rmtree(folder.resolve())  # resolved: a link stays, what it names goes
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError
-    except (PermissionError, NotADirectoryError, FileExistsError):
+    except OSError as error:  # below a file, read-only, too long, a dangling link, ...
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise UserError(f"--output-dir {folder} can't be written: choose another one") from None
     if not config_path.exists():
         write_json(config_path, {"constants": constants, **about})
 
 
 def close_run_folder(folder: Path) -> None:
-    """Removes what only a resume needs, and what killed processes left; writes DONE, the last."""
+    """Joins the shards' time series, removes what only a resume needs; writes DONE, the last."""
+    series = [folder / "metrics.jsonl", *sorted(folder.glob("metrics-shard-*.jsonl"))]
+    lines = [line for path in series if path.exists() for line in path.read_text().splitlines(True)]
+    write_atomic(series[0], "".join(dict.fromkeys(lines)))  # each once, also if killed here before
+    for path in series[1:]:
+        path.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for path in folder.rglob(".*"):
         if is_temporary(path):
@@ -130,14 +147,14 @@ def close_run_folder(folder: Path) -> None:
 def _require_same_constants(folder: Path, constants: dict, fresh: bool) -> None:
     try:
         stored = json.loads((folder / "config.json").read_text())["constants"]
-    except (OSError, ValueError, KeyError):
+        keys = sorted(stored.keys() | constants.keys())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
         raise UserError(
             f"--output-dir {folder} is not empty ({names}) and has no config.json of ours: "
             "choose another one"
         ) from None
     as_stored = json.loads(json.dumps(constants))  # tuples become lists, as in the file
-    keys = sorted(stored.keys() | as_stored.keys())
     differing = [k for k in keys if stored.get(k) != as_stored.get(k)]
     shown = ", ".join(f"{k} {stored.get(k)} there, {as_stored.get(k)} here" for k in differing[:6])
     require(

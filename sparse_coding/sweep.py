@@ -87,7 +87,7 @@ def plan_groups(
         require(
             alone <= budget,
             f"n_dict {cell.n_dict} needs {alone / 1e9:.2f} GB, {budget / 1e9:.2f} GB are free: "
-            "lower the high end of the sizes",
+            "lower the high end of the sizes, or raise --max-memory-gb if it is set",
         )
         group = groups[-1] if groups and groups[-1][0].seed == cell.seed else []
         if group and memory_of([c.n_dict for c in [*group, cell]]) <= budget:

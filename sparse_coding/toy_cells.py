@@ -38,10 +38,12 @@ class ToyRecipe:
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range; their names are those of the flags."""
         require_flag(self, "n_steps", self.n_steps >= 1, "at least 1")
-        require_flag(self, "learning_rate", 0 < self.learning_rate < float("inf"), "above 0")
+        lr = self.learning_rate
+        require_flag(self, "learning_rate", 0 < lr < float("inf"), "above 0 and finite")
 
     def memory(self, n_dicts: list[int]) -> int:
-        return ensemble_bytes(n_dicts, self.data.activation_dim, self.data.batch_size)
+        world = 3 * 8 * self.data.n_true_features**2  # A, Σ and one more while they are made
+        return world + ensemble_bytes(n_dicts, self.data.activation_dim, self.data.batch_size)
 
     def disk(self, n_dicts: list[int]) -> int:
         """Bytes of a run folder at its largest: dictionaries and three checkpoints (one half

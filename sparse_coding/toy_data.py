@@ -40,7 +40,7 @@ class ToyData:
         rule = f"above 0 and at most --n-true-features {most}"
         require_flag(self, "n_active", 0 < self.n_active <= most, rule)
         require_flag(self, "feature_prob_decay", 0 < self.feature_prob_decay <= 1, "in (0, 1]")
-        require_flag(self, "noise_std", 0 <= self.noise_std < float("inf"), "at least 0")
+        require_flag(self, "noise_std", 0 <= self.noise_std < float("inf"), "at least 0 and finite")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A sweep is trained in groups of cells that fit into memory together, one group a
 """
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -176,12 +177,13 @@ class Progress:
         headline: tuple[str, Callable],
     ):
         # 30 s where nobody watches: a log file is not filled with bars
-        interval = 0.1 if sys.stderr.isatty() else 30.0
+        interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
         total = n_groups * n_steps
-        self.bar = tqdm(total=total, unit="step", mininterval=interval, dynamic_ncols=True)
+        self.bar = tqdm(total=total, unit="step", mininterval=interval, dynamic_ncols=True,
+                        disable=sys.stderr is None)  # fmt: skip
         self.tracker, self.log_every, self.n_steps = tracker, log_every, n_steps
         self.headline = headline
-        self.best: float | None = None
+        self.best = math.nan
 
     def start_group(
         self, cells: list[str], *, info: dict, measure: Callable[[Tensor], dict[str, list[float]]]
@@ -203,13 +205,15 @@ class Progress:
         seconds = max(time.monotonic() - self.since, 1e-9)
         rate = (done - self.since_step) * len(self.cells) / seconds
         key, better = self.headline
-        self.best = better(values[key] + ([] if self.best is None else [self.best]))
+        finite = [v for v in (*values[key], self.best) if math.isfinite(v)]
+        self.best = better(finite, default=math.nan)
         per_cell = {
             f"{k}/{c}": v for k, vs in values.items() for c, v in zip(self.cells, vs, strict=True)
         }
         self.tracker.log({"step": done, **self.info, "perf/sae_steps_per_s": rate, **per_cell})
         name = key.split("/")[-1]
-        self.bar.set_postfix_str(f"{rate:,.0f} SAE-steps/s, best {name} {self.best:.3f}")
+        postfix = f"{rate:,.0f} SAE-steps/s, best {name} {self.best:.3f}"
+        self.bar.set_postfix_str(postfix, refresh=False)  # shown when mininterval allows
         self.since, self.since_step = time.monotonic(), done
 
 

@@ -17,6 +17,7 @@ def row(alpha: float, ratio: float, mmcs: float, larger: float | None, seed: int
         "n_recovered": 3,
         "n_dead": 1,
         "l0": 2.5,
+        "mse": 0.1,
     }
 
 
@@ -35,6 +36,15 @@ def test_verdict_names_the_best_cell_and_says_whether_the_peaks_agree():
     assert "mmcs_with_larger points at" in verdict(table(1))
     assert "1 at dict_ratio 1, 1 at dict_ratio 2" in verdict(table(1))
     assert "mmcs_with_larger does not point at" in verdict(table(2))
+
+
+def test_verdict_leaves_out_diverged_cells_and_counts_them():
+    rows = table(0)
+    rows[0] |= {"mmcs": float("nan"), "mse": float("nan")}
+    assert "1 cells diverged" in verdict(rows)
+    assert "Best mmcs 0.900" in verdict(rows)
+    nothing = [row | {"mse": float("nan")} for row in rows]
+    assert "All 15 cells diverged" in verdict(nothing)
 
 
 def test_verdict_says_nothing_about_peaks_where_there_is_nothing_to_compare():

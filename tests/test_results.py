@@ -73,7 +73,7 @@ def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path):
     with pytest.raises(UserError, match="n_steps 5 there, 6 here"):
         open_run_folder(folder, constants=other, about={}, fresh=False)
     assert (folder / "old").exists()
-    with locked(folder, "run"), pytest.raises(UserError, match="another process"):
+    with locked(folder, "-shard-1-of-2"), pytest.raises(UserError, match="another process"):
         open_run_folder(folder, constants=other, about={}, fresh=True)
     open_run_folder(folder, constants=other, about={}, fresh=True)
     assert os.listdir(folder) == ["config.json"]
@@ -87,16 +87,20 @@ def test_a_process_killed_while_it_made_the_folder_does_not_block_the_next(tmp_p
     assert json.loads((folder / "config.json").read_text())["constants"] == CONSTANTS
 
 
-def test_closing_leaves_no_checkpoint_and_no_temporary_file(tmp_path):
+def test_closing_joins_the_series_and_leaves_no_checkpoint_and_no_temporary_file(tmp_path):
     open_run_folder(tmp_path / "run", constants=CONSTANTS, about={}, fresh=False)
     folder = tmp_path / "run"
     (folder / "cells").mkdir()
     (folder / "cells" / ".a.json.123.tmp").write_text("torn")
     (folder / "cells" / "a.json").write_text("{}")
     store_with(folder / "checkpoints", 10)
+    (folder / "metrics.jsonl").write_text("")
+    (folder / "metrics-shard-1-of-2.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (folder / "metrics-shard-2-of-2.jsonl").write_text('{"step": 3}\n')
     close_run_folder(folder)
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    assert left == ["DONE", "cells/a.json", "config.json"]
+    assert left == ["DONE", "cells/a.json", "config.json", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -114,14 +118,23 @@ def test_a_file_or_a_path_below_a_file_is_refused(tmp_path):
             open_run_folder(path, constants=CONSTANTS, about={}, fresh=False)
 
 
-def test_a_second_process_in_the_folder_is_refused(tmp_path):
-    with locked(tmp_path, "run"):
-        with pytest.raises(UserError, match="another process"), locked(tmp_path, "run"):
-            pass
-        with locked(tmp_path, "run-shard-1-of-2"):
-            pass
-    with locked(tmp_path, "run"):
-        pass
+def is_refused(folder, shard_suffix: str = "") -> bool:
+    try:
+        with locked(folder, shard_suffix):
+            return False
+    except UserError:
+        return True
+
+
+def test_a_run_has_its_folder_alone_and_shards_share_it(tmp_path):
+    with locked(tmp_path):
+        assert is_refused(tmp_path)
+        assert is_refused(tmp_path, "-shard-1-of-2")
+    with locked(tmp_path, "-shard-1-of-2"):
+        assert is_refused(tmp_path)
+        assert is_refused(tmp_path, "-shard-1-of-2")
+        assert not is_refused(tmp_path, "-shard-2-of-2")
+    assert not is_refused(tmp_path)
 
 
 def test_config_names_versions_and_commit_but_no_machine_path(monkeypatch):
