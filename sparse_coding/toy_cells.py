@@ -1,6 +1,6 @@
 """Cells of the toy replication as training needs them: data, starts, metrics, rows. Floor 2."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from sparse_coding.sweep import Cell
 from sparse_coding.toy_data import ToyData, ToyStream, make_world
 from sparse_coding.training import Task
 
-N_EVALUATION_BATCHES = 10  # of fresh samples: 2 560 at batch 256, as in 2023
+EVALUATION = {"n_batches": 10, "batch_size": 256}  # 2 560 fresh samples, as in 2023
 COLUMNS = (
     "seed", "l1_alpha", "dict_ratio", "n_dict", "n_steps", "mmcs", "mmcs_dict_to_truth",
     "mmcs_with_larger", "n_recovered", "n_dead", "l0", "fvu", "mse", "l1", "seconds",
@@ -59,9 +59,10 @@ class ToyRecipe:
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one seed with the stream they train on and their evaluation."""
         seed = group[0].seed
-        stream = partial(ToyStream, self.data, make_world(self.data, seed), device=self.device)
-        training = stream(batch_seed=named_seed(seed, "batches"))
-        fresh = stream(batch_seed=named_seed(seed, "evaluation"))
+        stream = partial(ToyStream, world=make_world(self.data, seed), device=self.device)
+        training = stream(self.data, batch_seed=named_seed(seed, "batches"))
+        at_evaluation = replace(self.data, batch_size=EVALUATION["batch_size"])
+        fresh = stream(at_evaluation, batch_seed=named_seed(seed, "evaluation"))
         members = members_of(group, self.l1_normalisation)
         ensemble = Ensemble(
             members, self.data.activation_dim, lr=self.learning_rate, device=self.device
@@ -69,7 +70,7 @@ class ToyRecipe:
 
         def evaluate() -> list[dict]:
             values = agreement_with_truth(ensemble, training.features)
-            values |= reconstruction(ensemble, map(fresh.batch, range(N_EVALUATION_BATCHES)))
+            values |= reconstruction(ensemble, map(fresh.batch, range(EVALUATION["n_batches"])))
             of_cell = [{k: v[i] for k, v in values.items()} for i in range(len(group))]
             return [
                 row_of(cell, found | {"n_steps": self.n_steps})
