@@ -35,6 +35,8 @@ def pick_device(flag: str) -> torch.device:
 def set_precision(flag: str, device: torch.device) -> str:
     """Sets and returns the precision of float32 GEMMs: float32 or tf32 (auto: tf32 on CUDA).
 
+    To be called before the first parallel region of the process.
+
     Raises:
         UserError: tf32 on a device without it.
     """
@@ -44,6 +46,9 @@ def set_precision(flag: str, device: torch.device) -> str:
         "--precision tf32 needs CUDA: use float32 on the CPU",
     )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    # Adam's moments of dead features decay into denormals, on which a CPU is many times slower.
+    # Zero in their place changes no parameter (LOG.md). Threads made later inherit it.
+    torch.set_flush_denormal(True)
     return precision
 
 
