@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from sparse_coding import replication
-from sparse_coding.cells import all_results_here, merged_rows
+from sparse_coding.cells import may_merge, merged_rows
 from sparse_coding.config import fingerprint, parse_flags, require, require_flag, run_as_script
 from sparse_coding.distributed import Shard, find_shard
 from sparse_coding.files import read_csv, require_free_disk, write_csv
@@ -67,7 +67,7 @@ class Config:
     n_steps: int = 20_000  # steps of every autoencoder
     learning_rate: float = 1e-3  # of Adam, betas (0.9, 0.999)
 
-    # the machine; none of these changes a number beyond rounding
+    # the machine: rounding only, but for the device, which draws random numbers of its own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
     precision: Literal["auto", "float32", "tf32"] = "auto"  # of GEMMs; auto: tf32 on CUDA
     max_memory_gb: float = 0.0  # for training, in GB; 0: 80 % of what is free
@@ -142,7 +142,7 @@ def run(
             tracker=tracker,
             log_every=cfg.log_every,
         )
-        if all_results_here(folder, cells, shard):
+        if may_merge(folder, cells, shard):
             return finish(cfg, recipe, cells, folder=folder, tracker=tracker, about=about)
         tracker.finish(figures={}, table=[])
         return 0

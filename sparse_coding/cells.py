@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import fingerprint
-from sparse_coding.distributed import Shard, collect_at_rank_0
+from sparse_coding.distributed import Shard, wait_for_all_ranks
 from sparse_coding.files import read_tensors, write_json, write_tensors
 from sparse_coding.metrics import mmcs_with_larger
 from sparse_coding.results import CheckpointStore
@@ -80,19 +80,21 @@ def groups_to_train(
     return begun + plan_groups(new, budget, memory_of)
 
 
-def all_results_here(folder: Path, cells: list[Cell], shard: Shard) -> bool:
-    """Whether this process may merge: rank 0 of torchrun after waiting for the others, or whoever
-    finds all cells done. Says so if some are left to other shards."""
+def may_merge(folder: Path, cells: list[Cell], shard: Shard) -> bool:
+    """Whether this process merges: one without --shard, or rank 0 after all ranks. Says what else
+    is to do where it does not, or where results are missing."""
     if shard.by_torchrun:
-        collect_at_rank_0(folder, [p(c) for c in cells for p in (dictionary_path, row_path)])
-        return shard.index == 0
+        wait_for_all_ranks()
+        if shard.index > 0:
+            return False
     n_missing = len(missing_cells(folder, cells))
-    if n_missing:
+    if n_missing or (shard.count > 1 and not shard.by_torchrun):
         print(
-            f"shard done; {n_missing} of {len(cells)} cells are left to the others. When they are "
-            f"done, the same command without --shard merges all into {folder}"
+            f"shard done; {n_missing} of {len(cells)} cells are left to the others. When all their "
+            f"files are in {folder}, the same command without --shard or torchrun merges them"
         )
-    return n_missing == 0
+        return False
+    return True
 
 
 def merged_rows(folder: Path, cells: list[Cell], device: torch.device) -> list[dict]:

@@ -3,10 +3,8 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 from sparse_coding.config import UserError, require
-from sparse_coding.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -42,29 +40,11 @@ def find_shard(flag: str) -> Shard:
     return Shard(index - 1, count)
 
 
-def collect_at_rank_0(folder: Path, names: list[str]) -> None:
-    """Waits for all ranks; then rank 0 has every named file, also those of other hosts.
-
-    Args:
-        folder: run folder of this rank; on one host, or on a shared disk, the same for all
-        names: files relative to the folder; each must exist on at least one rank
-    """
+def wait_for_all_ranks() -> None:
+    """Returns when every rank of torchrun has called it."""
     import torch.distributed as dist
 
     # a rank waits for the slowest one: days, not the default half hour
     dist.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        wanted = [[name for name in names if not (folder / name).exists()]]
-        dist.barrier()  # all ranks are done writing
-        if dist.get_rank() == 0:
-            wanted = [[name for name in names if not (folder / name).exists()]]
-        dist.broadcast_object_list(wanted, src=0)
-        mine = {n: (folder / n).read_bytes() for n in wanted[0] if (folder / n).exists()}
-        everyones = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, everyones, dst=0)
-        for files in everyones or []:
-            for name, data in files.items():
-                write_atomic(folder / name, data)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()

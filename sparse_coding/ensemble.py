@@ -47,7 +47,8 @@ class Member:
 def initial_autoencoder(activation_dim: int, n_dict: int, seed: int) -> dict[str, Tensor]:
     """The start of June 2023: W_enc, b_enc as torch.nn.Linear, W_dec orthogonal, rows of length 1.
 
-    Drawn on the CPU in float32. Feature-major: W_enc is (n_dict, activation_dim) here.
+    Drawn on the CPU in float32. Feature-major as in a Stack: W_enc is (n_dict, activation_dim),
+    the transpose of what Ensemble.dictionary and the saved files have.
     """
     rng = torch.Generator().manual_seed(seed)
     bound = activation_dim**-0.5  # torch.nn.Linear: U(−1/√fan_in, 1/√fan_in) for weight and bias
@@ -187,7 +188,7 @@ class Ensemble:
                 parameter.copy_(tensors[f"{s}.{name}"])
                 prefix = f"{s}.{name}."
                 stack.adam.state[parameter] = {
-                    key.removeprefix(prefix): value.clone().to(parameter.device)
+                    key.removeprefix(prefix): value.to(parameter.device, copy=True)
                     for key, value in tensors.items()
                     if key.startswith(prefix)
                 }

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from sparse_coding.ensemble import Ensemble
-from sparse_coding.metrics import RECOVERED, ReconstructionSums, max_cosine, mmcs
+from sparse_coding.metrics import RECOVERED, ReconstructionSums, full_float32, max_cosine, mmcs
 
 
+@full_float32()
 def reconstruction(ensemble: Ensemble, batches: Iterable[Tensor]) -> dict[str, list[float]]:
     """l0, l1, mse, fvu, n_dead over all samples of the batches, in the order of the members.
 
@@ -28,7 +29,8 @@ def agreement_with_truth(ensemble: Ensemble, features: Tensor) -> dict[str, list
     """mmcs, mmcs_dict_to_truth, n_recovered against the true features (n, activation_dim)."""
     per_stack = []
     for stack in ensemble.stacks:
-        best = max_cosine(features, stack.W_dec)  # (n_saes, n_true_features)
+        # one by one: each GEMM has the shape of one autoencoder, whatever else is in the stack
+        best = torch.stack([max_cosine(features, W_dec) for W_dec in stack.W_dec])
         to_truth = torch.stack([mmcs(W_dec, features) for W_dec in stack.W_dec])
         recovered = (best > RECOVERED).sum(dim=1)
         per_stack.append(
@@ -40,9 +42,12 @@ def agreement_with_truth(ensemble: Ensemble, features: Tensor) -> dict[str, list
 def training_state(ensemble: Ensemble, x: Tensor, features: Tensor) -> dict[str, list[float]]:
     """What is logged while training: loss and l0 on the last batch, mmcs with the features."""
     on_batch = reconstruction(ensemble, [x])
-    found = _in_order(ensemble, [{"mmcs": mmcs(features, s.W_dec)} for s in ensemble.stacks])
-    keys = {"train/mse": "mse", "train/l0": "l0"}
-    return {k: on_batch[v] for k, v in keys.items()} | {"metrics/mmcs": found["mmcs"]}
+    found = [torch.stack([mmcs(features, W) for W in s.W_dec]).tolist() for s in ensemble.stacks]
+    return {
+        "train/mse": on_batch["mse"],
+        "train/l0": on_batch["l0"],
+        "metrics/mmcs": ensemble.in_order(found),
+    }
 
 
 def _in_order(ensemble: Ensemble, per_stack: list[dict[str, Tensor]]) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     The parent folder is made if it is missing. After an exception `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # pid: two shards on one host may write the same file (config.json), each its own temporary
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a name of its own: two shards, on any hosts, may write the same file (config.json)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -27,7 +27,9 @@ def pick_device(flag: str) -> torch.device:
     )
     if flag == "cpu" or not cuda:
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # of torchrun
+    rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()  # of torchrun
+    require(rank < n_gpus, f"no GPU for rank {rank} of this host: use --nproc_per_node={n_gpus}")
+    device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
 

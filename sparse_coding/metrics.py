@@ -4,16 +4,31 @@ MMCS (mean max cosine similarity) is from Sharkey, Braun, Millidge (2022). Dicti
 features are matrices whose rows are the features; rows need not have length 1 here.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparse_coding.config import named_seed
 
-RECOVERED = 0.9  # cosine similarity above which a true feature counts as recovered (design, §5)
+RECOVERED = 0.9  # cosine similarity above which a true feature counts as recovered; ours
 CHUNK = 4096  # dictionary rows compared at once: bounds memory at n_true x 4096 similarities
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 inside, whatever training uses: it would bias cosines near a threshold by 1e-3."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@full_float32()
 def max_cosine(features: Tensor, dictionary: Tensor) -> Tensor:
     """For each row of `features` the largest cosine similarity over rows of `dictionary`.
 
@@ -79,10 +94,12 @@ class ReconstructionSums:
         """x (batch, activation_dim), x_hat (n_saes, batch, activation_dim),
         codes feature-major (n_saes, n_dict, batch)."""
         self.n_samples += len(x)
-        self.squared_error += (x_hat - x).double().square().sum(dim=(1, 2))
+        # one dimension at a time: torch sums down to a single number in another order, by threads,
+        # so that one autoencoder alone would differ from itself among others
+        self.squared_error += (x_hat - x).double().square().sum(dim=2).sum(dim=1)
         active = codes > 0
         self.active += active.sum(dim=(1, 2))
-        self.code_sum += codes.sum(dim=(1, 2), dtype=torch.float64)
+        self.code_sum += codes.sum(dim=2, dtype=torch.float64).sum(dim=1)
         self.fired |= active.any(dim=2)
         self.x_sum += x.double().sum(dim=0)
         self.x_squared += x.double().square().sum()

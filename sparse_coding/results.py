@@ -48,7 +48,7 @@ class CheckpointStore:
         from safetensors import SafetensorError
 
         for path in self.paths():
-            with contextlib.suppress(SafetensorError):  # load() will say so
+            with contextlib.suppress(SafetensorError, FileNotFoundError):  # load() will say so
                 return read_tensor_info(path)
         return None
 
@@ -90,7 +90,7 @@ def locked(folder: Path, shard_suffix: str = "") -> Iterator[None]:
         locks.append((f".run{shard_suffix}.lock", fcntl.LOCK_EX))
     with contextlib.ExitStack() as held:
         for name, kind in locks:
-            file = held.enter_context(open(folder / name, "a"))
+            file = held.enter_context(open(folder / name, "a+"))  # NFS: LOCK_SH reads
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -128,6 +128,21 @@ def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) 
         raise UserError(f"--output-dir {folder} can't be written: choose another one") from None
     if not config_path.exists():
         write_json(config_path, {"constants": constants, **about})
+    else:
+        _note_other_code(config_path, about)
+
+
+def _note_other_code(config_path: Path, about: dict) -> None:
+    """Warns, and keeps a record, if this process runs other code or packages than the one before:
+    then the final numbers are those of no single version."""
+    config = json.loads(config_path.read_text())
+    before = (config.get("resumed_by") or [config])[-1]
+    differing = [k for k in ("git_commit", "versions") if before.get(k) != about.get(k)]
+    if differing:
+        names = " and ".join(differing)
+        print(f"warning: {config_path.parent} was begun with other {names}", file=sys.stderr)
+        config["resumed_by"] = [*config.get("resumed_by", []), about]
+        write_json(config_path, config)
 
 
 def close_run_folder(folder: Path) -> None:
@@ -164,14 +179,14 @@ def _require_same_constants(folder: Path, constants: dict, fresh: bool) -> None:
     )
 
 
-def about_this_run(device: str, **more: object) -> dict:
+def about_this_run(device: str) -> dict:
     """Command, commit and versions for config.json. No host name, no path, no environment."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):  # wandb may be left out
             versions[name] = metadata.version(name)
     command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    return {"command": command, **_git_state(), "versions": versions, "device": device, **more}
+    return {"command": command, **_git_state(), "versions": versions, "device": device}
 
 
 def _git_state() -> dict:

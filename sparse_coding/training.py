@@ -101,6 +101,8 @@ def train_missing_cells(
     with StopSignal() as stop, contextlib.closing(progress.bar):
         for group in groups:
             _train_group(recipe, folder, group=group, progress=progress, stop=stop)
+            if stop.signum:  # it came while results were written
+                raise Interrupted(stop.signum, "stopped, all saved: the same command goes on")
 
 
 def _train_group(
@@ -246,7 +248,7 @@ def train_(
         progress.bar.update(1)
         if done % progress.log_every == 0 or done == n_steps:
             progress.log(done, x)
-        if stop.signum or clock.due():
+        if stop.signum or clock.due() or done == n_steps:
             seconds = seconds_before + time.monotonic() - started
             began = time.monotonic()
             checkpoints.save(done, ensemble.state(), info={**info, "seconds": seconds})

@@ -39,6 +39,22 @@ def test_reconstruction_equals_a_few_lines_on_the_saved_dictionary(ensemble, x):
         assert found["n_dead"][i] == (codes == 0).all(dim=0).sum().item()
 
 
+def test_rows_of_one_autoencoder_are_the_same_bits_alone_as_among_others():
+    members = [Member(512, 0.01, seed) for seed in range(3)]
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).split(128)
+    truth = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together, alone = (
+            agreement_with_truth(ensemble, truth) | reconstruction(ensemble, x)
+            for ensemble in (Ensemble(m, 256, lr=1, device=CPU) for m in (members, members[1:2]))
+        )
+    finally:
+        torch.set_num_threads(n_threads)
+    assert {key: [values[1]] for key, values in together.items()} == alone
+
+
 def test_agreement_equals_a_few_lines_on_the_saved_dictionary(ensemble):
     truth = torch.nn.functional.normalize(ensemble.dictionary(2)["W_dec"][:5], dim=1)
     found = agreement_with_truth(ensemble, truth)

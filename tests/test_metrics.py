@@ -67,6 +67,24 @@ def test_chunks_and_stacks_change_nothing(truth, monkeypatch):
     torch.testing.assert_close(max_cosine(truth, dictionaries), whole)
 
 
+def test_metrics_are_in_full_float32_whatever_training_uses(truth):
+    torch.set_float32_matmul_precision("high")
+    try:
+        inside = []
+        real = torch.Tensor.__matmul__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                torch.Tensor,
+                "__matmul__",
+                lambda a, b: inside.append(torch.get_float32_matmul_precision()) or real(a, b),
+            )
+            mmcs(truth, truth)
+        assert inside == ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_mmcs_with_larger_is_the_mean_over_the_larger_ones_and_none_without(truth):
     small = truth[:64]
     other = torch.randn(256, 256, generator=torch.Generator().manual_seed(3))

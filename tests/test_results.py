@@ -65,6 +65,16 @@ def test_a_folder_opens_again_for_the_same_constants_and_keeps_its_files(tmp_pat
     assert json.loads((folder / "config.json").read_text())["command"] == "first"
 
 
+def test_a_resume_by_other_code_is_warned_of_and_recorded(tmp_path, capsys):
+    for commit in ("a", "a", "b", "b"):
+        about = {"git_commit": commit, "versions": {"torch": "2"}}
+        open_run_folder(tmp_path / "run", constants=CONSTANTS, about=about, fresh=False)
+    assert capsys.readouterr().err.count("begun with other git_commit\n") == 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["git_commit"] == "a"
+    assert [about["git_commit"] for about in config["resumed_by"]] == ["b"]
+
+
 def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path):
     folder = tmp_path / "run"
     open_run_folder(folder, constants=CONSTANTS, about={}, fresh=False)

@@ -1,6 +1,9 @@
 """Statistics of both data laws, and that a batch depends on its step alone."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +45,16 @@ def test_a_batch_is_a_function_of_world_seed_batch_seed_and_step(law):
     assert torch.equal(a.batch(7), b.batch(7))  # whatever was drawn before
     assert not torch.equal(a.batch(7), a.batch(8))
     assert not torch.equal(a.batch(7), stream_of(data, batch_seed=2).batch(7))
+
+
+def test_the_first_batch_of_a_process_is_like_any_other():
+    """MKL's erf may differ in its first call when threads share it: the stream warms it up."""
+    code = (
+        "import torch; from tests.test_toy_data import POST, stream_of; torch.set_num_threads(2);"
+        "[torch.randn(512, 512) @ torch.randn(512, 512) for _ in range(3)]; s = stream_of(POST);"
+        "assert torch.equal(s.batch(5), s.batch(5))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_worlds_of_neighbouring_seeds_share_nothing():
