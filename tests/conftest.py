@@ -1,0 +1,186 @@
+"""Builders for the tests that call a script as a user does.
+
+`run_script` starts a fresh interpreter. `fork_script` runs the same script in a process forked from
+one that has torch loaded already: a run costs 0.1 s instead of 2 s, and is otherwise the same (own
+process, arguments, working directory, environment, output files, exit code).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 120  # of one run; a tiny one takes 1 to 5 s
+
+NO_FIGURES = {"sparse_coding.replication.FIGURES": []}  # they take most of a tiny run
+
+# Loaded once, forked per job. Jobs are JSON lines on stdin, answers JSON lines on stdout.
+SERVER = """
+import gc, importlib, json, os, runpy, sys, time
+script = sys.argv[1]
+sys.path[0] = os.path.dirname(script)  # as for `python script`
+import safetensors.torch, torch._dynamo, tyro  # the script loads these when it needs them
+tyro.cli(int, args=["1"])
+runpy.run_path(script, run_name="preload")
+gc.freeze()  # else every fork walks, and so copies, all of torch's objects when it ends
+while line := sys.stdin.readline():
+    job = json.loads(line)
+    if "wait" in job:
+        end, pid = time.monotonic() + job["timeout_s"], 0
+        while not pid and time.monotonic() < end:
+            pid, status = os.waitpid(job["wait"], os.WNOHANG)
+            time.sleep(0.005)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(pid, flush=True)
+else:
+    sys.exit()
+os.chdir(job["cwd"])
+for fd, path in ((1, job["stdout"]), (2, job["stderr"])):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+for name, value in job["patch"].items():
+    module, attribute = name.rsplit(".", 1)
+    getattr(importlib.import_module(module), attribute)  # a patch of nothing is an error
+    setattr(sys.modules[module], attribute, value)
+sys.argv = [script, *job["argv"]]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished process. code: negative if a signal ended it."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def err_lines(self) -> list[str]:
+        """Lines of stderr as a terminal leaves them, without the progress bar."""
+        lines = [line.split("\r")[-1] for line in self.err.split("\n")]
+        return [line for line in lines if line and "step/s" not in line and "s/step" not in line]
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """No proxy, key or PYTHONPATH of the developer; one thread; no network is needed, so none."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", os.path.expanduser("~/.config/matplotlib")),
+        "https_proxy": "http://127.0.0.1:9",  # nothing listens there
+        "http_proxy": "http://127.0.0.1:9",
+    }
+
+
+class Process:
+    """A script running in a fork of the server."""
+
+    def __init__(self, server: "Server", job: dict):
+        self.server, self.job = server, job
+        self.pid: int = server.ask(job)
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> Done:
+        code = self.server.ask({"wait": self.pid, "timeout_s": timeout_s})
+        if code is None:
+            self.signal(signal.SIGKILL)
+            self.server.ask({"wait": self.pid, "timeout_s": 10})
+            pytest.fail(f"{self.job['argv']} did not end within {timeout_s} s: {self.err()}")
+        return Done(code, Path(self.job["stdout"]).read_text(), self.err())
+
+    def err(self) -> str:
+        path = Path(self.job["stderr"])
+        return path.read_text() if path.exists() else ""
+
+    def signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)  # not reaped before wait(): the pid is still ours
+
+    def wait_until(self, happened: Callable[[], object], timeout_s: float = 30) -> None:
+        end = time.monotonic() + timeout_s
+        while not happened():
+            assert time.monotonic() < end, f"not within {timeout_s} s; stderr: {self.err()}"
+            time.sleep(0.002)
+
+
+class Server:
+    """The process that is forked for each run of one script."""
+
+    def __init__(self, script: Path, home: Path):
+        self.folder, self.n_jobs = home, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=home,
+            env=clean_environment(home),
+        )
+
+    def ask(self, job: dict) -> object:
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *flags: str, cwd: Path | None = None, patch: dict | None = None) -> Process:
+        """patch: {"module.NAME": value}, set before the script starts; else no figures."""
+        self.n_jobs += 1
+        path = str(self.folder / f"job-{self.n_jobs}")
+        job = {"argv": [str(f) for f in flags], "cwd": str(cwd or self.folder)}
+        job |= {"stdout": f"{path}.out", "stderr": f"{path}.err"}
+        job |= {"patch": NO_FIGURES if patch is None else patch}
+        return Process(self, job)
+
+    def run(
+        self,
+        *flags: str,
+        cwd: Path | None = None,
+        patch: dict | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Done:
+        return self.start(*flags, cwd=cwd, patch=patch).wait(timeout_s)
+
+
+def run_script(
+    command: list[str], *, cwd: Path, more_environment: dict[str, str] | None = None
+) -> Done:
+    """`python <command>` in a fresh interpreter and a clean environment, stdin closed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=clean_environment(cwd) | (more_environment or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def toy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Forks replicate_toy_models.py: `toy_server.run("--n-steps", "40")`."""
+    server = Server(ROOT / "replicate_toy_models.py", tmp_path_factory.mktemp("toy_server"))
+    yield server
+    server.process.stdin.close()
+    server.process.wait(10)
+
+
+def bytes_under(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder by its relative path; lock files are no content."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}

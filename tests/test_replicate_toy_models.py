@@ -1,0 +1,669 @@
+"""replicate_toy_models.py as a user meets it: bad input, resume, shards, signals, what is on disk.
+
+Every run is a process of its own in another directory, without network. The sweep is tiny: widths
+8, 16, 32 at three l1_alphas and two seeds, 240 steps.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Done, Server, bytes_under, run_script
+
+SCRIPT = ROOT / "replicate_toy_models.py"
+N_STEPS, SEEDS, WIDTHS, L1_EXPS = 240, (0, 1), (8, 16, 32), (-2, -1, 0)
+TINY = (
+    "--preset smoke --activation-dim 8 --n-true-features 16 --l1-exp-low -2 --l1-exp-high 1 "
+    "--dict-ratio-exp-low -1 --dict-ratio-exp-high 2 --wandb-mode disabled --log-every 20 "
+    f"--n-steps {N_STEPS} --n-seeds 2 --device cpu"
+).split()
+SMALL_MEMORY = ("--max-memory-gb", "0.0002")  # two or more groups of cells per seed
+# figures take most of a tiny run: smaller here, and left out by most runs
+COARSE = {"sparse_coding.plotting.DPI": 20}
+# a checkpoint every few steps, no figures
+OFTEN = {
+    "sparse_coding.replication.FIGURES": [],
+    "sparse_coding.training.CHECKPOINT_SECONDS": 0.01,
+    "sparse_coding.training.CHECKPOINT_SHARE": 1.0,
+}
+HEADER = (
+    "seed,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,mmcs_with_larger,"
+    "n_recovered,n_dead,l0,fvu,mse,l1,seconds"
+)
+FIGURES = ("mmcs", "dead_features", "mmcs_with_larger", "reconstruction_loss")
+needs_cpu_torch = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+@pytest.fixture(scope="session")
+def finished(toy_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny sweep, run once. Nobody may write to it."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    done = toy_server.run(*TINY, "--output-dir", "run", cwd=cwd, patch=COARSE)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    return cwd / "run"
+
+
+def numbers_in(folder: Path) -> dict[str, bytes | list]:
+    """What must be the same bits in two runs of the same constants."""
+    kept = {
+        name: data
+        for name, data in bytes_under(folder).items()
+        if name.startswith(("dictionaries/", "figures/", "world."))
+    }
+    return kept | {"results.csv": [row | {"seconds": 0} for row in table(folder)]}
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_numbers(folder: Path, finished: Path, *, figures: bool = False) -> None:
+    ours, theirs = numbers_in(folder), numbers_in(finished)
+    if not figures:
+        theirs = {name: data for name, data in theirs.items() if not name.startswith("figures/")}
+        ours = {name: ours[name] for name in ours if not name.startswith("figures/")}
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def assert_refused(done: Done, *words: str) -> None:
+    """One line on stderr that has these words, exit code 2, no traceback."""
+    assert done.code == 2, done.err
+    assert done.err.count("\n") == 1, done.err
+    assert done.err.startswith("replicate_toy_models.py: error: ")
+    assert [word for word in words if word not in done.err] == [], done.err
+
+
+def in_training(folder: Path):
+    """Whether the run in that folder has logged, so that it is inside its training loop."""
+    metrics = folder / "metrics.jsonl"
+    return lambda: metrics.exists() and metrics.stat().st_size > 0
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "--n-stepz 5": ["--n-stepz", "did you mean --n-steps?"],
+    "--n-stepz=5": ["--n-stepz", "did you mean --n-steps?"],
+    "--learning_rat 1": ["--learning_rat", "did you mean --learning-rate?"],
+    "junk": ["junk", "--help"],
+    "--n-steps 5 6": ["6", "--help"],
+    "--n-steps 0": ["--n-steps 0", "at least 1"],
+    "--n-steps -5": ["--n-steps -5", "at least 1"],
+    "--n-steps x": ["--n-steps", "'x'", "int"],
+    "--n-steps": ["--n-steps", "value"],
+    "--n-steps 1.5": ["--n-steps", "'1.5'"],
+    "--l1-exp-low 3 --l1-exp-high 3": ["--l1-exp-high 3", "above the low end 3"],
+    "--preset full --n-active 600": ["--n-active 600", "--n-true-features 512"],
+    "--n-active nan": ["--n-active nan", "--n-true-features"],
+    "--learning-rate 0": ["--learning-rate 0", "above 0"],
+    "--learning-rate inf": ["--learning-rate inf"],
+    "--shard 3/2": ["--shard 3/2", "i/N"],
+    "--shard 0/2": ["--shard 0/2", "i/N"],
+    "--shard x": ["--shard x", "i/N"],
+    "--preset foo": ["'foo'", "--preset", "smoke", "quick", "full"],
+    "--preset smoke --dict-ratio-exp-low -9": ["64 x 2^-9", "raise the low end"],
+    "--preset smoke --max-memory-gb 0.000001": ["GB", "--max-memory-gb"],
+    "--verify --n-steps 100": ["--n-steps 100", "5000", "--verify"],
+    "--verify --preset smoke": ["--verify", "--preset"],
+    "--fresh --shard 1/2": ["--fresh", "shard"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_bad_flag_is_one_line_naming_value_and_remedy_and_nothing_is_written(
+    flags: str, toy_server: Server, tmp_path: Path
+):
+    done = toy_server.run(*flags.split(), "--wandb-mode", "disabled", cwd=tmp_path, timeout_s=20)
+    assert_refused(done, *BAD_FLAGS[flags])
+    assert done.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_cpu_torch
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [("--device cuda", ["--device cuda", "--device cpu"]), ("--precision tf32", ["float32"])],
+)
+def test_what_needs_cuda_is_refused_without_it(
+    flags: str, words: list[str], toy_server: Server, tmp_path: Path
+):
+    assert_refused(toy_server.run(*flags.split(), cwd=tmp_path), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_error_is_one_line_in_a_fresh_interpreter_too(tmp_path: Path):
+    assert_refused(run_script([SCRIPT, "--n_stepz", "5"], cwd=tmp_path), "--n-steps?")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_constants_of_the_chosen_preset_are_checked(toy_server: Server, tmp_path: Path):
+    """full has n_active 5: too many for 4 true features, but smoke has 3."""
+    flags = [*TINY, "--n-true-features", "4", "--n-steps", "1", "--shard", "1/18"]
+    assert toy_server.run(*flags, cwd=tmp_path).code == 0
+
+
+def test_an_output_directory_that_is_a_file_or_below_one_is_refused(
+    toy_server: Server, tmp_path: Path
+):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    for path in (file, file / "below"):
+        done = toy_server.run(*TINY, "--output-dir", path, cwd=tmp_path)
+        assert_refused(done, f"--output-dir {path}", "choose another")
+    assert bytes_under(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("path", ["/proc/no", "x" * 300, "/dev/null/x"])
+def test_an_output_directory_that_cannot_be_made_is_refused(
+    path: str, toy_server: Server, tmp_path: Path
+):
+    done = toy_server.run(*TINY, "--output-dir", path, cwd=tmp_path)
+    assert_refused(done, "--output-dir", "choose another")
+
+
+def test_a_folder_without_permission_is_refused(toy_server: Server, tmp_path: Path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    done = toy_server.run(*TINY, "--output-dir", tmp_path / "run")
+    tmp_path.chmod(0o700)
+    assert_refused(done, "can't be written", "choose another")
+
+
+@contextlib.contextmanager
+def mounted_tmpfs(folder: Path, options: str):
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs root and mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_read_only_disk_is_refused(toy_server: Server, tmp_path: Path):
+    with mounted_tmpfs(tmp_path / "disk", "ro"):
+        done = toy_server.run(*TINY, "--output-dir", tmp_path / "disk/run")
+    assert_refused(done, "--output-dir", "choose another")
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(toy_server: Server, tmp_path: Path):
+    with mounted_tmpfs(tmp_path / "disk", "size=8k"):
+        (tmp_path / "disk/mine.txt").write_text("x" * 4000)
+        done = toy_server.run(*TINY, "--output-dir", tmp_path / "disk/run")
+        assert bytes_under(tmp_path / "disk") == {"mine.txt": b"x" * 4000}
+    assert_refused(done, "disk full", "free some space")
+
+
+def test_a_disk_that_fills_up_while_training_is_one_line_and_the_same_command_goes_on(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    folder, filler = tmp_path / "disk/run", tmp_path / "disk/filler"
+    with mounted_tmpfs(tmp_path / "disk", "size=80m"):
+        process = toy_server.start(*TINY, "--output-dir", folder, patch=OFTEN)
+        process.wait_until(lambda: any(folder.glob("checkpoints/*/step-*.safetensors")))
+        process.signal(signal.SIGSTOP)
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        process.signal(signal.SIGCONT)
+        done = process.wait()
+        assert list(folder.rglob("*.tmp")) == []
+        assert not (folder / "DONE").exists()
+        filler.unlink()
+        again = toy_server.run(*TINY, "--output-dir", folder)
+        assert again.code == 0, again.err
+        assert again.err_lines == []
+        assert_same_numbers(folder, finished)
+    assert done.code == 2, done.err
+    assert len(done.err_lines) == 1, done.err
+    assert "error: disk full" in done.err_lines[0]
+    assert "free some space" in done.err_lines[0]
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_not_even_fresh_deletes_it(
+    toy_server: Server, tmp_path: Path
+):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("years of work")
+    for config in (None, "[1]", '{"constants": 3}', "{tor"):
+        if config is not None:
+            (tmp_path / "thesis/config.json").write_text(config)
+        before = bytes_under(tmp_path)
+        done = toy_server.run(*TINY, "--output-dir", "thesis", "--fresh", cwd=tmp_path)
+        assert_refused(done, "--output-dir thesis", "choose another")
+        assert bytes_under(tmp_path) == before
+
+
+def test_fresh_deletes_nothing_for_a_run_that_cannot_start(finished: Path, toy_server: Server):
+    before = bytes_under(finished)
+    flags = ["--output-dir", finished, "--fresh", "--max-memory-gb", "0.000001"]
+    assert_refused(toy_server.run(*TINY, *flags), "GB")
+    assert bytes_under(finished) == before
+
+
+def test_a_folder_of_other_constants_is_refused_with_their_names_and_stays_as_it_is(
+    finished: Path, toy_server: Server
+):
+    before = bytes_under(finished)
+    flags = [*TINY, "--output-dir", finished, "--n-steps", "241", "--l1-normalisation", "sum"]
+    done = toy_server.run(*flags)
+    assert_refused(done, "n_steps 240 there, 241 here", "l1_normalisation", "--fresh")
+    assert "seed" not in done.err.split("constants")[1].replace(str(finished), "")
+    assert bytes_under(finished) == before
+
+
+# --- flags that are right ----------------------------------------------------------------------
+
+
+def test_help_shows_every_constant_with_its_meaning_and_default(tmp_path: Path):
+    source = SCRIPT.read_text().split("class Config:")[1].split("\nPRESETS")[0]
+    fields = re.findall(r"^    (\w+): [^#]+? = ([^#]+?)(?:  # (.+))?$", source, flags=re.MULTILINE)
+    assert len(fields) > 20
+    done = run_script([SCRIPT, "--help"], cwd=tmp_path, more_environment={"COLUMNS": "200"})
+    assert done.code == 0
+    assert done.err == ""
+    shown = " ".join(done.out.replace("│", " ").split())
+    for name, default, comment in fields:
+        assert f"--{name.replace('_', '-')}" in shown
+        with contextlib.suppress(SyntaxError):
+            assert f"default: {eval(default)!s}" in shown or f"default: {default}" in shown
+        assert comment in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_cpu_torch
+def test_auto_is_quick_without_cuda_and_the_first_line_says_so_with_the_price_of_full(
+    toy_server: Server, tmp_path: Path
+):
+    process = toy_server.start("--wandb-mode", "disabled", cwd=tmp_path)
+    out = Path(process.job["stdout"])
+    process.wait_until(lambda: out.exists() and "results go to" in out.read_text())
+    process.signal(signal.SIGKILL)
+    first_line = process.wait().out.splitlines()[0]
+    assert re.match(r"quick: 102 SAEs .*full: 153 SAEs, about \d+(\.\d+)? (s|min|h)", first_line)
+    assert next((tmp_path / "outputs").iterdir()).name.startswith("replicate_toy_models-quick-")
+
+
+def test_a_flag_wins_over_the_preset_and_underscores_work(finished: Path):
+    constants = json.loads((finished / "config.json").read_text())["constants"]
+    assert constants["n_steps"] == N_STEPS  # 600 in smoke
+    assert constants["n_active"] == 3.0  # smoke's; 5 in full
+
+
+def test_underscores_and_equals_signs_mean_the_same_constants(finished: Path, toy_server: Server):
+    flags = [flag.replace("-", "_").replace("__", "--", 1) for flag in TINY if flag[0] == "-"]
+    assert "--n_steps" in flags
+    underscored = [f.replace("-", "_").replace("__", "--", 1) if f[:2] == "--" else f for f in TINY]
+    before = bytes_under(finished)
+    done = toy_server.run(*underscored, f"--output-dir={finished}", f"--n-steps={N_STEPS}")
+    assert done.code == 0, done.err
+    assert bytes_under(finished) == before
+
+
+# --- what a run leaves -------------------------------------------------------------------------
+
+
+def test_the_table_has_the_promised_columns_and_one_row_per_cell_of_both_seeds(finished: Path):
+    rows = table(finished)
+    assert ",".join(rows[0]) == HEADER
+    cells = [(int(r["seed"]), int(r["n_dict"]), float(r["l1_alpha"])) for r in rows]
+    assert cells == [(s, n, 10 ** (e / 4)) for s in SEEDS for n in WIDTHS for e in L1_EXPS]
+    assert {r["n_steps"] for r in rows} == {str(N_STEPS)}
+    assert [r["mmcs_with_larger"] == "" for r in rows] == [r["n_dict"] == "32" for r in rows]
+    empty = {k for r in rows for k, v in r.items() if v == "" and k != "mmcs_with_larger"}
+    assert empty == set()
+
+
+def test_the_run_folder_has_exactly_the_promised_files(finished: Path):
+    from safetensors.torch import load_file
+
+    names = set(bytes_under(finished))
+    stems = [f"seed{s}_dict{n:06d}_l1exp{e:+03d}" for s in SEEDS for n in WIDTHS for e in L1_EXPS]
+    expected = {"config.json", "metrics.jsonl", "results.csv", "report.html", "DONE"}
+    expected |= {"world.safetensors"} | {f"dictionaries/{stem}.safetensors" for stem in stems}
+    expected |= {f"figures/{name}.{end}" for name in FIGURES for end in ("png", "csv")}
+    assert names - {f"cells/{stem}.json" for stem in stems} == expected
+
+    world = load_file(finished / "world.safetensors")
+    assert {name: tuple(t.shape) for name, t in world.items()} == {
+        f"seed{s}.{what}": shape
+        for s in SEEDS
+        for what, shape in (("features", (16, 8)), ("covariance", (16, 16)))
+    }
+    assert not torch.equal(world["seed0.features"], world["seed1.features"])
+    sae = load_file(finished / f"dictionaries/{stems[0]}.safetensors")
+    assert {name: tuple(t.shape) for name, t in sae.items()} == {
+        "W_enc": (8, 8), "b_enc": (8,), "W_dec": (8, 8), "b_dec": (8,)
+    }  # fmt: skip
+    torch.testing.assert_close(sae["W_dec"].norm(dim=1), torch.ones(8))
+
+
+def test_metrics_are_json_with_namespaced_keys_and_each_step_once(finished: Path):
+    found = records(finished)
+    steps = [(r["seed"], r["group"], r["step"]) for r in found]
+    assert len(set(steps)) == len(steps) == len(SEEDS) * N_STEPS // 20
+    keys = {key for r in found for key in r} - {"step", "seed", "group"}
+    assert {key.split("/")[0] for key in keys} == {"train", "metrics", "perf"}
+
+
+def test_config_json_says_what_was_run_and_nothing_about_the_machine_owner(finished: Path):
+    text = (finished / "config.json").read_text()
+    config = json.loads(text)
+    assert config["constants"]["n_seeds"] == 2
+    assert config["command"].startswith("python replicate_toy_models.py --preset smoke")
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert config["git_commit"] == (head.stdout.strip() or None)
+    assert config["git_dirty"] in ((True, False) if head.stdout else (None,))
+    assert {"python", "torch", "numpy"} <= config["versions"].keys()
+    assert config["device"].startswith("CPU")
+    assert os.uname().nodename not in text
+    assert str(finished.parent) not in text
+
+
+def test_the_report_needs_no_network(finished: Path):
+    html = (finished / "report.html").read_text()
+    assert re.findall(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", html) == []
+    assert re.findall(r"""(?:url\(|@import)\s*["']?\s*(?:https?:)?//""", html) == []
+    assert html.count("data:image/png;base64,") == len(FIGURES)
+
+
+# --- the same numbers, however they are made ---------------------------------------------------
+
+
+def test_a_second_run_has_the_same_bits_and_fresh_runs_again(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    assert toy_server.run(*TINY, "--output-dir", "run", cwd=tmp_path, patch=COARSE).code == 0
+    assert_same_numbers(tmp_path / "run", finished, figures=True)
+    (tmp_path / "run/results.csv").write_text("")
+    (tmp_path / "link").symlink_to("run")
+    again = toy_server.run(*TINY, "--output-dir", "link", "--fresh", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert "to train: 18 SAEs" in again.out
+    assert_same_numbers(tmp_path / "run", finished)
+
+
+def test_the_same_command_again_says_that_it_is_done_and_where_and_changes_no_file(
+    finished: Path, toy_server: Server
+):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix != ".lock"}
+    done = toy_server.run(*TINY, "--output-dir", finished)
+    assert done.code == 0
+    assert done.err == ""
+    assert "done" in done.out
+    assert str(finished / "report.html") in done.out
+    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix != ".lock"}
+    assert {p: t for p, t in after.items() if p.is_file()} == {
+        p: t for p, t in before.items() if p.is_file()
+    }
+
+
+def test_two_shards_and_the_command_without_give_the_single_runs_table(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    flags = [*TINY, "--output-dir", "run"]
+    first = toy_server.run(*flags, "--shard", "1/2", cwd=tmp_path)
+    assert first.code == 0, first.err
+    assert "9 of 18 cells are left" in first.out
+    assert "without --shard" in first.out
+    assert not (tmp_path / "run/results.csv").exists()
+    second = toy_server.run(*flags, "--shard", "2/2", cwd=tmp_path)
+    assert second.code == 0, second.err
+    merged = toy_server.run(*flags, cwd=tmp_path)
+    assert merged.code == 0, merged.err
+    assert (tmp_path / "run/DONE").exists()
+    assert_same_numbers(tmp_path / "run", finished)
+
+
+def test_shards_of_two_machines_merge_when_their_folders_are_copied_together(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    for i in (1, 2):
+        flags = ["--output-dir", f"machine{i}", "--shard", f"{i}/2"]
+        assert toy_server.run(*TINY, *flags, cwd=tmp_path).code == 0
+        shutil.copytree(tmp_path / f"machine{i}", tmp_path / "both", dirs_exist_ok=True)
+    merged = toy_server.run(*TINY, "--output-dir", "both", cwd=tmp_path)
+    assert merged.code == 0, merged.err
+    assert "to train: 18" not in merged.out
+    assert_same_numbers(tmp_path / "both", finished)
+
+
+def test_torchrun_gives_the_single_runs_table(finished: Path, tmp_path: Path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run_script([*torchrun, SCRIPT, *TINY, "--output-dir", "run"], cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert_same_numbers(tmp_path / "run", finished)
+
+
+def test_a_shard_without_cells_is_no_error(toy_server: Server, tmp_path: Path):
+    done = toy_server.run(*TINY, "--shard", "100/100", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "18 of 18 cells are left" in done.out
+
+
+def test_a_cell_is_the_same_bits_alone_in_the_grid_and_in_groups_split_by_memory(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    split = toy_server.run(*TINY, *SMALL_MEMORY, "--output-dir", "split", cwd=tmp_path)
+    assert split.code == 0, split.err
+    assert int(re.search(r"(\d+) groups", split.out)[1]) >= 4
+    assert_same_numbers(tmp_path / "split", finished)
+    one = "--l1-exp-low -1 --l1-exp-high 0 --dict-ratio-exp-low 0 --dict-ratio-exp-high 1"
+    alone = toy_server.run(*TINY, *one.split(), "--output-dir", "alone", cwd=tmp_path)
+    assert alone.code == 0, alone.err
+    cells = bytes_under(tmp_path / "alone/dictionaries")
+    assert len(cells) == len(SEEDS)
+    for name, data in cells.items():
+        assert (finished / "dictionaries" / name).read_bytes() == data
+
+
+# --- stopped, killed, damaged ------------------------------------------------------------------
+
+
+def test_runs_killed_at_random_moments_end_with_the_same_bits_and_leave_no_litter(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    rng, folder = random.Random(0), tmp_path / "run"
+    flags, killed_in_training = [*TINY, *SMALL_MEMORY, "--output-dir", folder], 0
+    for _ in range(10):
+        seen = (folder / "metrics.jsonl").stat().st_size if folder.exists() else 0
+        process = toy_server.start(*flags, patch=OFTEN)
+        if rng.random() < 0.8:  # else anywhere, start-up included
+            process.wait_until(lambda size=seen: _size(folder) != size or _done(folder))
+        with contextlib.suppress(pytest.fail.Exception):
+            process.wait(rng.uniform(0, 0.15))  # kills it
+        if _done(folder):
+            break
+        killed_in_training += any(folder.glob("checkpoints/*/step-*"))
+    assert killed_in_training >= 3
+    last = toy_server.run(*flags, patch=OFTEN)
+    assert last.code == 0, last.err
+    assert last.err_lines == []
+    assert_same_numbers(folder, finished)
+    steps = [(r["seed"], r["group"], r["step"]) for r in records(folder)]
+    assert len(set(steps)) == len(steps)
+    litter = [p.name for p in folder.rglob("*") if p.name.endswith(".tmp")]
+    assert litter == []
+    assert not (folder / "checkpoints").exists()
+
+
+def _size(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.stat().st_size if metrics.exists() else 0
+
+
+def _done(folder: Path) -> bool:
+    return (folder / "DONE").exists()
+
+
+def test_a_kill_while_the_very_first_file_is_written_does_not_lock_the_folder_up(
+    toy_server: Server, tmp_path: Path
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.config.json.4194305.tmp").write_text('{"const')
+    flags = [*TINY, "--n-steps", "1", "--output-dir", "run"]
+    done = toy_server.run(*flags, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert list((tmp_path / "run").rglob(".*.tmp")) == []
+
+
+def interrupted(toy_server: Server, folder: Path, signum: int) -> Done:
+    """A run in the folder, stopped by the signal in its second seed, two checkpoints written."""
+    process = toy_server.start(*TINY, "--output-dir", folder, patch=OFTEN)
+    process.wait_until(lambda: len(list(folder.glob("checkpoints/*/step-*.safetensors"))) == 2)
+    process.wait_until(in_training(folder))
+    process.signal(signum)
+    return process.wait()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_training_saves_and_says_how_to_go_on(
+    signum: int, code: int, finished: Path, toy_server: Server, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    done = interrupted(toy_server, folder, signum)
+    assert done.code == code, done.err
+    assert len(done.err_lines) == 1, done.err
+    assert re.search(r"saved at step \d+ of 240", done.err_lines[0])
+    assert "same command" in done.err_lines[0]
+    step = int(re.search(r"step (\d+)", done.err_lines[0])[1])
+    newest = max(p.name for p in folder.glob("checkpoints/*/step-*.safetensors"))
+    assert newest == f"step-{step:08d}.safetensors"
+    again = toy_server.run(*TINY, "--output-dir", folder)
+    assert again.code == 0, again.err
+    assert_same_numbers(folder, finished)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_leaves_a_folder_that_the_same_command_finishes(
+    signum: int, toy_server: Server, tmp_path: Path
+):
+    flags = [*TINY, "--n-steps", "1", "--output-dir", tmp_path / "run"]
+    process = toy_server.start(*flags)
+    process.wait_until((tmp_path / "run").exists)
+    process.signal(signum)
+    done = process.wait()
+    assert done.code in (128 + signum, -signum), done.err
+    assert "Traceback" not in done.err
+    assert len(done.err_lines) <= 1
+    assert toy_server.run(*flags).code == 0
+
+
+@pytest.mark.parametrize("n_damaged", [1, 2])
+def test_a_truncated_checkpoint_falls_back_to_the_previous_or_to_the_start(
+    n_damaged: int, finished: Path, toy_server: Server, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    interrupted(toy_server, folder, signal.SIGTERM)
+    checkpoints = sorted(folder.glob("checkpoints/*/step-*.safetensors"), reverse=True)
+    assert len(checkpoints) == 2
+    for i, path in enumerate(checkpoints[:n_damaged]):
+        path.write_bytes(path.read_bytes()[: 1000 if i == 0 else 0])
+    done = toy_server.run(*TINY, "--output-dir", folder)
+    assert done.code == 0, done.err
+    warnings = [line for line in done.err.replace("\r", "\n").split("\n") if "warning" in line]
+    assert len(warnings) == n_damaged, done.err
+    for path, line in zip(checkpoints, warnings, strict=False):
+        assert path.name in line
+    assert_same_numbers(folder, finished)
+    steps = [(r["seed"], r["group"], r["step"]) for r in records(folder)]
+    assert len(set(steps)) == len(steps) == len(SEEDS) * N_STEPS // 20
+
+
+def test_a_second_process_in_the_folder_is_refused_and_harms_nothing(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    flags = [*TINY, "--output-dir", "run"]
+    first = toy_server.start(*flags, cwd=tmp_path)
+    first.wait_until(in_training(tmp_path / "run"))
+    os.kill(first.pid, signal.SIGSTOP)  # so that it is surely still there
+    second = toy_server.run(*flags, cwd=tmp_path)
+    fresh = toy_server.run(*flags, "--fresh", cwd=tmp_path)
+    os.kill(first.pid, signal.SIGCONT)
+    done = first.wait()
+    assert_refused(second, "another process", "run")
+    assert_refused(fresh, "another process", "run")
+    assert done.err_lines == []
+    assert done.code == 0, done.err
+    assert_same_numbers(tmp_path / "run", finished)
+
+
+def test_the_merging_command_is_refused_while_a_shard_is_running(
+    toy_server: Server, tmp_path: Path
+):
+    flags = [*TINY, "--output-dir", "run"]
+    shard = toy_server.start(*flags, "--shard", "1/2", cwd=tmp_path)
+    shard.wait_until(lambda: list((tmp_path / "run").glob("metrics-shard*.jsonl")))
+    os.kill(shard.pid, signal.SIGSTOP)
+    merging = toy_server.run(*flags, cwd=tmp_path)
+    os.kill(shard.pid, signal.SIGCONT)
+    assert_refused(merging, "another process", "run")
+    assert shard.wait().code == 0
+
+
+# --- around the run ----------------------------------------------------------------------------
+
+
+def test_no_heavy_package_is_imported_without_need(tmp_path: Path):
+    code = (
+        "import atexit, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0][:-23]);"
+        "atexit.register(lambda: print('\\n'.join(sys.modules)));"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = [*TINY, "--n-steps", "1", "--n-seeds", "1"]
+    done = run_script(["-c", code, str(SCRIPT), *flags], cwd=tmp_path)
+    assert done.code == 0, done.err
+    modules = set(done.out.split())
+    assert {"torch", "matplotlib"} <= modules
+    assert modules & {"transformers", "datasets", "wandb", "vastai", "pandas", "triton"} == set()
+
+
+def test_an_offline_wandb_run_holds_the_summary(tmp_path: Path):
+    flags = [*TINY, "--n-steps", "20", "--n-seeds", "1", "--wandb-mode", "offline"]
+    done = run_script([SCRIPT, *flags, "--output-dir", "run"], cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    (record,) = tmp_path.rglob("offline-run-*/run-*.wandb")
+    assert record.is_relative_to(tmp_path / "run")
+    data = record.read_bytes()
+    for key in (b"summary/cells", b"figures/mmcs", b"metrics/mmcs", b"train/mse"):
+        assert key in data
+
+
+def test_closed_standard_streams_do_not_end_a_run(tmp_path: Path):
+    """As some job schedulers start their jobs."""
+    flags = [*TINY, "--n-steps", "1", "--n-seeds", "1", "--shard", "1/9", "--output-dir", "run"]
+    code = "import os, sys; os.closerange(0, 3); os.execv(sys.argv[1], sys.argv[1:])"
+    done = run_script(["-c", code, sys.executable, SCRIPT, *flags], cwd=tmp_path)
+    assert done.code == 0
+    assert len(list((tmp_path / "run/cells").iterdir())) == 1
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run_with_a_traceback(
+    toy_server: Server, tmp_path: Path
+):
+    """python replicate_toy_models.py | head -1"""
+    flags = " ".join([*TINY, "--n-steps", "1", "--n-seeds", "1"])
+    python = sys.executable
+    shell = f"{python} {SCRIPT} {flags} | true"
+    command = ["-c", "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])", shell]
+    assert "Traceback" not in run_script(command, cwd=tmp_path).err
