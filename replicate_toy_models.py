@@ -10,7 +10,7 @@ true features, dead features, MMCS with larger dictionaries, reconstruction loss
     python replicate_toy_models.py --help             all constants
 
 Any constant below is a flag, and wins over the preset. The same command resumes or merges.
-Times and hardware: README.md.
+On two CPU cores: smoke 11 s, quick 2 min, --verify 102 s, full about 12 h.
 """
 
 import dataclasses

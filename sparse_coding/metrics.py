@@ -70,7 +70,10 @@ def chance_mmcs(features: Tensor, n_dict: int) -> float:
 
 
 def ceiling_mmcs(features: Tensor, n_dict: int) -> float:
-    """mmcs if every dictionary row were an exact true feature (the first n_dict of them)."""
+    """mmcs if every dictionary row were an exact true feature (the first n_dict of them).
+
+    A small dictionary can exceed it a little, with rows that lie between true features.
+    """
     return float(mmcs(features, features[:n_dict]))
 
 

@@ -25,7 +25,7 @@ FIGURES = (
         explanation="Look for a bright band from dict_ratio 1 down: there mmcs nears 1, nearly "
         "every true feature is a row of the dictionary. Beside it, and in dictionaries too small "
         "to hold all features, it falls toward the chance level of random dictionaries (given at "
-        "the right, with the highest value possible).",
+        "the right, beside the value if every row were a true feature).",
         vmin=0.0,
         vmax=1.0,
     ),
@@ -110,7 +110,8 @@ def _chance_and_ceiling(data: ToyData, seed: int, n_dicts: list[int]) -> list[st
 
     def note(n_dict: int) -> str:
         chance, most = chance_mmcs(features, n_dict), ceiling_mmcs(features, n_dict)
-        return f"chance {chance:.2f}, max {most:.2f}".replace(" 0.", " .").replace("1.00", "1")
+        text = f"chance {chance:.2f}, true rows {most:.2f}"
+        return text.replace(" 0.", " .").replace("1.00", "1")
 
     return [note(n) for n in n_dicts]
 
