@@ -562,7 +562,8 @@ def test_a_signal_before_training_leaves_a_folder_that_the_same_command_finishes
     process.wait_until((tmp_path / "run").exists)
     process.signal(signum)
     done = process.wait()
-    assert done.code in (128 + signum, -signum), done.err
+    # so short a run may also be over before the signal arrives
+    assert done.code in (128 + signum, -signum) or (tmp_path / "run/DONE").exists(), done.err
     assert "Traceback" not in done.err
     assert len(done.err_lines) <= 1
     assert toy_server.run(*flags).code == 0
