@@ -69,8 +69,8 @@ def read_tensors(path: Path) -> tuple[dict, dict]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        info = json.loads((file.metadata() or {}).get("info", "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors, read_tensor_info(path)
 
 
 def read_tensor_info(path: Path) -> dict:

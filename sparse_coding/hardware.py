@@ -9,7 +9,8 @@ import torch
 from sparse_coding.config import require
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
-# Training runs at this share of the speed of its bare GEMMs; ours, measured in LOG.md
+# Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are
+# 76 % of a step at n_dict 512 (LOG.md), less for small dictionaries
 TRAINING_EFFICIENCY = 0.6
 
 

@@ -128,7 +128,7 @@ def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) 
         raise UserError(f"--output-dir {folder} can't be written: choose another one") from None
     if not config_path.exists():
         write_json(config_path, {"constants": constants, **about})
-    else:
+    elif not (folder / "DONE").exists():  # a finished run is not gone on with
         _note_other_code(config_path, about)
 
 

@@ -75,6 +75,15 @@ def test_a_resume_by_other_code_is_warned_of_and_recorded(tmp_path, capsys):
     assert [about["git_commit"] for about in config["resumed_by"]] == ["b"]
 
 
+def test_a_finished_folder_is_opened_by_other_code_without_a_note(tmp_path, capsys):
+    open_run_folder(tmp_path, constants=CONSTANTS, about={"git_commit": "a"}, fresh=False)
+    close_run_folder(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    open_run_folder(tmp_path, constants=CONSTANTS, about={"git_commit": "b"}, fresh=False)
+    assert (tmp_path / "config.json").read_text() == before
+    assert capsys.readouterr().err == ""
+
+
 def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path):
     folder = tmp_path / "run"
     open_run_folder(folder, constants=CONSTANTS, about={}, fresh=False)
