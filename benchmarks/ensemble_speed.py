@@ -19,7 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
-from sparse_coding.ensemble import Ensemble, Member, initial_autoencoder
+from sparse_coding.ensemble import Ensemble
+from sparse_coding.members import Member, initial_autoencoder
 
 H, BATCH = 256, 256
 L1_ALPHAS = [10 ** (e / 4) for e in range(-8, 9)]

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 
 from sparse_coding.config import named_seed, require_flag
-from sparse_coding.ensemble import Ensemble, Member, ensemble_bytes
+from sparse_coding.ensemble import Ensemble, ensemble_bytes
+from sparse_coding.members import Member
 from sparse_coding.evaluation import agreement_with_truth, reconstruction, training_state
 from sparse_coding.hardware import step_seconds
 from sparse_coding.sweep import Cell

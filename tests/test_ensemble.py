@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from sparse_coding.config import named_seed
-from sparse_coding.ensemble import Ensemble, Member, ensemble_bytes, initial_autoencoder
+from sparse_coding.ensemble import Ensemble, ensemble_bytes
+from sparse_coding.members import Member, Schedule, initial_autoencoder
 from sparse_coding.toy_data import ToyData, ToyStream, make_world
 
 CPU = torch.device("cpu")
@@ -165,3 +166,81 @@ def test_memory_plan_covers_what_the_ensemble_allocates(members):
     scratch = sum(t.numel() * 4 for t in ensemble.scratch.flat.values())
     planned = ensemble_bytes([m.n_dict for m in members], H, len(x))
     assert state + scratch == planned
+
+
+class FullReference(nn.Module):
+    """With b_dec and gradient projection, in plain autograd and float64."""
+
+    def __init__(self, start: dict[str, torch.Tensor], b_dec: torch.Tensor):
+        super().__init__()
+        for name, tensor in {**start, "b_dec": b_dec}.items():
+            setattr(self, name, nn.Parameter(tensor.double().clone()))
+        self.normalise_()
+
+    def normalise_(self) -> None:
+        with torch.no_grad():
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu((x - self.b_dec) @ self.W_enc.T + self.b_enc)
+
+    def backward(self, x: torch.Tensor, l1: float) -> None:
+        codes = self.codes(x)
+        x_hat = codes @ self.W_dec + self.b_dec
+        (((x - x_hat) ** 2).mean() + l1 * codes.sum(dim=1).mean()).backward()
+        with torch.no_grad():
+            along = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
+            self.W_dec.grad -= along * self.W_dec
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_b_dec_projection_and_schedule_equal_autograd(dtype):
+    h, n_dict, n_steps = 24, 40, 60
+    rng = torch.Generator().manual_seed(5)
+    x = [torch.rand(32, h, generator=rng, dtype=torch.float64) ** 3 for _ in range(n_steps)]
+    b_dec = torch.cat(x).mean(dim=0)
+    members = [Member(n_dict, l1, seed=i, tied=True) for i, l1 in enumerate((0.001, 0.02))]
+    schedule = Schedule(n_steps=n_steps, lr_warmup=5, l1_warmup=10, decay_start=40)
+    options = dict(b_dec=b_dec, project=True, schedule=schedule)
+    ensemble = Ensemble(members, h, lr=3e-3, device=CPU, dtype=dtype, **options)
+    for batch in x:
+        ensemble.step_(batch.to(dtype))
+    for i, m in enumerate(members):
+        sae = FullReference(initial_autoencoder(h, n_dict, m.seed, tied=True), b_dec)
+        adam = torch.optim.Adam(sae.parameters(), lr=3e-3, foreach=False, fused=False)
+        for step, batch in enumerate(x):
+            # written out, not by Schedule: rises over 5 and 10 steps, falls from step 40 to 60
+            lr_factor = min(1, (step + 1) / 6) * min(1, (60 - step) / 20)
+            adam.param_groups[0]["lr"] = 3e-3 * lr_factor
+            adam.zero_grad()
+            sae.backward(batch, m.l1 * min(1, step / 10))
+            adam.step()
+            sae.normalise_()
+        expected = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec}
+        for name, parameter in {**expected, "b_dec": sae.b_dec}.items():
+            found = ensemble.dictionary(i)[name]
+            assert distance(found, parameter.detach()) < (
+                1e-9 if dtype == torch.float64 else 2e-3
+            ), name
+
+
+def test_the_controller_brings_l0_to_the_wished_one_and_resumes_with_the_same_bits():
+    stream = ToyStream(DATA, make_world(DATA, 0), batch_seed=1, device=CPU)
+    schedule = Schedule(n_steps=1500, l1_warmup=50, decay_start=1200)
+    members = [Member(64, 1e-3, seed=3, tied=True, target_l0=t) for t in (4.0, 0.0, 12.0)]
+    ensemble = Ensemble(members, H, lr=3e-3, device=CPU, b_dec=torch.zeros(H), schedule=schedule)
+    for step in range(700):
+        ensemble.step_(stream.batch(step))
+    resumed = Ensemble(members, H, lr=3e-3, device=CPU, b_dec=torch.zeros(H), schedule=schedule)
+    resumed.load_state_({name: tensor.clone() for name, tensor in ensemble.state().items()})
+    for step in range(700, 1500):
+        ensemble.step_(stream.batch(step))
+        resumed.step_(stream.batch(step))
+    for name, tensor in ensemble.state().items():
+        assert torch.equal(tensor, resumed.state()[name]), name
+    x = torch.cat([stream.batch(step) for step in range(2000, 2020)])
+    l0 = (ensemble.stacks[0].forward(x)[0] > 0).sum(dim=1).float().mean(dim=1).tolist()
+    assert l0[0] == pytest.approx(4, rel=0.15)
+    assert l0[2] == pytest.approx(12, rel=0.15)
+    assert ensemble.l1(1) == pytest.approx(1e-3)
+    assert ensemble.l1(0) > ensemble.l1(2)

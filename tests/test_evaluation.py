@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sparse_coding.ensemble import Ensemble, Member
+from sparse_coding.ensemble import Ensemble
 from sparse_coding.evaluation import agreement_with_truth, reconstruction, training_state
+from sparse_coding.members import Member
 
 CPU = torch.device("cpu")
 H = 16

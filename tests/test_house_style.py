@@ -11,13 +11,14 @@ MODULES = sorted(p for p in (ROOT / "sparse_coding").glob("*.py") if p.stem != "
 FILES = SCRIPTS + MODULES + sorted((ROOT / "benchmarks").glob("*.py"))
 FLOORS = [
     {"config", "files"},
-    {"sweep", "results", "distributed", "hardware", "toy_data", "metrics", "ensemble", "plotting",
-     "tracking"},
+    {"sweep", "results", "distributed", "hardware", "toy_data", "metrics", "members", "ensemble",
+     "plotting", "tracking"},
     {"cells", "evaluation", "training", "toy_cells", "report", "replication"},
 ]  # fmt: skip
 # arrows within a floor: none but these
 ARROWS = {
     "files": {"config"},
+    "ensemble": {"members"},
     "training": {"cells"},
     "toy_cells": {"evaluation", "training"},
     "replication": {"report"},
