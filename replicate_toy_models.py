@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from sparse_coding import replication
-from sparse_coding.cells import may_merge, merged_rows
+from sparse_coding.cells import may_merge
 from sparse_coding.config import fingerprint, parse_flags, require, require_flag, run_as_script
 from sparse_coding.distributed import Shard, find_shard
 from sparse_coding.files import read_csv, require_free_disk, write_csv
@@ -221,7 +221,7 @@ def finish(
     about: dict,
 ) -> int:
     """Merges the results of all cells into the table, the figures and the report."""
-    rows = merged_rows(folder, cells, recipe.device)
+    rows = recipe.merged(folder, cells)
     write_csv(folder / "results.csv", rows)
     replication.write_worlds(folder, recipe.data, sorted({cell.seed for cell in cells}))
     figures = {}

@@ -1,6 +1,6 @@
 """Results of single cells on disk, and their merge into one table. Floor 2.
 
-A cell is done when cells/<name>.json exists; its dictionary is written before. Shards write into
+A cell is done when cells/<name>.json exists; its autoencoder is written before. Shards write into
 the same folder, or into folders that are copied together: the merge reads files and changes none.
 """
 
@@ -8,21 +8,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparse_coding.config import fingerprint
 from sparse_coding.distributed import Shard, wait_for_all_ranks
-from sparse_coding.files import read_tensors, write_json, write_tensors
-from sparse_coding.metrics import mmcs_with_larger
 from sparse_coding.results import CheckpointStore
 from sparse_coding.sweep import Cell, plan_groups
 
 N_LARGER = 2  # mmcs_with_larger compares with the next two sizes (the post's rule)
-
-
-def dictionary_path(cell: Cell) -> str:
-    return f"dictionaries/{cell.name}.safetensors"
 
 
 def row_path(cell: Cell) -> str:
@@ -32,12 +25,6 @@ def row_path(cell: Cell) -> str:
 def missing_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
     """Cells that still have to be trained."""
     return [cell for cell in cells if not (folder / row_path(cell)).exists()]
-
-
-def write_cell(folder: Path, cell: Cell, *, dictionary: dict[str, Tensor], row: dict) -> None:
-    """Writes the dictionary, then the row that marks the cell as done."""
-    write_tensors(folder / dictionary_path(cell), dictionary, info={"cell": cell.name})
-    write_json(folder / row_path(cell), row)
 
 
 def checkpoints_of(folder: Path, group: list[Cell]) -> CheckpointStore:
@@ -97,17 +84,28 @@ def may_merge(folder: Path, cells: list[Cell], shard: Shard) -> bool:
     return True
 
 
-def merged_rows(folder: Path, cells: list[Cell], device: torch.device) -> list[dict]:
-    """One row per cell in the order of the cells, mmcs_with_larger filled in."""
+def merged_rows(
+    folder: Path,
+    cells: list[Cell],
+    *,
+    decoder_of: Callable[[Path, Cell], Tensor],
+    compare: dict[str, Callable[[Tensor, list[Tensor]], float | None]],
+) -> list[dict]:
+    """One row per cell in the order of the cells, columns that compare dictionaries filled in.
+
+    Args:
+        decoder_of: W_dec of a cell of the folder, (n_dict, activation_dim)
+        compare: column -> its value from W_dec and those of the next N_LARGER sizes, ascending,
+            of the same seed and l1_alpha
+    """
     rows = {cell: json.loads((folder / row_path(cell)).read_text()) for cell in cells}
-    columns: dict[tuple[int, int], list[Cell]] = {}
+    columns: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        columns.setdefault((cell.seed, cell.l1_exp), []).append(cell)
+        columns.setdefault((cell.seed, cell.l1_exp, cell.target_l0), []).append(cell)
     for column in columns.values():
         column.sort(key=lambda cell: cell.n_dict)
-        files = {cell: read_tensors(folder / dictionary_path(cell))[0] for cell in column}
-        W_dec = {cell: tensors["W_dec"].to(device) for cell, tensors in files.items()}
+        W_dec = {cell: decoder_of(folder, cell) for cell in column}
         for i, cell in enumerate(column):
             larger = [W_dec[c] for c in column[i + 1 : i + 1 + N_LARGER]]
-            rows[cell]["mmcs_with_larger"] = mmcs_with_larger(W_dec[cell], larger)
+            rows[cell] |= {name: value(W_dec[cell], larger) for name, value in compare.items()}
     return [rows[cell] for cell in cells]

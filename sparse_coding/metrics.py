@@ -62,6 +62,14 @@ def mmcs_with_larger(dictionary: Tensor, larger: list[Tensor]) -> float | None:
     return sum(float(mmcs(dictionary, other)) for other in larger) / len(larger)
 
 
+def n_matched(dictionary: Tensor, larger: list[Tensor]) -> int | None:
+    """Features whose cosine similarity with some feature of the next larger dictionary exceeds
+    RECOVERED; None without one."""
+    if not larger:
+        return None
+    return int((max_cosine(dictionary, larger[0]) > RECOVERED).sum())
+
+
 def chance_mmcs(features: Tensor, n_dict: int) -> float:
     """mmcs of one random dictionary of n_dict rows: what knowing nothing gives."""
     rng = torch.Generator().manual_seed(named_seed("chance"))
@@ -78,7 +86,7 @@ def ceiling_mmcs(features: Tensor, n_dict: int) -> float:
 
 
 class ReconstructionSums:
-    """Sums over batches in float64, from which l0, l1, mse, fvu and n_dead follow.
+    """Sums over batches in float64, from which l0, l1, mse, fvu, n_dead and density follow.
 
     For a stack of `n_saes` autoencoders of one width on the same x. The result does not depend on
     how the samples were cut into batches.
@@ -86,10 +94,10 @@ class ReconstructionSums:
 
     def __init__(self, n_saes: int, n_dict: int, activation_dim: int, device: torch.device):
         self.n_samples = 0
-        self.squared_error, self.active, self.code_sum = (
-            torch.zeros(n_saes, dtype=torch.float64, device=device) for _ in range(3)
+        self.squared_error, self.code_sum = (
+            torch.zeros(n_saes, dtype=torch.float64, device=device) for _ in range(2)
         )
-        self.fired = torch.zeros(n_saes, n_dict, dtype=torch.bool, device=device)
+        self.n_fired = torch.zeros(n_saes, n_dict, dtype=torch.int64, device=device)
         self.x_sum = torch.zeros(activation_dim, dtype=torch.float64, device=device)
         self.x_squared = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -100,10 +108,8 @@ class ReconstructionSums:
         # one dimension at a time: torch sums down to a single number in another order, by threads,
         # so that one autoencoder alone would differ from itself among others
         self.squared_error += (x_hat - x).double().square().sum(dim=2).sum(dim=1)
-        active = codes > 0
-        self.active += active.sum(dim=(1, 2))
+        self.n_fired += (codes > 0).sum(dim=2)
         self.code_sum += codes.sum(dim=2, dtype=torch.float64).sum(dim=1)
-        self.fired |= active.any(dim=2)
         self.x_sum += x.double().sum(dim=0)
         self.x_squared += x.double().square().sum()
 
@@ -115,9 +121,13 @@ class ReconstructionSums:
         """
         x_variance = self.x_squared - self.x_sum.square().sum() / self.n_samples
         return {
-            "l0": self.active / self.n_samples,
+            "l0": self.n_fired.sum(dim=1) / self.n_samples,
             "l1": self.code_sum / self.n_samples,
             "mse": self.squared_error / (self.n_samples * len(self.x_sum)),
             "fvu": self.squared_error / x_variance,
-            "n_dead": (~self.fired).sum(dim=1),
+            "n_dead": (self.n_fired == 0).sum(dim=1),
         }
+
+    def density(self) -> Tensor:
+        """Share of the samples on which each feature is active, (n_saes, n_dict)."""
+        return self.n_fired / self.n_samples

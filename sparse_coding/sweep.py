@@ -12,12 +12,14 @@ class Cell:
 
     l1_exp: l1_alpha = 10^(l1_exp/4)
     size_exp: size relative to the base size is 2^size_exp (dict_ratio, expansion_factor)
+    target_l0: l1_alpha is only where a controller starts that seeks this l0; 0: it stays
     """
 
     seed: int
     l1_exp: int
     size_exp: int
     n_dict: int
+    target_l0: int = 0
 
     @property
     def l1_alpha(self) -> float:
@@ -30,7 +32,8 @@ class Cell:
     @property
     def name(self) -> str:
         """File name: sorts by seed, size, l1_alpha."""
-        return f"seed{self.seed}_dict{self.n_dict:06d}_l1exp{self.l1_exp:+03d}"
+        of_sparsity = f"l0-{self.target_l0:04d}" if self.target_l0 else f"l1exp{self.l1_exp:+03d}"
+        return f"seed{self.seed}_dict{self.n_dict:06d}_{of_sparsity}"
 
 
 def make_grid(base_size: int, *, seeds: range, l1_exps: range, size_exps: range) -> list[Cell]:

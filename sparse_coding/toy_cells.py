@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from sparse_coding.cells import merged_rows
 from sparse_coding.config import named_seed, require_flag
 from sparse_coding.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.members import Member
 from sparse_coding.evaluation import agreement_with_truth, reconstruction, training_state
+from sparse_coding.files import read_tensors, write_tensors
 from sparse_coding.hardware import step_seconds
+from sparse_coding.members import Member
+from sparse_coding.metrics import mmcs_with_larger
 from sparse_coding.sweep import Cell
 from sparse_coding.toy_data import ToyData, ToyStream, make_world
 from sparse_coding.training import Task
@@ -70,17 +75,33 @@ class ToyRecipe:
             members, self.data.activation_dim, lr=self.learning_rate, device=self.device
         )
 
-        def evaluate() -> list[dict]:
+        def evaluate() -> list[tuple[dict, dict[str, Tensor]]]:
             values = agreement_with_truth(ensemble, training.features)
             values |= reconstruction(ensemble, map(fresh.batch, range(EVALUATION["n_batches"])))
             of_cell = [{k: v[i] for k, v in values.items()} for i in range(len(group))]
             return [
-                row_of(cell, found | {"n_steps": self.n_steps})
-                for cell, found in zip(group, of_cell, strict=True)
+                (row_of(cell, found | {"n_steps": self.n_steps}), ensemble.dictionary(i))
+                for i, (cell, found) in enumerate(zip(group, of_cell, strict=True))
             ]
 
         measure = partial(training_state, ensemble, features=training.features)
         return Task(ensemble, training.batch, measure, evaluate)
+
+    def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
+        write_tensors(dictionary_path(folder, cell), tensors, info={"cell": cell.name})
+
+    def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
+        """Rows of results.csv."""
+
+        def decoder_of(folder: Path, cell: Cell) -> Tensor:
+            return read_tensors(dictionary_path(folder, cell))[0]["W_dec"].to(self.device)
+
+        compare = {"mmcs_with_larger": mmcs_with_larger}
+        return merged_rows(folder, cells, decoder_of=decoder_of, compare=compare)
+
+
+def dictionary_path(folder: Path, cell: Cell) -> Path:
+    return folder / "dictionaries" / f"{cell.name}.safetensors"
 
 
 def members_of(cells: list[Cell], l1_normalisation: str) -> list[Member]:

@@ -16,9 +16,10 @@ from typing import Protocol
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_coding.cells import checkpoints_of, group_id, groups_to_train, write_cell
+from sparse_coding.cells import checkpoints_of, group_id, groups_to_train, row_path
 from sparse_coding.config import Interrupted
 from sparse_coding.ensemble import Ensemble
+from sparse_coding.files import write_json
 from sparse_coding.hardware import rough_time
 from sparse_coding.results import CheckpointStore
 from sparse_coding.sweep import Cell
@@ -34,13 +35,13 @@ class Task:
 
     batch_at: x of a step, (batch_size, activation_dim)
     measure: x of the last step -> what is logged while training
-    evaluate: what goes into results.csv
+    evaluate: per cell what goes into results.csv, and the autoencoder to save
     """
 
     ensemble: Ensemble
     batch_at: Callable[[int], Tensor]
     measure: Callable[[Tensor], dict[str, list[float]]]
-    evaluate: Callable[[], list[dict]]
+    evaluate: Callable[[], list[tuple[dict, dict[str, Tensor]]]]
 
 
 class Recipe(Protocol):
@@ -61,6 +62,9 @@ class Recipe(Protocol):
 
     def prepare(self, group: list[Cell]) -> Task:
         """Cells of one seed, ready to train."""
+
+    def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
+        """Writes the autoencoder of a cell, with what Task.evaluate gave for it."""
 
 
 def train_missing_cells(
@@ -124,9 +128,10 @@ def _train_group(
         stop=stop,
     )
     per_feature = seconds / sum(cell.n_dict for cell in group)
-    for i, (cell, row) in enumerate(zip(group, task.evaluate(), strict=True)):
+    for cell, (row, tensors) in zip(group, task.evaluate(), strict=True):
         row["seconds"] = round(per_feature * cell.n_dict, 3)
-        write_cell(folder, cell, dictionary=task.ensemble.dictionary(i), row=row)
+        recipe.save(folder, cell, tensors, row)
+        write_json(folder / row_path(cell), row)  # last: marks the cell as done
     checkpoints.remove()
 
 

@@ -8,13 +8,12 @@ from sparse_coding.cells import (
     groups_to_train,
     merged_rows,
     missing_cells,
+    row_path,
     unfinished_groups,
-    write_cell,
 )
-from sparse_coding.metrics import mmcs
+from sparse_coding.files import write_json
+from sparse_coding.metrics import mmcs, mmcs_with_larger
 from sparse_coding.sweep import make_grid
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -22,13 +21,13 @@ def cells():
     return make_grid(4, seeds=range(1), l1_exps=range(2), size_exps=range(4))  # 4 to 32 features
 
 
-def dictionary(cell) -> dict[str, torch.Tensor]:
+def dictionary(cell) -> torch.Tensor:
     rng = torch.Generator().manual_seed(cell.n_dict + cell.l1_exp)
-    return {"W_dec": torch.randn(cell.n_dict, 8, generator=rng)}
+    return torch.randn(cell.n_dict, 8, generator=rng)
 
 
 def write(folder, cell) -> None:
-    write_cell(folder, cell, dictionary=dictionary(cell), row={"name": cell.name})
+    write_json(folder / row_path(cell), {"name": cell.name})
 
 
 def test_a_cell_is_missing_until_its_row_is_written(tmp_path, cells):
@@ -62,10 +61,15 @@ def test_a_group_of_another_shard_or_a_finished_one_is_not_gone_on_with(tmp_path
 def test_merge_compares_with_the_next_two_larger_of_the_same_l1_alpha(tmp_path, cells):
     for cell in reversed(cells):  # the order of writing does not matter
         write(tmp_path, cell)
-    rows = merged_rows(tmp_path, cells, CPU)
+    rows = merged_rows(
+        tmp_path,
+        cells,
+        decoder_of=lambda folder, cell: dictionary(cell),
+        compare={"mmcs_with_larger": mmcs_with_larger},
+    )
     assert [row["name"] for row in rows] == [cell.name for cell in cells]
     column = [cell for cell in cells if cell.l1_exp == 1]
-    W = [dictionary(cell)["W_dec"] for cell in column]
+    W = [dictionary(cell) for cell in column]
     found = [row["mmcs_with_larger"] for row in rows if row["name"] in {c.name for c in column}]
     assert found[0] == pytest.approx((mmcs(W[0], W[1]) + mmcs(W[0], W[2])).item() / 2)
     assert found[2] == pytest.approx(mmcs(W[2], W[3]).item())

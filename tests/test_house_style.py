@@ -20,7 +20,7 @@ ARROWS = {
     "files": {"config"},
     "ensemble": {"members"},
     "training": {"cells"},
-    "toy_cells": {"evaluation", "training"},
+    "toy_cells": {"cells", "evaluation", "training"},
     "replication": {"report"},
 }
 

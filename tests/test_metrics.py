@@ -10,6 +10,7 @@ from sparse_coding.metrics import (
     max_cosine,
     mmcs,
     mmcs_with_larger,
+    n_matched,
 )
 
 CPU = torch.device("cpu")
@@ -121,3 +122,10 @@ def test_controls_of_reconstruction_hold_for_any_batch_size(batch_size):
     of_zero = sums_of(x, torch.zeros_like, codes, batch_size)
     assert of_zero["mse"] == pytest.approx(x.square().mean().item(), rel=1e-5)
     assert of_zero["fvu"] > 1
+
+
+def test_n_matched_counts_features_that_the_next_larger_dictionary_has():
+    small = torch.eye(4)[:3]
+    larger = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 1, 1]])  # cosines 1, .96, .71
+    assert n_matched(small, [larger, torch.eye(4)]) == 2
+    assert n_matched(small, []) is None

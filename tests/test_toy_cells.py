@@ -36,7 +36,7 @@ def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
 
 def test_rows_have_the_columns_of_the_table_in_order():
     task = recipe().prepare(cells())
-    rows = task.evaluate()
+    rows = [row for row, _ in task.evaluate()]
     assert [list(row) for row in rows] == [list(COLUMNS)] * 4
     assert [(row["n_dict"], row["l1_alpha"], row["dict_ratio"]) for row in rows] == [
         (8, 1, 0.5),
@@ -48,8 +48,9 @@ def test_rows_have_the_columns_of_the_table_in_order():
 
 
 def test_evaluation_is_on_the_same_fresh_samples_whatever_the_batch_size():
-    untrained = recipe().prepare(cells()).evaluate()
-    other_batch = recipe(replace(DATA, batch_size=7)).prepare(cells()).evaluate()
+    untrained = [row for row, _ in recipe().prepare(cells()).evaluate()]
+    other = recipe(replace(DATA, batch_size=7)).prepare(cells()).evaluate()
+    other_batch = [row for row, _ in other]
     assert untrained == other_batch
     assert all(0 <= row["l0"] <= row["n_dict"] for row in untrained)
 
@@ -58,7 +59,7 @@ def test_evaluation_samples_are_not_those_of_training():
     task = recipe(replace(DATA, batch_size=256)).prepare(cells())
     x = torch.cat([task.batch_at(step) for step in range(10)])  # as many, of the same law
     of_training = (x - x.mean(dim=0)).square().mean().item()
-    row = task.evaluate()[0]
+    row, _ = task.evaluate()[0]
     of_evaluation = row["mse"] / row["fvu"]  # variance of x
     assert of_evaluation == pytest.approx(of_training, rel=0.05)
     assert of_evaluation != pytest.approx(of_training, rel=1e-6)
