@@ -41,6 +41,11 @@ class HeatmapSpec:
     value_format: str = ".2f"  # format spec of the number in a cell; a leading zero is dropped
     cmap: str = "viridis"  # keep it perceptually uniform: viridis, magma, cividis
 
+    @property
+    def alt(self) -> str:
+        """What is drawn, for those who don't see it."""
+        return f"Heat-map: {self.title}; colour shows {self.colour_label}"
+
 
 @dataclass(frozen=True)
 class Heatmap:

@@ -11,6 +11,7 @@ import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -26,6 +27,15 @@ from sparse_coding.plotting import (
 
 EMPTY = "–"
 DATA_FILES = ("results.csv", "config.json", "metrics.jsonl")  # linked to where they exist
+
+
+class Shown(Protocol):
+    """What the report needs to know of a figure, a heat-map or not."""
+
+    name: str  # figures/<name>.png and figures/<name>.csv are there
+    title: str
+    explanation: str
+    alt: str
 
 
 def write_figures(
@@ -68,10 +78,11 @@ def write_report(
     title: str,
     verdict: str,
     rows: list[dict],
-    specs: Sequence[HeatmapSpec],
+    specs: Sequence[Shown],
     context: dict,
+    filter_example: str = "dict_ratio>=1 mmcs>0.9",
 ) -> Path:
-    """Writes report.html from the rows and the figures that `write_figures` left in `folder`.
+    """Writes report.html from the rows and the figures that are in `folder` already.
 
     `context` says what was run. "command" is shown as code, every dict ("config", "versions") as a
     table of its own, anything else ("git commit", "device", "seconds") as a line; in this order.
@@ -83,6 +94,7 @@ def write_report(
             title=title,
             verdict=verdict,
             figures=[_figure(folder, spec) for spec in specs],
+            filter_example=filter_example,
             columns=list(rows[0]) if rows else [],
             rows=rows,
             command=context.get("command"),
@@ -124,7 +136,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" + (f" ({' '.join(parts)} {rest} s)" if parts else "")
 
 
-def _figure(folder: Path, spec: HeatmapSpec) -> dict[str, object]:
+def _figure(folder: Path, spec: Shown) -> dict[str, object]:
     png = (folder / "figures" / f"{spec.name}.png").read_bytes()
     return {
         "spec": spec,
