@@ -1,0 +1,179 @@
+"""Turns a nanoGPT checkpoint into a folder that transformers loads, and says what it is worth.
+
+    python nanogpt_config/convert.py --checkpoint nanoGPT/out/ckpt.pt --data data/stdlib-bpe \\
+        --output-dir models/demo
+
+--data is the folder of prepare.py that the model was trained on. Printed are bits per byte of its
+val.bin beside gzip's and a byte-unigram model's, and what each layer's MLP is worth: the loss with
+its activations set to their mean, or to zero. A sparse autoencoder of a layer whose MLP is worth
+nothing recovers the loss whatever it learnt.
+"""
+
+import gzip
+import json
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_coding.config import parse_flags, require, require_flag, run_as_script
+from sparse_coding.files import write_json
+from sparse_coding.language_model import (
+    LanguageModel,
+    Site,
+    activations,
+    find_site,
+    load_language_model,
+    logits,
+    next_token_loss,
+)
+from sparse_coding.nanogpt import load_nanogpt
+from sparse_coding.tokenizer import Tokenizer, load_tokenizer
+
+DESCRIPTION = __doc__.split("\n\n")[0]
+BATCH_TOKENS = 8192  # of a forward pass
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = "out/ckpt.pt"  # of nanoGPT's train.py
+    data: str = ""  # folder of prepare.py: the model is measured on its val.bin
+    output_dir: str = ""  # the folder to write; default: only measure
+    dtype: Literal["float16", "float32"] = "float16"  # of the weights on disk
+    activation: Literal["gelu", "gelu_new"] = "gelu"  # gelu_new: nanoGPT before May 2023
+    eval_tokens: int = 500_000  # of val.bin, at most
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config(), argv, description=DESCRIPTION)
+    require_flag(cfg, "eval_tokens", cfg.eval_tokens >= 1000, "at least 1000")
+    about = read_manifest(Path(cfg.data)) if cfg.data else {}
+    where = cfg.checkpoint
+    if cfg.output_dir:
+        where = cfg.output_dir
+        convert(cfg, Path(where), about)
+        print(f"written: {where}, {folder_size(Path(where)) / 1e3:,.0f} kB")
+    if about:
+        lm = load_language_model(where, device="cpu", activation=cfg.activation)
+        report(lm, Path(cfg.data), about, cfg.eval_tokens)
+    return 0
+
+
+def read_manifest(data: Path) -> dict:
+    path = data / "manifest.json"
+    require(path.is_file(), f"--data {data} has no manifest.json: give a folder of prepare.py")
+    return json.loads(path.read_text())
+
+
+def convert(cfg: Config, folder: Path, about: dict) -> None:
+    """config.json, model.safetensors and, if there is one, the tokenizer."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = load_nanogpt(Path(cfg.checkpoint), activation=cfg.activation)
+    if about:
+        model.config.bos_token_id = model.config.eos_token_id = about["end_of_text"]
+        model.generation_config.bos_token_id = about["end_of_text"]
+        model.generation_config.eos_token_id = about["end_of_text"]
+    model.to(getattr(torch, cfg.dtype)).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
+    tokenizer = Path(cfg.data, "tokenizer.json")
+    if cfg.data and tokenizer.exists():
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "model_max_length": model.config.n_positions,
+            "clean_up_tokenization_spaces": False,
+        }
+        write_json(folder / "tokenizer_config.json", settings)
+
+
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+# --- what the model is worth ---
+
+
+def report(lm: LanguageModel, data: Path, about: dict, n_tokens: int) -> None:
+    """Prints the two tables."""
+    kind = about["constants"]["tokenizer"]
+    choice = str(data / "tokenizer.json") if kind == "bpe" else kind
+    tokenizer = load_tokenizer("", choice=choice, vocab_size=about["vocab_size"])
+    ids = read_windows(data / "val.bin", n_tokens, lm.max_context)
+    text = decode(ids[:, 1:], tokenizer)
+    per_byte = ids[:, 1:].numel() / math.log(2) / len(text)  # nats/token -> bits/byte
+    clean = mean_loss(lm, ids)
+    train_text = decode(
+        read_windows(data / "train.bin", n_tokens, lm.max_context)[:, 1:], tokenizer
+    )
+    print(f"on {ids[:, 1:].numel():,} held-out tokens of {len(text):,} bytes, bits per byte:")
+    print(f"  model           {clean * per_byte:.3f}   ({clean:.3f} nats per token)")
+    print(f"  gzip -9         {8 * len(gzip.compress(text, 9)) / len(text):.3f}")
+    print(f"  byte unigrams   {unigram_bits(train_text, text):.3f}   (frequencies of train.bin)")
+    print("what each layer's MLP is worth, nats per token lost when its activations are")
+    print("  layer   their mean   zero")
+    for layer in range(lm.n_layers):
+        site = find_site(lm, layer, "mlp_act")
+        mean = mean_activation(lm, site, ids)
+        lost = [mean_loss(lm, ids, site, constant) - clean for constant in (mean, 0 * mean)]
+        print(f"  {layer:<8}{lost[0]:<13.3f}{lost[1]:.3f}")
+
+
+def read_windows(path: Path, n_tokens: int, context: int) -> Tensor:
+    """(n, context) ids from the start of a bin. Windows overlap by one token, so that every token
+    but the first is predicted once."""
+    tokens = np.fromfile(path, np.uint16, n_tokens).astype(np.int64)
+    require(len(tokens) >= context, f"{path} is shorter than the model's context of {context}")
+    return torch.from_numpy(tokens).unfold(0, context, context - 1)
+
+
+def decode(ids: Tensor, tokenizer: Tokenizer) -> bytes:
+    """The text without end-of-text tokens."""
+    kept = (i for i in ids.flatten().tolist() if i != tokenizer.separator)
+    return b"".join(tokenizer.pieces[i] for i in kept)
+
+
+def batches(ids: Tensor) -> tuple[Tensor, ...]:
+    return ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+
+
+def mean_loss(
+    lm: LanguageModel, ids: Tensor, site: Site | None = None, constant: Tensor | None = None
+) -> float:
+    """Nats per token; with the activations at the site replaced by a constant (width,)."""
+    total = 0.0
+    for batch in batches(ids):
+        found = logits(lm, batch, site=site, replace=lambda x: constant.expand_as(x))
+        total += float(next_token_loss(found, batch).sum(dtype=torch.float64))
+    return total / ids[:, 1:].numel()
+
+
+def mean_activation(lm: LanguageModel, site: Site, ids: Tensor) -> Tensor:
+    """(width,)"""
+    total = torch.zeros(site.width, dtype=torch.float64)
+    for batch in batches(ids):
+        total += activations(lm, site, batch).sum(dim=(0, 1), dtype=torch.float64)
+    return (total / ids.numel()).to(lm.dtype)
+
+
+def unigram_bits(train: bytes, text: bytes) -> float:
+    """Bits per byte of `text` if bytes are drawn with their frequencies in `train` (plus one)."""
+    counts = [np.bincount(np.frombuffer(t, np.uint8), minlength=256) for t in (train, text)]
+    share = (counts[0] + 1) / (counts[0] + 1).sum()
+    return float(-(counts[1] * np.log2(share)).sum() / counts[1].sum())
+
+
+if __name__ == "__main__":
+    run_as_script(main)

@@ -1,0 +1,112 @@
+"""nanoGPT's train.bin and val.bin (uint16 token ids), written as a stream, resumable. Floor 2.
+
+Every document is followed by the end-of-text token; held-out documents go to val.bin. progress.json
+says how much of the bins counts: a killed run loses what it wrote after it, and writes it again.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from sparse_coding.documents import Documents, document_id, is_held_out
+from sparse_coding.files import write_json
+from sparse_coding.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 1_000_000  # tokenised at once: bounds the memory
+SAVE_SECONDS = 5.0  # between saves of the progress, and lines about it
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Split:
+    """What a bin holds so far."""
+
+    documents: int = 0
+    tokens: int = 0  # with the end-of-text tokens
+    bytes: int = 0  # of the text in UTF-8: turns a loss per token into bits per byte
+
+    def add(self, text: str, n_tokens: int) -> None:
+        self.documents += 1
+        self.tokens += n_tokens
+        self.bytes += len(text.encode())
+
+
+def write_bins(
+    documents: Documents, tokenizer: Tokenizer, folder: Path, *, constants: dict, limit: float
+) -> dict[str, Split]:
+    """Appends to train.bin and val.bin from where progress.json stands, to the end of the text.
+
+    Args:
+        constants: kept in progress.json; the share that goes to val.bin is constants["held_out"]
+        limit: writing stops with the document that gives train.bin so many tokens
+    """
+    progress = json.loads((folder / "progress.json").read_text())
+    splits = {name: Split(**sizes) for name, sizes in progress["splits"].items()}
+    files = {name: open_at(folder / f"{name}.bin", 2 * splits[name].tokens) for name in SPLITS}
+    n_before, started = splits["train"].tokens, time.monotonic()
+    saved = started
+    n_read = sum(split.documents for split in splits.values())
+    for batch in in_batches(islice(documents, n_read, None)):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            if splits["train"].tokens >= limit:
+                break
+            name = "val" if is_held_out(document_id(text), constants["held_out"]) else "train"
+            np.asarray([*ids, tokenizer.separator], np.uint16).tofile(files[name])
+            splits[name].add(text, len(ids) + 1)
+        now = time.monotonic()
+        if now - saved > SAVE_SECONDS:
+            save(folder, constants, splits, files)
+            saved = now
+            print_progress(splits, limit, (splits["train"].tokens - n_before) / (now - started))
+        if splits["train"].tokens >= limit:
+            break
+    save(folder, constants, splits, files)
+    for file in files.values():
+        file.close()
+    return splits
+
+
+def open_at(path: Path, n_bytes: int):
+    """The file, opened for writing after its first n_bytes; what a killed run wrote more is cut."""
+    file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+    file.truncate(n_bytes)
+    file.seek(n_bytes)
+    return file
+
+
+def in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch, n_characters = [], 0
+    for text in texts:
+        batch.append(text)
+        n_characters += len(text)
+        if n_characters > BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
+
+
+def save(folder: Path, constants: dict, splits: dict[str, Split], files: dict) -> None:
+    """First the bins reach the disk, then the file that says how long they are."""
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    sizes = {name: dataclasses.asdict(split) for name, split in splits.items()}
+    write_json(folder / "progress.json", {"constants": constants, "splits": sizes})
+
+
+def print_progress(splits: dict[str, Split], limit: float, speed: float) -> None:
+    n_tokens = splits["train"].tokens
+    n_documents = sum(split.documents for split in splits.values())
+    line = f"{n_documents:,} documents, {n_tokens / 1e6:,.1f}M tokens, {speed / 1e6:.2f}M tokens/s"
+    if speed > 0 and math.isfinite(limit):
+        line += f", {max(limit - n_tokens, 0) / speed / 60:.0f} min left"
+    print(line, flush=True)
