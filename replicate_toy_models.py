@@ -14,7 +14,6 @@ On two CPU cores: smoke 11 s, quick 2 min, --verify 102 s, full about 12 h.
 """
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +22,23 @@ from typing import Literal
 import torch
 
 from sparse_coding import replication
-from sparse_coding.cells import may_merge
-from sparse_coding.config import fingerprint, parse_flags, require, require_flag, run_as_script
+from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
 from sparse_coding.distributed import Shard, find_shard
-from sparse_coding.files import read_csv, require_free_disk, write_csv
-from sparse_coding.hardware import describe, free_memory, pick_device, rough_time, set_precision
-from sparse_coding.results import about_this_run, close_run_folder, locked, open_run_folder
-from sparse_coding.sweep import Cell, make_grid, plan_groups, split_by_cost
+from sparse_coding.files import read_csv, require_free_disk
+from sparse_coding.hardware import (
+    describe,
+    memory_budget,
+    pick_device,
+    rough_time,
+    set_precision,
+)
+from sparse_coding.results import locked
+from sparse_coding.sweep import Cell, check_grid, make_grid, plan_groups
+from sparse_coding.sweep_script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy_cells import ToyRecipe
 from sparse_coding.toy_data import ToyData
-from sparse_coding.tracking import Tracker
-from sparse_coding.training import train_missing_cells
 
 DESCRIPTION = __doc__.split("\n\n")[0]
-PROJECT = "sparse_coding"  # of W&B
 
 
 @dataclass(frozen=True)
@@ -104,67 +106,56 @@ def main(argv: list[str]) -> int:
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
     cells, recipe = grid(cfg), recipe_of(cfg, device)
 
-    constants = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_IDENTITY}
-    constants |= {"device_type": device.type, "precision": precision}
-    name = f"replicate_toy_models-{cfg.preset}-{fingerprint(constants)}"
-    folder = Path(cfg.output_dir or f"outputs/{name}")
+    planned = plan_run(
+        "replicate_toy_models",
+        dataclasses.asdict(cfg),
+        not_identity=NOT_IDENTITY,
+        machine={"device_type": device.type, "precision": precision},
+        device=describe(device),
+        suffix=shard.suffix,
+    )
+    folder = planned.folder
     # what can't fit is refused before anything is written or deleted
     if cfg.fresh or not os.path.exists(folder):
-        plan_groups(cells, budget_of(cfg, device), recipe.memory)
+        plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
         require_free_disk(folder, recipe.disk([cell.n_dict for cell in cells]))
-    about = {"run_name": name + shard.suffix, **about_this_run(describe(device))}
-    open_run_folder(folder, constants=constants, about=about, fresh=cfg.fresh)
+    planned.open(fresh=cfg.fresh)
     with locked(folder, shard.suffix):
-        if (folder / "DONE").exists():
+        if planned.done:
             return last_lines(cfg, read_csv(folder / "results.csv"), folder)
-        return run(cfg, recipe, cells, folder=folder, shard=shard, about=about)
+        return run(cfg, recipe, cells, planned=planned, shard=shard)
 
 
 def run(
-    cfg: Config, recipe: ToyRecipe, cells: list[Cell], *, folder: Path, shard: Shard, about: dict
+    cfg: Config, recipe: ToyRecipe, cells: list[Cell], *, planned: PlannedRun, shard: Shard
 ) -> int:
     """Trains what is missing of this shard; merges if nothing is missing of the others."""
-    tracker = Tracker(
-        folder,
-        mode=cfg.wandb_mode,
-        project=PROJECT,
-        run_name=about["run_name"],
-        config=dataclasses.asdict(cfg) | about,
-        jsonl_name=f"metrics{shard.suffix}.jsonl",
-    )
-    try:
-        announce(cfg, len(cells), shard, recipe.device)
-        train_missing_cells(
-            recipe,
-            folder,
-            cells=split_by_cost(cells, shard.count)[shard.index],
-            budget=budget_of(cfg, recipe.device),
-            tracker=tracker,
-            log_every=cfg.log_every,
+    config = dataclasses.asdict(cfg)
+
+    def present(rows: list[dict]) -> dict[str, Path]:
+        replication.write_worlds(planned.folder, recipe.data, sorted({r["seed"] for r in rows}))
+        if cfg.verify:
+            return {}
+        return replication.draw(
+            planned.folder,
+            rows,
+            data=recipe.data,
+            l1_normalisation=cfg.l1_normalisation,
+            context=planned.about | {"config": config},
         )
-        if may_merge(folder, cells, shard):
-            return finish(cfg, recipe, cells, folder=folder, tracker=tracker, about=about)
-        tracker.finish(figures={}, table=[])
-        return 0
-    finally:
-        tracker.close()
 
-
-def budget_of(cfg: Config, device: torch.device) -> float:
-    """Bytes of memory for training."""
-    return cfg.max_memory_gb * 1e9 or free_memory(device)
+    announce(cfg, len(cells), shard, recipe.device)
+    options = pick(RunOptions, cfg)
+    rows = train_planned(
+        recipe, cells, planned, shard=shard, options=options, config=config, present=present
+    )
+    return last_lines(cfg, rows, planned.folder) if rows else 0
 
 
 def check(cfg: Config) -> None:
     """Raises UserError for a constant out of its range; those of the recipe check themselves."""
-    require_flag(cfg, "n_seeds", 1 <= cfg.n_seeds <= 1000, "between 1 and 1000")
-    require_flag(cfg, "log_every", cfg.log_every >= 1, "at least 1")
-    for name in ("seed", "max_memory_gb"):
-        require_flag(cfg, name, 0 <= getattr(cfg, name) < math.inf, "at least 0 and finite")
-    for axis in ("l1_exp", "dict_ratio_exp"):
-        low, high = getattr(cfg, f"{axis}_low"), getattr(cfg, f"{axis}_high")
-        require_flag(cfg, f"{axis}_low", low >= -40, "at least -40")
-        require_flag(cfg, f"{axis}_high", low < high <= 40, f"above the low end {low}, at most 40")
+    check_grid(cfg, "dict_ratio_exp")
+    pick(RunOptions, cfg)
 
 
 def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
@@ -193,8 +184,7 @@ def grid(cfg: Config) -> list[Cell]:
 
 
 def recipe_of(cfg: Config, device: torch.device) -> ToyRecipe:
-    names = (field.name for field in dataclasses.fields(ToyData) if field.name != "law")
-    data = ToyData(law=cfg.data_law, **{name: getattr(cfg, name) for name in names})
+    data = pick(ToyData, cfg, law=cfg.data_law)
     return ToyRecipe(data, cfg.l1_normalisation, cfg.learning_rate, cfg.n_steps, device)
 
 
@@ -209,33 +199,6 @@ def announce(cfg: Config, n_cells: int, shard: Shard, device: torch.device) -> N
         price = rough_time(recipe_of(full, device).seconds(n_features))
         line += f" (--preset full: {len(grid(full))} SAEs, about {price})"
     print(line)
-
-
-def finish(
-    cfg: Config,
-    recipe: ToyRecipe,
-    cells: list[Cell],
-    *,
-    folder: Path,
-    tracker: Tracker,
-    about: dict,
-) -> int:
-    """Merges the results of all cells into the table, the figures and the report."""
-    rows = recipe.merged(folder, cells)
-    write_csv(folder / "results.csv", rows)
-    replication.write_worlds(folder, recipe.data, sorted({cell.seed for cell in cells}))
-    figures = {}
-    if not cfg.verify:
-        figures = replication.draw(
-            folder,
-            rows,
-            data=recipe.data,
-            l1_normalisation=cfg.l1_normalisation,
-            context=about | {"config": dataclasses.asdict(cfg)},
-        )
-    tracker.finish(figures=figures, table=rows)
-    close_run_folder(folder)
-    return last_lines(cfg, rows, folder)
 
 
 def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:

@@ -118,6 +118,12 @@ def _one_line(message: str) -> str:
     return " ".join(body)
 
 
+def pick(cls: type[C], config: object, **more: object) -> C:
+    """The dataclass `cls` from those fields of config that it has too; `more` names the others."""
+    shared = {field.name for field in dataclasses.fields(cls)} - more.keys()
+    return cls(**{name: getattr(config, name) for name in shared}, **more)
+
+
 def named_seed(*names: object) -> int:
     """A 63-bit seed that depends on all names: named_seed(0, "world") never meets another use.
 

@@ -83,14 +83,19 @@ def read_tensor_info(path: Path) -> dict:
 
 def require_free_disk(folder: Path, n_bytes: int) -> None:
     """Raises UserError unless n_bytes and a reserve fit on the disk of the folder."""
-    while not os.path.exists(folder):  # also False for a name that is too long
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing(folder)).free
     require(
         free >= n_bytes + DISK_RESERVE,
         f"disk full: {n_bytes / 1e6:.0f} MB to write under {folder}, {free / 1e6:.0f} MB free: "
         "free some space or choose another --output-dir, then run it again",
     )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    while not os.path.exists(folder):  # also False for a name that is too long
+        folder = folder.parent
+    return folder
 
 
 def write_json(path: Path, data: object) -> None:

@@ -63,6 +63,11 @@ def free_memory(device: torch.device) -> float:
     return MEMORY_SHARE * psutil.virtual_memory().available / ranks_here
 
 
+def memory_budget(max_memory_gb: float, device: torch.device) -> float:
+    """Bytes of memory for training: --max-memory-gb, or what is free where that is 0."""
+    return max_memory_gb * 1e9 or free_memory(device)
+
+
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

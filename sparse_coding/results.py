@@ -23,7 +23,18 @@ from sparse_coding.files import (
     write_tensors,
 )
 
-PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "wandb", "tyro")  # named in config.json
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "matplotlib",
+    "wandb",
+    "tyro",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "tiktoken",
+)  # named in config.json
 
 
 class CheckpointStore:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparse_coding.config import require
+from sparse_coding.config import require, require_flag
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,23 @@ def make_grid(base_size: int, *, seeds: range, l1_exps: range, size_exps: range)
         for size_exp in size_exps
         for l1_exp in l1_exps
     ]
+
+
+def check_grid(config: object, size_axis: str) -> None:
+    """Raises UserError for a flag of the grid out of its range.
+
+    Args:
+        config: with the fields seed, n_seeds, l1_exp_low, l1_exp_high, <size_axis>_low and _high
+        size_axis: dict_ratio_exp, expansion_exp
+    """
+    require_flag(config, "n_seeds", 1 <= config.n_seeds <= 1000, "between 1 and 1000")
+    require_flag(config, "seed", config.seed >= 0, "at least 0")
+    for axis in ("l1_exp", size_axis):
+        low, high = getattr(config, f"{axis}_low"), getattr(config, f"{axis}_high")
+        require_flag(config, f"{axis}_low", low >= -40, "at least -40")
+        require_flag(
+            config, f"{axis}_high", low < high <= 40, f"above the low end {low}, at most 40"
+        )
 
 
 def split_by_cost(cells: list[Cell], n_shards: int) -> list[list[Cell]]:

@@ -33,8 +33,8 @@ COARSE = {"sparse_coding.plotting.DPI": 20}
 # a checkpoint every few steps, no figures
 OFTEN = {
     "sparse_coding.replication.FIGURES": [],
-    "sparse_coding.training.CHECKPOINT_SECONDS": 0.01,
-    "sparse_coding.training.CHECKPOINT_SHARE": 1.0,
+    "sparse_coding.progress.CHECKPOINT_SECONDS": 0.01,
+    "sparse_coding.progress.CHECKPOINT_SHARE": 1.0,
 }
 HEADER = (
     "seed,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,mmcs_with_larger,"
@@ -485,7 +485,8 @@ def test_runs_killed_at_random_moments_end_with_the_same_bits_and_leave_no_litte
     rng, folder = random.Random(0), tmp_path / "run"
     flags, killed_in_training = [*TINY, *SMALL_MEMORY, "--output-dir", folder], 0
     for _ in range(10):
-        seen = (folder / "metrics.jsonl").stat().st_size if folder.exists() else 0
+        series = folder / "metrics.jsonl"
+        seen = series.stat().st_size if series.exists() else 0
         process = toy_server.start(*flags, patch=OFTEN)
         if rng.random() < 0.8:  # else anywhere, start-up included
             process.wait_until(lambda size=seen: _size(folder) != size or _done(folder))

@@ -1,0 +1,250 @@
+"""Trains sparse autoencoders on the activations of a language model, and shows their features.
+
+One command harvests the activations of a text once, trains a grid of autoencoders (l1_alpha x
+expansion_factor x seed) on them at a time, evaluates each on held-out documents, and writes
+figures, report.html and features.html, a page of what the features of the best one respond to.
+
+    python run.py                              demo on a CPU (needs no network), full on a GPU
+    python run.py --preset full                gpt2-small on Pile10k
+    python run.py --model ID --dataset ID --layer 3 --target-l0 16 32 64
+    python run.py --evaluate FOLDER            a saved autoencoder, ours or SAELens's
+    python run.py --help                       all constants
+
+Any constant below is a flag, and wins over the preset. The same command resumes or merges.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sparse_coding import lm_results
+from sparse_coding.activations import Harvester
+from sparse_coding.autoencoder import load_sae
+from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
+from sparse_coding.distributed import Shard, find_shard
+from sparse_coding.files import read_csv, require_free_disk
+from sparse_coding.hardware import describe, memory_budget, pick_device, set_precision
+from sparse_coding.lm_cells import LanguageRecipe, Optimisation, with_activations
+from sparse_coding.lm_evaluation import HeldOut
+from sparse_coding.results import locked
+from sparse_coding.subject import ModelChoice, Subject, TextChoice, default_folder, open_subject
+from sparse_coding.sweep import Cell, check_grid, make_grid, plan_groups
+from sparse_coding.sweep_script import PlannedRun, RunOptions, plan_run, train_planned
+
+DESCRIPTION = __doc__.split("\n\n")[0]
+
+
+@dataclass(frozen=True)
+class Config:
+    # auto: full on CUDA, else demo (a small model of ours on the Python standard library's source)
+    preset: Literal["auto", "demo", "full"] = "auto"
+
+    # the model: hub id, local folder, nanoGPT's ckpt.pt, or demo. Known to work: gpt2,
+    # EleutherAI/pythia-14m -70m -160m, roneneldan/TinyStories-1M -33M; families in the README
+    model: str = "openai-community/gpt2"
+    model_revision: str = ""  # commit, tag or branch of a hub id
+    tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, or a file or folder with one
+    layer: int = 6  # from 0
+    # mlp_act: input of the MLP's down projection; mlp_out: what the MLP adds; resid_post: residual
+    # stream after the layer; attn_concat: heads' outputs, input of the output projection
+    site: Literal["mlp_act", "mlp_out", "resid_post", "attn_concat"] = "mlp_act"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
+
+    # the text: hub id, .txt, .jsonl, .parquet, a folder of these, nanoGPT's .bin, or stdlib
+    dataset: str = "NeelNanda/pile-10k"
+    dataset_revision: str = ""  # commit of a hub id; default: pinned for those we name
+    text_column: str = "text"  # of .jsonl, .parquet and hub datasets
+    context_length: int = 256  # tokens of a row of text
+    # packed: documents one after another, cut to rows; documents: the start of one document per row
+    packing: Literal["packed", "documents"] = "packed"
+    held_out: float = 0.05  # share of the documents kept for evaluation, by a hash of their text
+    max_text_tokens: int = 100_000_000  # of the text, from its start, are tokenized at most
+    n_tokens: int = 10_000_000  # activations to train on, repeated in epochs if the text has fewer
+    n_eval_tokens: int = 100_000  # held-out tokens for the evaluation
+    n_page_tokens: int = 200_000  # held-out tokens for features.html
+
+    # the grid: l1_alpha = 10^(e/4), expansion_factor = n_dict / width = 2^e; high ends exclusive
+    l1_exp_low: int = -14
+    l1_exp_high: int = -7
+    expansion_exp_low: int = 0
+    expansion_exp_high: int = 3
+    target_l0: tuple[int, ...] = ()  # instead of a grid of l1_alpha: find it for these l0
+    seed: int = 0  # a seed has its own starts and order of activations
+    n_seeds: int = 1  # seeds seed, seed + 1, ...
+
+    # training; x is scaled to a mean square norm of 1 (folded out of the saved autoencoders)
+    batch_size: int = 2048  # activations per step
+    lr: float = 1e-3  # of Adam, betas (0.9, 0.999)
+    # weight of mean Σ codes in the loss: l1_alpha (sum), or l1_alpha / n_dict (per_feature)
+    l1_normalisation: Literal["sum", "per_feature"] = "sum"
+    warmup: float = 0.02  # share of the steps in which the learning rate rises from 0
+    l1_warmup: float = 0.05  # share of the steps in which l1_alpha rises from 0
+    decay: float = 0.2  # share of the steps at the end in which the learning rate falls to 0
+
+    # the machine: rounding only, but for the device
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
+    precision: Literal["auto", "float32", "tf32"] = "auto"  # of the training; auto: tf32 on CUDA
+    lm_batch_size: int = 16  # rows of text per forward pass of the model
+    store_dtype: Literal["float16", "bfloat16"] = "float16"  # of stored activations
+    activations_dir: str = ""  # default: activations/<model>-layer<layer>-<site>-<hash>
+    max_disk_gb: float = 20.0  # activations that need more are computed as they are read
+    shuffle_gb: float = 0.5  # of activations that are mixed at a time; twice this is held in memory
+    max_memory_gb: float = 0.0  # for training, in GB; 0: 80 % of what is free
+    shard: str = ""  # i/N: train only this part; the same command without it merges
+
+    # output
+    output_dir: str = ""  # default: outputs/run-<preset>-<hash of the constants>
+    fresh: bool = False  # delete what --output-dir holds and start again
+    page_l0: float = 32.0  # features.html shows the autoencoder of lowest fvu with at most this l0
+    export: Literal["none", "dictionary_learning"] = "none"  # write each autoencoder like this too
+    evaluate: str = ""  # only evaluate this saved autoencoder, on --model and --dataset
+    log_every: int = 100  # steps between records in metrics.jsonl
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key
+
+
+PRESETS = {
+    "demo": dict(model="demo", layer=1, dataset="stdlib", context_length=128, batch_size=1024,
+                 n_tokens=2_000_000, n_eval_tokens=30_000, lm_batch_size=32),
+    "full": dict(),
+}  # fmt: skip
+# change no number beyond rounding, so a run folder is the same with other values of these
+NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb", "shard", "fresh",
+                "output_dir", "activations_dir", "log_every", "wandb_mode", "page_l0", "export",
+                "n_page_tokens", "lm_batch_size"}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    cfg = parse_flags(Config(), argv, description=DESCRIPTION)
+    shard = find_shard(cfg.shard)
+    require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
+    device = pick_device(cfg.device)
+    precision = set_precision(cfg.precision, device)
+    cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
+    if cfg.evaluate:
+        return evaluate_saved(cfg, device)
+
+    planned = plan_run(
+        "run",
+        dataclasses.asdict(cfg),
+        not_identity=NOT_IDENTITY,
+        machine={"device_type": device.type, "precision": precision},
+        device=describe(device),
+        suffix=shard.suffix,
+    )
+    if planned.done and not cfg.fresh:
+        planned.open(fresh=False)  # refuses other constants
+        return last_lines(cfg, read_csv(planned.folder / "results.csv"), planned.folder)
+    print(f"{cfg.preset}: {cfg.model}, layer {cfg.layer} {cfg.site}, on {describe(device)}")
+    subject, recipe = open_subject_of(cfg, device)
+    cells = grid(cfg, subject.site.width)
+    # what can't fit is refused before the harvest, and before anything is deleted
+    plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
+    require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
+    planned.open(fresh=cfg.fresh)
+    with locked(planned.folder, shard.suffix):
+        recipe = with_activations(recipe, subject.folder, max_bytes=cfg.max_disk_gb * 1e9)
+        return run(cfg, recipe, subject, cells=cells, planned=planned, shard=shard)
+
+
+def run(
+    cfg: Config,
+    recipe: LanguageRecipe,
+    subject: Subject,
+    *,
+    cells: list[Cell],
+    planned: PlannedRun,
+    shard: Shard,
+) -> int:
+    """Trains what is missing of this shard; merges if nothing is missing of the others."""
+    config, options = dataclasses.asdict(cfg), pick(RunOptions, cfg)
+    present = partial(
+        lm_results.show,
+        planned.folder,
+        cells=cells,
+        recipe=recipe,
+        subject=subject,
+        choice=pick(lm_results.ShowChoice, cfg),
+        context=planned.about | {"config": config, "activations": recipe.about},
+    )
+    rows = train_planned(
+        recipe, cells, planned, shard=shard, options=options, config=config, present=present
+    )
+    return last_lines(cfg, rows, planned.folder) if rows else 0
+
+
+def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
+    """Prints what came out and where it is; the exit code."""
+    print(lm_results.verdict(rows, most_l0=cfg.page_l0))
+    print(f"features: {folder / 'features.html'}")
+    print(f"done: {folder / 'report.html'} (--fresh starts again)")
+    return 0
+
+
+def evaluate_saved(cfg: Config, device: torch.device) -> int:
+    """Prints the metrics of a saved autoencoder on --model and --dataset."""
+    sae = load_sae(Path(cfg.evaluate)).to(device)
+    subject, recipe = open_subject_of(cfg, device)
+    lm_results.check_fit(sae, subject)
+    for name, value in lm_results.evaluate_one(sae, recipe).items():
+        print(f"{name:14} {value:.6g}")
+    return 0
+
+
+def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
+    """The preset's constants, with the flags of argv over them. With --evaluate those that the
+    autoencoder was trained with come between."""
+    auto = "full" if on_gpu else "demo"
+    preset = auto if cfg.preset == "auto" else cfg.preset
+    default = Config(**PRESETS[preset])
+    if cfg.evaluate:
+        known = load_sae(Path(cfg.evaluate)).about
+        names = ("model", "layer", "site", "dataset", "context_length", "packing", "held_out")
+        default = dataclasses.replace(default, **{k: known[k] for k in names if k in known})
+    cfg = dataclasses.replace(parse_flags(default, argv, description=DESCRIPTION), preset=preset)
+    check(cfg)
+    return cfg
+
+
+def check(cfg: Config) -> None:
+    """Raises UserError for a constant out of its range that no part checks itself."""
+    check_grid(cfg, "expansion_exp")
+    for choice in (RunOptions, Optimisation, ModelChoice, TextChoice, lm_results.ShowChoice):
+        pick(choice, cfg)
+    for name in ("lm_batch_size", "n_eval_tokens"):
+        require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")
+    require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
+    require_flag(cfg, "target_l0", all(t >= 1 for t in cfg.target_l0), "at least 1 each")
+
+
+def grid(cfg: Config, width: int) -> list[Cell]:
+    """All cells of the run."""
+    seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
+    l1_exps = range(cfg.l1_exp_low, cfg.l1_exp_high)
+    if cfg.target_l0:  # the controller starts in the middle
+        l1_exps = l1_exps[len(l1_exps) // 2 :][:1]
+    size_exps = range(cfg.expansion_exp_low, cfg.expansion_exp_high)
+    cells = make_grid(width, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
+    return [dataclasses.replace(c, target_l0=t) for c in cells for t in cfg.target_l0 or (0,)]
+
+
+def open_subject_of(cfg: Config, device: torch.device) -> tuple[Subject, LanguageRecipe]:
+    """Model, site and tokens, and how cells are trained on activations computed as they are read;
+    says whether model and text fit each other."""
+    model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
+    folder = Path(cfg.activations_dir or default_folder(model, text, cfg.store_dtype))
+    subject = open_subject(model, text, folder, device=device)
+    print(subject.introduction(), flush=True)
+    of = dict(lm=subject.lm, site=subject.site, lm_batch_size=cfg.lm_batch_size)
+    store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
+    harvester = Harvester(**of, text=subject.train, **store)
+    held_out = HeldOut(**of, text=subject.held_out, n_tokens=cfg.n_eval_tokens)
+    about = subject.about | {"store_dtype": cfg.store_dtype}
+    return subject, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), about, device)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
