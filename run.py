@@ -68,8 +68,8 @@ class Config:
     n_page_tokens: int = 200_000  # held-out tokens for features.html
 
     # the grid: l1_alpha = 10^(e/4), expansion_factor = n_dict / width = 2^e; high ends exclusive
-    l1_exp_low: int = -14
-    l1_exp_high: int = -7
+    l1_exp_low: int = -22
+    l1_exp_high: int = -15
     expansion_exp_low: int = 0
     expansion_exp_high: int = 3
     target_l0: tuple[int, ...] = ()  # instead of a grid of l1_alpha: find it for these l0
@@ -107,8 +107,8 @@ class Config:
 
 
 PRESETS = {
-    "demo": dict(model="demo", layer=1, dataset="stdlib", context_length=128, batch_size=1024,
-                 n_tokens=2_000_000, n_eval_tokens=30_000, lm_batch_size=32),
+    "demo": dict(model="demo", layer=1, dataset="stdlib", context_length=128, n_tokens=600_000,
+                 n_eval_tokens=30_000, batch_size=512, lr=3e-3, l1_exp_low=-16, l1_exp_high=-12),
     "full": dict(),
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these
@@ -135,7 +135,8 @@ def main(argv: list[str]) -> int:
         device=describe(device),
         suffix=shard.suffix,
     )
-    if planned.done and not cfg.fresh:
+    choice = pick(lm_results.ShowChoice, cfg)
+    if planned.done and not cfg.fresh and lm_results.is_shown(planned.folder, choice):
         planned.open(fresh=False)  # refuses other constants
         return last_lines(cfg, read_csv(planned.folder / "results.csv"), planned.folder)
     print(f"{cfg.preset}: {cfg.model}, layer {cfg.layer} {cfg.site}, on {describe(device)}")
@@ -235,15 +236,14 @@ def open_subject_of(cfg: Config, device: torch.device) -> tuple[Subject, Languag
     """Model, site and tokens, and how cells are trained on activations computed as they are read;
     says whether model and text fit each other."""
     model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
-    folder = Path(cfg.activations_dir or default_folder(model, text, cfg.store_dtype))
+    folder = Path(cfg.activations_dir or default_folder(model, text))
     subject = open_subject(model, text, folder, device=device)
     print(subject.introduction(), flush=True)
     of = dict(lm=subject.lm, site=subject.site, lm_batch_size=cfg.lm_batch_size)
     store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
     harvester = Harvester(**of, text=subject.train, **store)
     held_out = HeldOut(**of, text=subject.held_out, n_tokens=cfg.n_eval_tokens)
-    about = subject.about | {"store_dtype": cfg.store_dtype}
-    return subject, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), about, device)
+    return subject, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), subject.about)
 
 
 if __name__ == "__main__":

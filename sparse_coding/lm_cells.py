@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_coding.activations import Shards, Statistics, open_activations, statistics
-from sparse_coding.autoencoder import SparseAutoencoder, load_sae, save_sae
+from sparse_coding.activation_store import open_activations
+from sparse_coding.activations import Shards, Statistics, statistics
+from sparse_coding.autoencoder import WEIGHTS, SparseAutoencoder, save_sae
 from sparse_coding.cells import merged_rows
 from sparse_coding.config import named_seed, require_flag
 from sparse_coding.ensemble import Ensemble, ensemble_bytes
@@ -20,7 +21,7 @@ from sparse_coding.hardware import step_seconds
 from sparse_coding.lm_evaluation import HeldOut, evaluate
 from sparse_coding.members import Member, Schedule
 from sparse_coding.metrics import mmcs_with_larger, n_matched
-from sparse_coding.reader import Reader
+from sparse_coding.reader import Reader, require_a_batch
 from sparse_coding.sweep import Cell
 from sparse_coding.training import Task
 
@@ -82,14 +83,23 @@ class LanguageRecipe:
 
     shards: the training text's activations
     about: where they come from, for the saved autoencoders
+
+    Raises:
+        UserError: there are fewer activations than a batch has.
     """
 
     shards: Shards
     held_out: HeldOut
     optimisation: Optimisation
     about: dict
-    device: torch.device
     headline = ("train/fvu", min)
+
+    def __post_init__(self) -> None:
+        require_a_batch(self.shards, self.optimisation.batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.held_out.lm.device
 
     @property
     def n_steps(self) -> int:
@@ -129,6 +139,7 @@ class LanguageRecipe:
         reader = Reader(
             self.shards,
             batch_size=o.batch_size,
+            n_steps=o.n_steps,
             scale=scale,
             seed=named_seed(seed, "batches"),
             device=self.device,
@@ -149,10 +160,10 @@ class LanguageRecipe:
             return {f"train/{name}": on_batch[name] for name in ("mse", "fvu", "l0")}
 
         def finish() -> list[tuple[dict, dict[str, Tensor]]]:
-            reader.close()
+            reader.close()  # its thread may be using the language model, too
             return self._evaluated(ensemble, group)
 
-        return Task(ensemble, reader.batch, measure, finish)
+        return Task(ensemble, reader.batch, measure, finish, close=reader.close)
 
     def _evaluated(
         self, ensemble: Ensemble, group: list[Cell]
@@ -186,13 +197,18 @@ class LanguageRecipe:
         path = sae_folder(folder, cell)
         write_tensors(path / SPARSITY, {"sparsity": sparsity})
         about = self.about | {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
-        save_sae(path, sae, about=about | {k: row[k] for k in ("fvu", "l0", "ce_recovered")})
+        found = {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
+        # null where a cell diverged or an ablation costs nothing: NaN is no JSON
+        found = {name: v if math.isfinite(v) else None for name, v in found.items()}
+        save_sae(path, sae, about=about | found)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
 
         def decoder_of(folder: Path, cell: Cell) -> Tensor:
-            return load_sae(sae_folder(folder, cell)).W_dec.to(self.device)
+            # not load_sae, which refuses a diverged one
+            tensors, _ = read_tensors(sae_folder(folder, cell) / WEIGHTS)
+            return tensors["W_dec"].to(self.device)
 
         compare = {"mmcs_with_larger": mmcs_with_larger, "n_matched_larger": n_matched}
         return merged_rows(folder, cells, decoder_of=decoder_of, compare=compare)

@@ -1,8 +1,9 @@
 """What a sweep on a language model shows: figures, report, page of features, exports. Floor 2."""
 
+import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sparse_coding.config import require, require_flag
 from sparse_coding.export import export_dictionary_learning
 from sparse_coding.feature_data import FeatureCollector, logit_effects, nearest_features
 from sparse_coding.feature_page import write_feature_page
+from sparse_coding.files import write_json
 from sparse_coding.language_model import direct_logits
 from sparse_coding.lm_cells import LanguageRecipe, feature_density, sae_folder
 from sparse_coding.lm_evaluation import evaluate
@@ -23,6 +25,7 @@ L1_TERMS = {  # --l1-normalisation -> the term, as every axis label says it
     "per_feature": "l1_alpha · mean Σ codes / n_dict",
     "sum": "l1_alpha · mean Σ codes",
 }
+SHOWN = "shown.json"  # the choice behind what the folder shows
 TITLE = "Sparse autoencoders on a language model"
 
 
@@ -55,10 +58,15 @@ def best_row(rows: list[dict], *, most_l0: float) -> dict:
 def verdict(rows: list[dict], *, most_l0: float) -> str:
     """One paragraph: the best cell, and what ce_recovered is measured against."""
     best = best_row(rows, most_l0=most_l0)
+    if not math.isfinite(best["fvu"]):
+        return f"All {len(rows)} cells diverged: lower --lr."
+    lead = f"Best at l0 <= {most_l0:g}"
+    if best["l0"] > most_l0:
+        lead = f"No cell has l0 <= {most_l0:g}: raise l1_alpha; the sparsest"
     n_diverged = sum(not math.isfinite(row["fvu"]) for row in rows)
     text = f"{n_diverged} cells diverged and are left out of this line. " if n_diverged else ""
     return text + (
-        f"Best at l0 <= {most_l0:g}: fvu {best['fvu']:.3f} at l0 {best['l0']:.1f}, ce_recovered "
+        f"{lead}: fvu {best['fvu']:.3f} at l0 {best['l0']:.1f}, ce_recovered "
         f"{best['ce_recovered']:.3f} (l1_alpha {best['l1_alpha']:.3g}, n_dict {best['n_dict']}, "
         f"{best['dead_fraction']:.1%} dead), on held-out documents. Cross-entropy "
         f"{best['ce_clean']:.3f} nats; ablation by zeros costs "
@@ -84,10 +92,12 @@ def show(
         cells: in the order of the rows
         context: what was run, for the report
     """
+    sound = [c for c, row in zip(cells, rows, strict=True) if math.isfinite(row["fvu"])]
     if choice.export == "dictionary_learning":
-        _export(folder, cells)
-    best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
-    write_page(folder, best, recipe=recipe, subject=subject, n_tokens=choice.n_page_tokens)
+        _export(folder, sound)
+    if sound:
+        best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
+        write_page(folder, best, recipe=recipe, subject=subject, n_tokens=choice.n_page_tokens)
     figures = _draw(folder, rows, cells, recipe=recipe)
     write_report(
         folder,
@@ -98,7 +108,13 @@ def show(
         context=context,
         filter_example="expansion_factor>=2 l0<32",
     )
+    write_json(folder / SHOWN, asdict(choice))
     return figures
+
+
+def is_shown(folder: Path, choice: ShowChoice) -> bool:
+    """Whether the folder shows what is chosen."""
+    return (folder / SHOWN).exists() and json.loads((folder / SHOWN).read_text()) == asdict(choice)
 
 
 def _heatmaps(cells: list[Cell]) -> tuple:

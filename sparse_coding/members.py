@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
+
 
 @dataclass(frozen=True)
 class Member:
@@ -13,7 +15,7 @@ class Member:
 
     l1: weight of mean Σ codes in the loss, l1_alpha times its normalisation
     seed: of its start
-    tied: start with W_enc = W_decᵀ and b_enc = 0 instead of torch.nn.Linear's
+    tied: start with W_enc = W_decᵀ / 2 and b_enc = 0 instead of torch.nn.Linear's
     target_l0: l1 is only where a controller starts that seeks this l0; 0: l1 stays
     """
 
@@ -55,7 +57,7 @@ def initial_autoencoder(
     activation_dim: int, n_dict: int, seed: int, *, tied: bool = False
 ) -> dict[str, Tensor]:
     """The start of June 2023: W_enc, b_enc as torch.nn.Linear, W_dec orthogonal, rows of length 1.
-    With `tied`: rows of W_dec uniform on the sphere, W_enc its transpose, b_enc 0.
+    With `tied`: rows of W_dec uniform on the sphere, W_enc half its transpose, b_enc 0.
 
     Drawn on the CPU in float32. Feature-major as in a Stack: W_enc is (n_dict, activation_dim),
     the transpose of what Ensemble.dictionary and the saved files have.
@@ -63,7 +65,7 @@ def initial_autoencoder(
     rng = torch.Generator().manual_seed(seed)
     if tied:
         W_dec = normalize(torch.randn(n_dict, activation_dim, generator=rng), dim=1)
-        return {"W_enc": W_dec.clone(), "b_enc": torch.zeros(n_dict), "W_dec": W_dec}
+        return {"W_enc": TIED * W_dec, "b_enc": torch.zeros(n_dict), "W_dec": W_dec}
     bound = activation_dim**-0.5  # torch.nn.Linear: U(−1/√fan_in, 1/√fan_in) for weight and bias
     W_enc = torch.empty(n_dict, activation_dim).uniform_(-bound, bound, generator=rng)
     b_enc = torch.empty(n_dict).uniform_(-bound, bound, generator=rng)

@@ -65,6 +65,19 @@ def _quiet() -> Iterator[None]:
         logging.set_tqdm_hook(hook)
 
 
+def require_reachable(name: str, revision: str) -> None:
+    """Raises UserError for a hub id of which nothing is cached while the hub is out of reach."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).is_dir():
+        return
+    try:
+        snapshot_download(name, revision=revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        _require_on_hub(name, revision)
+
+
 def _from_hub(
     name: str, dtype: torch.dtype, revision: str, architectures: tuple[str, ...]
 ) -> "PreTrainedModel":

@@ -29,6 +29,7 @@ class Reader:
     """x of a step: (batch_size, width) float32 on the device, multiplied by `scale`.
 
     Args:
+        n_steps: beyond them nothing is loaded ahead
         buffer_rows: rows that are mixed at a time; another as many may be waiting
         seed: of all random orders
     Raises:
@@ -40,16 +41,14 @@ class Reader:
         shards: Shards,
         *,
         batch_size: int,
+        n_steps: int,
         scale: float,
         seed: int,
         device: torch.device,
         buffer_rows: int,
     ):
-        n_rows = sum(shards.rows)
-        require(
-            n_rows >= batch_size,
-            f"{n_rows} activations are fewer than --batch-size {batch_size}: give more text",
-        )
+        require_a_batch(shards, batch_size)
+        self.n_steps, self.closing = n_steps, False
         self.shards, self.batch_size, self.scale = shards, batch_size, scale
         self.seed, self.device, self.buffer_rows = seed, device, buffer_rows
         self.segments: list[Segment] = []
@@ -104,7 +103,8 @@ class Reader:
         rng = torch.Generator().manual_seed(segment.seed)
         order = torch.randperm(len(rows), generator=rng).to(self.device)
         self.current = (segment, rows, order)
-        following = self.segment_of(segment.first + segment.n_steps).shards
+        end = segment.first + segment.n_steps
+        following = self.segment_of(end).shards if end < self.n_steps else segment.shards
         if following != segment.shards:
             self.waiting = (following, self.loader.submit(self._load, following))
 
@@ -122,6 +122,8 @@ class Reader:
         """Rows of these shards in one tensor; one shard at a time is held twice."""
         rows, first = None, 0
         for k in shards:
+            if self.closing:
+                break
             shard = self.shards.load(k)
             if rows is None:
                 shape = (sum(self.shards.rows[i] for i in shards), shard.shape[1])
@@ -131,5 +133,15 @@ class Reader:
         return rows
 
     def close(self) -> None:
-        """Stops loading ahead."""
-        self.loader.shutdown(wait=False, cancel_futures=True)
+        """Returns when nothing is being loaded any more, after one shard at most."""
+        self.closing = True
+        self.loader.shutdown(wait=True, cancel_futures=True)
+
+
+def require_a_batch(shards: Shards, batch_size: int) -> None:
+    """Raises UserError if there are fewer rows than a batch has."""
+    n_rows = sum(shards.rows)
+    require(
+        n_rows >= batch_size,
+        f"{n_rows} activations are fewer than --batch-size {batch_size}: give more text",
+    )

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from sparse_coding.activation_store import TEXT, check_manifest, claim_folder
 from sparse_coding.config import fingerprint, require, require_flag
 from sparse_coding.corpus import Corpus, build_corpus
 from sparse_coding.documents import open_documents
@@ -34,7 +35,8 @@ UNIGRAM_TOKENS = 2**20  # from which the unigram model is made
 @dataclass(frozen=True)
 class ModelChoice:
     """model: hub id, folder, nanoGPT checkpoint, or "demo", the small one in assets/
-    dtype: auto is float32 on the CPU, bfloat16 on CUDA"""
+    dtype: auto is float32 on the CPU, bfloat16 on CUDA
+    store_dtype: of its activations on disk"""
 
     model: str
     model_revision: str
@@ -42,6 +44,7 @@ class ModelChoice:
     layer: int
     site: str
     dtype: str
+    store_dtype: str
 
     @property
     def path(self) -> str:
@@ -67,9 +70,9 @@ class TextChoice:
         require_flag(self, "max_text_tokens", self.max_text_tokens >= 1, "at least 1")
 
 
-def default_folder(model: ModelChoice, text: TextChoice, store_dtype: str) -> Path:
+def default_folder(model: ModelChoice, text: TextChoice) -> Path:
     """For the activations: named after what they depend on, so that sweeps on a site share them."""
-    hashed = fingerprint(asdict(model) | asdict(text) | {"store_dtype": store_dtype})
+    hashed = fingerprint(asdict(model) | asdict(text))
     return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{model.site}-{hashed}")
 
 
@@ -83,16 +86,16 @@ class Subject:
     corpus: Corpus
     train: Packed
     held_out: Packed
+    model: ModelChoice
     text: TextChoice
     folder: Path  # of its tokens and activations
-    model_name: str  # as the user gave it
 
     @property
     def about(self) -> dict:
         """What activations of this depend on."""
         lm, made_of = self.lm, self.corpus.about
         return {
-            "model": self.model_name,
+            "model": self.model.model,
             "weight_hash": lm.weight_hash,
             "model_dtype": str(lm.dtype).removeprefix("torch."),
             "layer": self.site.layer,
@@ -106,6 +109,7 @@ class Subject:
             "packing": self.text.packing,
             "held_out": self.text.held_out,
             "dropped": "position 0, special tokens",
+            "store_dtype": self.model.store_dtype,
         }
 
     def introduction(self) -> str:
@@ -130,8 +134,9 @@ def open_subject(
 
     Raises:
         UserError: no such model, tokenizer, layer, site, dataset or column; too little text; a
-            context longer than the model's.
+            context longer than the model's; a folder of something else.
     """
+    claim_folder(folder)
     lm = load_language_model(
         model.path,
         device=device,
@@ -146,9 +151,11 @@ def open_subject(
         longest is None or text.context_length <= longest,
         f"--context-length {text.context_length} must be at most {longest}, which the model has",
     )
-    corpus = _open_corpus(text, tokenizer, folder / "text")
+    corpus = _open_corpus(text, tokenizer, folder / TEXT)
     train, held_out = _packed(corpus, text, tokenizer)
-    return Subject(lm, site, tokenizer, corpus, train, held_out, text, folder, model.model)
+    subject = Subject(lm, site, tokenizer, corpus, train, held_out, model, text, folder)
+    check_manifest(folder, subject.about)
+    return subject
 
 
 def _packed(corpus: Corpus, text: TextChoice, tokenizer: Tokenizer) -> Iterator[Packed]:

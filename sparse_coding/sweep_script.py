@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class PlannedRun:
 
     @property
     def done(self) -> bool:
-        return (self.folder / "DONE").exists()
+        return os.path.exists(self.folder / "DONE")  # False for a name that is too long
 
     def open(self, *, fresh: bool) -> None:
         """See open_run_folder."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
+from sparse_coding.pretrained import require_reachable
 from sparse_coding.vocabulary import piece_bytes, read_meta_pickle
 
 GPT2_IDS = range(50257, 50305)  # vocab_size of models on GPT-2's BPE, nanoGPT's padding included
@@ -243,12 +244,12 @@ def _from_tokenizer_json(path: Path, content: dict, *, vocab_size: int) -> Token
 
 def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> Tokenizer:
     """The tokenizer of a hub id or folder, by AutoTokenizer; from the cache if it is there."""
-    import transformers
+    from transformers import AutoTokenizer
 
+    options = dict(revision=revision or "main", trust_remote_code=False)
+    require_reachable(where, options["revision"])
     try:
-        own = transformers.AutoTokenizer.from_pretrained(
-            where, revision=revision or "main", trust_remote_code=False
-        )
+        own = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # the library raises Exception itself for a torn file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = f"`hf download {where}` where there is network puts it into the cache"

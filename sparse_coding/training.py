@@ -31,12 +31,14 @@ class Task:
     batch_at: x of a step, (batch_size, activation_dim)
     measure: x of the last step -> what is logged while training
     evaluate: per cell what goes into results.csv, and the autoencoder to save
+    close: ends threads of the task, also after an exception
     """
 
     ensemble: Ensemble
     batch_at: Callable[[int], Tensor]
     measure: Callable[[Tensor], dict[str, list[float]]]
     evaluate: Callable[[], list[tuple[dict, dict[str, Tensor]]]]
+    close: Callable[[], None] = lambda: None
 
 
 class Recipe(Protocol):
@@ -118,15 +120,16 @@ def _train_group(
     info = {"seed": group[0].seed, "group": group_id(group)}
     progress.start_group(names, info=info, measure=task.measure)
     checkpoints = checkpoints_of(folder, group)
-    seconds = train_(
-        task.ensemble,
-        task.batch_at,
-        n_steps=recipe.n_steps,
-        checkpoints=checkpoints,
-        info={"cells": names},
-        progress=progress,
-        stop=stop,
-    )
+    with contextlib.closing(task):
+        seconds = train_(
+            task.ensemble,
+            task.batch_at,
+            n_steps=recipe.n_steps,
+            checkpoints=checkpoints,
+            info={"cells": names},
+            progress=progress,
+            stop=stop,
+        )
     per_feature = seconds / sum(cell.n_dict for cell in group)
     for cell, (row, tensors) in zip(group, task.evaluate(), strict=True):
         row["seconds"] = round(per_feature * cell.n_dict, 3)

@@ -178,7 +178,7 @@ def test_without_one_the_vocabulary_size_decides(tmp_path, monkeypatch):
 def test_hub_ids_are_not_taken_for_the_names_of_choices(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", no_hub)
-    with pytest.raises(UserError, match=r"no tokenizer in gpt2 .*`hf download gpt2`"):
+    with pytest.raises(UserError, match=r"gpt2 is no local folder .*`hf download gpt2`"):
         load_tokenizer("gpt2", vocab_size=50257)
 
 
