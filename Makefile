@@ -1,16 +1,25 @@
 # make replicate    installs into .venv, then draws the toy figures (minutes on a CPU)
+# make demo         installs into .venv, then trains autoencoders on a small language model
 # make test         installs into .venv, then runs the tests
+# make test-peers   installs SAELens and dictionary_learning beside it, loads our files with them
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
 PY = .venv/bin/python
+QUIET = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: replicate test lint
+.PHONY: replicate demo test test-peers lint
 
 replicate: .venv/installed
 	$(PY) replicate_toy_models.py $(ARGS)
 
+demo: .venv/installed
+	$(PY) run.py --preset demo $(ARGS)
+
 test: .venv/installed-tests
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest $(ARGS)
+	$(QUIET) $(PY) -m pytest $(ARGS)
+
+test-peers: .venv-peers/installed
+	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers.py $(ARGS)
 
 lint: .venv/installed-tests
 	$(PY) -m ruff check
@@ -24,4 +33,11 @@ lint: .venv/installed-tests
 
 .venv/installed-tests: .venv/installed tests/requirements.txt
 	$(PY) -m pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+# dictionary-learning without its dependencies: see tests/requirements-peers.txt
+.venv-peers/installed: requirements.txt tests/requirements.txt tests/requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --requirement tests/requirements-peers.txt
+	.venv-peers/bin/pip install --quiet --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
 	touch $@
