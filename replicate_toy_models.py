@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
         "replicate_toy_models",
         dataclasses.asdict(cfg),
         not_identity=NOT_IDENTITY,
-        machine={"device_type": device.type, "precision": precision},
+        more={"device_type": device.type, "precision": precision},
         device=describe(device),
         suffix=shard.suffix,
     )

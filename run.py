@@ -31,7 +31,7 @@ from sparse_coding.hardware import describe, memory_budget, pick_device, set_pre
 from sparse_coding.lm_cells import LanguageRecipe, Optimisation, with_activations
 from sparse_coding.lm_evaluation import HeldOut
 from sparse_coding.results import locked
-from sparse_coding.subject import ModelChoice, Subject, TextChoice, default_folder, open_subject
+from sparse_coding.subject import ModelChoice, Subject, TextChoice, flags_of, open_subject, stamps
 from sparse_coding.sweep import Cell, check_grid, make_grid, plan_groups
 from sparse_coding.sweep_script import PlannedRun, RunOptions, plan_run, train_planned
 
@@ -127,11 +127,12 @@ def main(argv: list[str]) -> int:
     if cfg.evaluate:
         return evaluate_saved(cfg, device)
 
+    files = stamps(pick(ModelChoice, cfg), pick(TextChoice, cfg))
     planned = plan_run(
         "run",
         dataclasses.asdict(cfg),
         not_identity=NOT_IDENTITY,
-        machine={"device_type": device.type, "precision": precision},
+        more={"device_type": device.type, "precision": precision, **files},
         device=describe(device),
         suffix=shard.suffix,
     )
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> int:
     require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
     planned.open(fresh=cfg.fresh)
     with locked(planned.folder, shard.suffix):
-        recipe = with_activations(recipe, subject.folder, max_bytes=cfg.max_disk_gb * 1e9)
+        recipe = with_activations(recipe, subject, max_bytes=cfg.max_disk_gb * 1e9)
         return run(cfg, recipe, subject, cells=cells, planned=planned, shard=shard)
 
 
@@ -202,9 +203,7 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
     preset = auto if cfg.preset == "auto" else cfg.preset
     default = Config(**PRESETS[preset])
     if cfg.evaluate:
-        known = load_sae(Path(cfg.evaluate)).about
-        names = ("model", "layer", "site", "dataset", "context_length", "packing", "held_out")
-        default = dataclasses.replace(default, **{k: known[k] for k in names if k in known})
+        default = dataclasses.replace(default, **flags_of(load_sae(Path(cfg.evaluate)).about))
     cfg = dataclasses.replace(parse_flags(default, argv, description=DESCRIPTION), preset=preset)
     check(cfg)
     return cfg
@@ -236,14 +235,14 @@ def open_subject_of(cfg: Config, device: torch.device) -> tuple[Subject, Languag
     """Model, site and tokens, and how cells are trained on activations computed as they are read;
     says whether model and text fit each other."""
     model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
-    folder = Path(cfg.activations_dir or default_folder(model, text))
-    subject = open_subject(model, text, folder, device=device)
+    subject = open_subject(model, text, cfg.activations_dir, device=device)
     print(subject.introduction(), flush=True)
     of = dict(lm=subject.lm, site=subject.site, lm_batch_size=cfg.lm_batch_size)
     store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
     harvester = Harvester(**of, text=subject.train, **store)
     held_out = HeldOut(**of, text=subject.held_out, n_tokens=cfg.n_eval_tokens)
-    return subject, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), subject.about)
+    optimisation = pick(Optimisation, cfg)
+    return subject, LanguageRecipe(harvester, held_out, optimisation, subject.provenance)
 
 
 if __name__ == "__main__":

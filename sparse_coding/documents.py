@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
+from sparse_coding.files import content_stamp
 
 # commits of hub datasets that we name, so that a run means the same text next year
 PINNED = {
@@ -93,9 +94,11 @@ def _find(dataset: str, text_column: str, revision: str) -> Documents:
         return Documents(dataset, f"python {platform.python_version()}", _stdlib_texts)
     path = Path(dataset).expanduser()
     if path.exists():
-        files = _local_files(path)
+        files = local_files(path)
         return Documents(
-            dataset, _stamp(files, text_column), lambda: _local_texts(files, text_column)
+            dataset,
+            f"{content_stamp(files)} {text_column}",
+            lambda: _local_texts(files, text_column),
         )
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset) and path.suffix not in SUFFIXES
     require(bool(is_id), f"--dataset {dataset}: no such file or folder")
@@ -112,7 +115,7 @@ def _stdlib_texts() -> Iterator[str]:
         yield path.read_text("utf-8", errors="replace")
 
 
-def _local_files(path: Path) -> list[Path]:
+def local_files(path: Path) -> list[Path]:
     """The file, or those of the folder that we can read, sorted."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
@@ -121,20 +124,6 @@ def _local_files(path: Path) -> list[Path]:
     require(path.suffix in SUFFIXES, f"{path}: can read {', '.join(SUFFIXES)} only")
     require(path.stat().st_size > 0, f"{path} is empty")
     return [path]
-
-
-def _stamp(files: list[Path], text_column: str) -> str:
-    """16 hex digits of the column, and of each file's size and first and last MB: a file that was
-    edited is another text. (The middle of a file edited in place, its size kept, goes unseen.)"""
-    digest = hashlib.sha256(text_column.encode())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(BLOCK))
-            file.seek(max(0, size - BLOCK))
-            digest.update(file.read(BLOCK))
-    return f"content {digest.hexdigest()[:16]}"
 
 
 def _local_texts(files: list[Path], text_column: str) -> Iterator[object]:

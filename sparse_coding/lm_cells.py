@@ -22,6 +22,7 @@ from sparse_coding.lm_evaluation import HeldOut, evaluate
 from sparse_coding.members import Member, Schedule
 from sparse_coding.metrics import mmcs_with_larger, n_matched
 from sparse_coding.reader import Reader, require_a_batch
+from sparse_coding.subject import Subject
 from sparse_coding.sweep import Cell
 from sparse_coding.training import Task
 
@@ -196,7 +197,8 @@ class LanguageRecipe:
         sparsity = torch.log10(sae.pop("density") + NEVER)
         path = sae_folder(folder, cell)
         write_tensors(path / SPARSITY, {"sparsity": sparsity})
-        about = self.about | {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
+        about = self.about | {"n_eval_tokens": self.held_out.n_tokens}
+        about |= {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
         found = {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
         # null where a cell diverged or an ablation costs nothing: NaN is no JSON
         found = {name: v if math.isfinite(v) else None for name, v in found.items()}
@@ -214,9 +216,11 @@ class LanguageRecipe:
         return merged_rows(folder, cells, decoder_of=decoder_of, compare=compare)
 
 
-def with_activations(recipe: LanguageRecipe, folder: Path, *, max_bytes: float) -> LanguageRecipe:
-    """The recipe on activations stored in the folder, harvested if need be, if they fit."""
-    shards = open_activations(recipe.shards, folder, recipe.about, max_bytes=max_bytes)
+def with_activations(
+    recipe: LanguageRecipe, subject: Subject, *, max_bytes: float
+) -> LanguageRecipe:
+    """The recipe on activations in the subject's folder, harvested if need be, if they fit."""
+    shards = open_activations(recipe.shards, subject.folder, subject.about, max_bytes=max_bytes)
     return replace(recipe, shards=shards)
 
 

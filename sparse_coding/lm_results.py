@@ -182,7 +182,7 @@ def check_fit(sae: SparseAutoencoder, subject: Subject) -> None:
         f"the autoencoder takes activations of width {sae.activation_dim}, but layer {site.layer} "
         f"{site.name} of {name} has width {site.width}: choose its own --model, --layer and --site",
     )
-    for key in ("model", "weight_hash", "layer", "site"):
+    for key in ("model", "weight_hash", "layer", "site", "tokenizer_fingerprint", "held_out"):
         was, here = sae.about.get(key, subject.about[key]), subject.about[key]
         if was != here:
             print(f"warning: trained on {key} {was}, evaluated on {here}", file=sys.stderr)

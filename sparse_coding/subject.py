@@ -3,6 +3,7 @@
 The fields of the two choices have the names of run.py's flags.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from sparse_coding.activation_store import TEXT, check_manifest, claim_folder
 from sparse_coding.config import fingerprint, require, require_flag
 from sparse_coding.corpus import Corpus, build_corpus
-from sparse_coding.documents import open_documents
+from sparse_coding.documents import local_files, open_documents
+from sparse_coding.files import content_stamp
 from sparse_coding.language_model import (
     LanguageModel,
     Site,
@@ -70,9 +72,30 @@ class TextChoice:
         require_flag(self, "max_text_tokens", self.max_text_tokens >= 1, "at least 1")
 
 
+def flags_of(about: dict) -> dict:
+    """Flags for the subject of a saved autoencoder, from its provenance; of a foreign one as far as
+    it says."""
+    names = ("model", "layer", "site", "dataset", "context_length")
+    flags = about.get("flags") or {name: about[name] for name in names if name in about}
+    return flags | {name: about[name] for name in ("n_eval_tokens",) if name in about}
+
+
+def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
+    """Of the local files behind the choices: a model trained anew is another model."""
+    path, dataset = Path(model.path).expanduser(), Path(text.dataset).expanduser()
+    found = {}
+    if model.model != "demo" and os.path.exists(path):
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        found["model_files"] = content_stamp(files)
+    if text.dataset != "stdlib" and os.path.exists(dataset):
+        is_bin = dataset.suffix == ".bin"
+        found["dataset_files"] = content_stamp([dataset] if is_bin else local_files(dataset))
+    return found
+
+
 def default_folder(model: ModelChoice, text: TextChoice) -> Path:
     """For the activations: named after what they depend on, so that sweeps on a site share them."""
-    hashed = fingerprint(asdict(model) | asdict(text))
+    hashed = fingerprint(asdict(model) | asdict(text) | stamps(model, text))
     return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{model.site}-{hashed}")
 
 
@@ -112,6 +135,11 @@ class Subject:
             "store_dtype": self.model.store_dtype,
         }
 
+    @property
+    def provenance(self) -> dict:
+        """For saved autoencoders: `about`, and the flags with which --evaluate finds this again."""
+        return self.about | {"flags": asdict(self.model) | asdict(self.text)}
+
     def introduction(self) -> str:
         """What the text is, and whether the model fits it: the cheapest sign of a wrong tokenizer
         or of wrong weights is a loss no better than that of token frequencies."""
@@ -128,14 +156,16 @@ class Subject:
 
 
 def open_subject(
-    model: ModelChoice, text: TextChoice, folder: Path, *, device: torch.device
+    model: ModelChoice, text: TextChoice, activations_dir: str, *, device: torch.device
 ) -> Subject:
-    """Loads the model; the text's tokens are encoded into folder/text unless they are there.
+    """Loads the model; the text's tokens are encoded into activations_dir/text unless they are
+    there. "": a folder named after the choices.
 
     Raises:
         UserError: no such model, tokenizer, layer, site, dataset or column; too little text; a
             context longer than the model's; a folder of something else.
     """
+    folder = Path(activations_dir or default_folder(model, text))
     claim_folder(folder)
     lm = load_language_model(
         model.path,

@@ -67,16 +67,16 @@ class PlannedRun:
 
 
 def plan_run(
-    script: str, config: dict, *, not_identity: set[str], machine: dict, device: str, suffix: str
+    script: str, config: dict, *, not_identity: set[str], more: dict, device: str, suffix: str
 ) -> PlannedRun:
     """The run that a script's constants name.
 
     Args:
         not_identity: constants that change no number beyond rounding
-        machine: what else the numbers depend on (kind of device, precision)
+        more: what else the numbers depend on (kind of device, precision, ...)
         device: in words; suffix: of this shard's files
     """
-    constants = {k: v for k, v in config.items() if k not in not_identity} | machine
+    constants = {k: v for k, v in config.items() if k not in not_identity} | more
     name = f"{script}-{config['preset']}-{fingerprint(constants)}"
     about = {"run_name": name + suffix, **about_this_run(device)}
     return PlannedRun(Path(config["output_dir"] or f"outputs/{name}"), constants, about)

@@ -43,7 +43,7 @@ ARROWS = {
     "subject": {"activation_store"},
     "reader": {"activations"},
     "lm_cells": {"activation_store", "activations", "cells", "evaluation", "lm_evaluation",
-                 "reader", "training"},
+                 "reader", "subject", "training"},
     "run_figures": {"frontier"},
     "lm_results": {"export", "feature_page", "lm_cells", "lm_evaluation", "report", "run_figures",
                    "subject"},
