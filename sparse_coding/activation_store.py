@@ -106,6 +106,7 @@ def open_store(folder: Path, harvester: Harvester, *, about: dict) -> Store:
     Raises:
         UserError: the folder belongs to something else; the disk is too small.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".harvest.lock", "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,28 +172,27 @@ def check_manifest(folder: Path, about: dict) -> None:
 
 def _harvest(folder: Path, harvester: Harvester, missing: list[int]) -> None:
     """Computes and writes the shards; one is written while the next is computed."""
-    rows = [harvester.rows[k] for k in missing]
+    n_rows = sum(harvester.rows[k] for k in missing)
     size = harvester.site.width * harvester.store_dtype.itemsize
-    require_free_disk(folder, sum(rows) * size)
+    require_free_disk(folder, n_rows * size)
     interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
     with (
         ThreadPoolExecutor(1) as writer,
-        tqdm(total=sum(rows), unit="tok", unit_scale=True, desc="harvest", mininterval=interval,
+        tqdm(total=n_rows, unit="tok", unit_scale=True, desc="harvest", mininterval=interval,
              disable=sys.stderr is None) as bar,
     ):  # fmt: skip
         writing: Future | None = None
         for k in missing:
-            shard = harvester.load(k)
-            document_ids = torch.from_numpy(harvester.text.document_ids(*harvester.span(k)))
+            rows, norms = harvester.compute(k)
+            ids = torch.from_numpy(harvester.text.document_ids(*harvester.span(k)))
             if writing:
                 writing.result()  # at most one shard waits in memory
-            writing = writer.submit(_write_shard, shard_path(folder, k), shard, document_ids)
-            bar.update(len(shard))
+            writing = writer.submit(_write_shard, shard_path(folder, k), rows, norms, ids)
+            bar.update(len(rows))
         writing.result()
 
 
-def _write_shard(path: Path, rows: Tensor, document_ids: Tensor) -> None:
-    norms = rows.float().norm(dim=1)
+def _write_shard(path: Path, rows: Tensor, norms: Tensor, document_ids: Tensor) -> None:
     info = {
         "rows": len(rows),
         "sha256": _sha256(rows),

@@ -3,10 +3,12 @@
 A shard is a fixed stretch of the packed text, so it can be computed alone. Its rows are shuffled.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,27 +69,40 @@ class Harvester:
         return sum(self.rows) * self.site.width * self.store_dtype.itemsize
 
     def load(self, k: int) -> Tensor:
-        """Shard k, computed.
+        """Shard k, computed: see `compute`."""
+        return self.compute(k)[0]
+
+    def compute(self, k: int) -> tuple[Tensor, Tensor]:
+        """(rows of shard k in a random order, (rows[k], width); their norms in float32).
 
         Raises:
             UserError: an activation is too large for the store's dtype, or not a number.
         """
-        start, stop = self.span(k)
-        parts = []
-        for first in range(start, stop, self.lm_batch_size):
-            last = min(first + self.lm_batch_size, stop)
-            ids = self.text.rows(first, last)
-            keep = torch.from_numpy(self.text.keep_of(ids)).to(self.lm.device)
-            x = activations(self.lm, self.site, torch.from_numpy(ids))[keep]  # (kept, width)
-            parts.append(x.to(self.store_dtype).cpu())
         rng = torch.Generator().manual_seed(named_seed("shard", k))
-        rows = torch.cat(parts)
+        order = torch.randperm(self.rows[k], generator=rng)
+        rows = torch.empty(len(order), self.site.width, dtype=self.store_dtype)
+        norms = torch.empty(len(order))
+        done = 0
+        for part in self._parts(k):  # each still in the cache
+            places = order[done : done + len(part)]
+            rows.index_copy_(0, places, part)
+            norms[places] = part.float().norm(dim=1)
+            done += len(part)
         require(
-            bool(torch.isfinite(rows).all()),
+            bool(torch.isfinite(norms).all()),
             f"activations of layer {self.site.layer} {self.site.name} are beyond the range of "
             f"{self.store_dtype}: use --store-dtype bfloat16",
         )
-        return rows[torch.randperm(len(rows), generator=rng)]
+        return rows, norms
+
+    def _parts(self, k: int) -> Iterator[Tensor]:
+        """Activations of the kept tokens of each forward pass, (kept, width)."""
+        start, stop = self.span(k)
+        for first in range(start, stop, self.lm_batch_size):
+            ids = self.text.rows(first, min(first + self.lm_batch_size, stop))
+            kept = torch.from_numpy(np.flatnonzero(self.text.keep_of(ids)))
+            x = activations(self.lm, self.site, torch.from_numpy(ids)).flatten(0, 1)
+            yield x.index_select(0, kept.to(x.device)).to(self.store_dtype).cpu()
 
 
 @dataclass(frozen=True)
