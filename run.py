@@ -148,7 +148,8 @@ def main(argv: list[str]) -> int:
     require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
     planned.open(fresh=cfg.fresh)
     with locked(planned.folder, shard.suffix):
-        recipe = with_activations(recipe, subject, max_bytes=cfg.max_disk_gb * 1e9)
+        options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)
+        recipe = with_activations(recipe, subject, **options)
         return run(cfg, recipe, subject, cells=cells, planned=planned, shard=shard)
 
 
@@ -181,7 +182,8 @@ def run(
 def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
     """Prints what came out and where it is; the exit code."""
     print(lm_results.verdict(rows, most_l0=cfg.page_l0))
-    print(f"features: {folder / 'features.html'}")
+    page = folder / "features.html"  # none if all cells diverged
+    print(f"features: {page}" if page.exists() else "no features: all cells diverged")
     print(f"done: {folder / 'report.html'} (--fresh starts again)")
     return 0
 
@@ -241,8 +243,8 @@ def open_subject_of(cfg: Config, device: torch.device) -> tuple[Subject, Languag
     store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
     harvester = Harvester(**of, text=subject.train, **store)
     held_out = HeldOut(**of, text=subject.held_out, n_tokens=cfg.n_eval_tokens)
-    optimisation = pick(Optimisation, cfg)
-    return subject, LanguageRecipe(harvester, held_out, optimisation, subject.provenance)
+    about = subject.provenance
+    return subject, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), about)
 
 
 if __name__ == "__main__":

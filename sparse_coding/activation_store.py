@@ -54,7 +54,7 @@ def open_activations(
         )
     have = sum(path.stat().st_size for path in folder.glob("shard-*"))
     free = shutil.disk_usage(existing(folder)).free - DISK_RESERVE + have
-    size = f"{n_rows:,} activations, {n_bytes / 1e9:.2f} GB"
+    size = f"{n_rows:,} activations, {n_bytes / 1e6:,.0f} MB"
     if n_bytes > max_bytes:
         print(f"{size}, over --max-disk-gb {max_bytes / 1e9:g}: computed as they are read")
         return harvester

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparse_coding.config import require
+from sparse_coding.config import UserError, require
 
 STAMPED = 2**20  # bytes read at either end for content_stamp
 DISK_RESERVE = 64 * 2**20  # bytes left free on the disk by every large write; ours, not tuned
@@ -95,15 +95,21 @@ def require_free_disk(folder: Path, n_bytes: int) -> None:
 
 def content_stamp(paths: list[Path]) -> str:
     """16 hex digits of each file's size and its first and last MB, to notice cheaply that a file
-    was edited or written anew. (A change in the middle of the same size goes unseen.)"""
+    was edited or written anew. (A change in the middle of the same size goes unseen.)
+
+    Raises:
+        UserError: a file can't be read.
+    """
     digest = hashlib.sha256()
     for path in paths:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(STAMPED))
-            file.seek(max(0, size - STAMPED))
-            digest.update(file.read(STAMPED))
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{size} ".encode() + file.read(STAMPED))
+                file.seek(max(0, size - STAMPED))
+                digest.update(file.read(STAMPED))
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}") from None
     return digest.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_coding.activation_store import open_activations
 from sparse_coding.activations import Shards, Statistics, statistics
 from sparse_coding.autoencoder import WEIGHTS, SparseAutoencoder, save_sae
-from sparse_coding.cells import merged_rows
+from sparse_coding.cells import merged_rows, missing_cells
 from sparse_coding.config import named_seed, require_flag
 from sparse_coding.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.evaluation import reconstruction
@@ -197,7 +197,8 @@ class LanguageRecipe:
         sparsity = torch.log10(sae.pop("density") + NEVER)
         path = sae_folder(folder, cell)
         write_tensors(path / SPARSITY, {"sparsity": sparsity})
-        about = self.about | {"n_eval_tokens": self.held_out.n_tokens}
+        tokens = {"n_eval_tokens": self.held_out.n_tokens, "n_tokens": self.optimisation.n_tokens}
+        about = self.about | tokens
         about |= {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
         found = {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
         # null where a cell diverged or an ablation costs nothing: NaN is no JSON
@@ -217,9 +218,12 @@ class LanguageRecipe:
 
 
 def with_activations(
-    recipe: LanguageRecipe, subject: Subject, *, max_bytes: float
+    recipe: LanguageRecipe, subject: Subject, *, folder: Path, cells: list[Cell], max_bytes: float
 ) -> LanguageRecipe:
-    """The recipe on activations in the subject's folder, harvested if need be, if they fit."""
+    """The recipe on activations in the subject's folder, if they fit: harvested if need be, unless
+    the run in `folder` has all its cells."""
+    if not missing_cells(folder, cells):
+        return recipe
     shards = open_activations(recipe.shards, subject.folder, subject.about, max_bytes=max_bytes)
     return replace(recipe, shards=shards)
 

@@ -67,7 +67,7 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
     text = f"{n_diverged} cells diverged and are left out of this line. " if n_diverged else ""
     return text + (
         f"{lead}: fvu {best['fvu']:.3f} at l0 {best['l0']:.1f}, ce_recovered "
-        f"{best['ce_recovered']:.3f} (l1_alpha {best['l1_alpha']:.3g}, n_dict {best['n_dict']}, "
+        f"{_or_none(best['ce_recovered'])} (l1_alpha {best['l1_alpha']:.3g}, n_dict {best['n_dict']}, "
         f"{best['dead_fraction']:.1%} dead), on held-out documents. Cross-entropy "
         f"{best['ce_clean']:.3f} nats; ablation by zeros costs "
         f"{best['ce_zero'] - best['ce_clean']:.2f}, by the mean "
@@ -168,7 +168,7 @@ def write_page(
             "site": f"layer {known['layer']}, {known['site']}",
             "autoencoder": f"{cell.name}: n_dict {sae.n_dict}, l1_alpha {known['l1_alpha']:.3g}, "
             f"l0 {known['l0']:.1f}, fvu {known['fvu']:.3f}, ce_recovered "
-            f"{known['ce_recovered']:.3f}",
+            f"{_or_none(known['ce_recovered'])}",
             "text": f"{known['dataset']} {known['dataset_revision'] or ''}, held-out documents",
         },
     )
@@ -191,6 +191,13 @@ def check_fit(sae: SparseAutoencoder, subject: Subject) -> None:
 def evaluate_one(sae: SparseAutoencoder, recipe: LanguageRecipe) -> dict[str, float]:
     """The metrics of results.csv for an autoencoder from elsewhere."""
     return evaluate(recipe.held_out, [sae], mean=recipe.statistics.mean)[0].values
+
+
+def _or_none(ce_recovered: float | None) -> str:
+    """It has no value where the ablation costs nothing."""
+    if ce_recovered is None or not math.isfinite(ce_recovered):
+        return "none (ablation costs nothing)"
+    return f"{ce_recovered:.3f}"
 
 
 def _export(folder: Path, cells: list[Cell]) -> None:

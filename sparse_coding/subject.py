@@ -77,7 +77,7 @@ def flags_of(about: dict) -> dict:
     it says."""
     names = ("model", "layer", "site", "dataset", "context_length")
     flags = about.get("flags") or {name: about[name] for name in names if name in about}
-    return flags | {name: about[name] for name in ("n_eval_tokens",) if name in about}
+    return flags | {name: about[name] for name in ("n_eval_tokens", "n_tokens") if name in about}
 
 
 def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
@@ -88,7 +88,7 @@ def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
         found["model_files"] = content_stamp(files)
     if text.dataset != "stdlib" and os.path.exists(dataset):
-        is_bin = dataset.suffix == ".bin"
+        is_bin = dataset.suffix == ".bin" and dataset.is_file()  # else open_bin says what is wrong
         found["dataset_files"] = content_stamp([dataset] if is_bin else local_files(dataset))
     return found
 
