@@ -182,9 +182,7 @@ def run(
 def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
     """Prints what came out and where it is; the exit code."""
     print(lm_results.verdict(rows, most_l0=cfg.page_l0))
-    page = folder / "features.html"  # none if all cells diverged
-    print(f"features: {page}" if page.exists() else "no features: all cells diverged")
-    print(f"done: {folder / 'report.html'} (--fresh starts again)")
+    print(f"done: {folder}: report.html, features.html (--fresh starts again)")
     return 0
 
 

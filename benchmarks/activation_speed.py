@@ -121,48 +121,45 @@ def line(name: str, times: list[float], reference: list[float], work: float, uni
     )
 
 
+def compare_harvest(harvester: Harvester, n_repeats: int) -> None:
+    harvest(harvester)  # warm
+    bare, stored = [], []
+    for _ in range(n_repeats):
+        bare.append(seconds(lambda: bare_forward(harvester)))
+        stored.append(seconds(lambda: harvest(harvester)))
+    length = harvester.text.context_length
+    n_tokens = sum(harvester.rows) * length / (length - 1)  # position 0 is read, but not stored
+    line("bare forward pass, stopped at the site", bare, bare, n_tokens, "tokens/s")
+    line("harvest to disk", stored, bare, n_tokens, "tokens/s")
+
+
+def compare_training(recipe: LanguageRecipe, cells: list[Cell], cfg: Config) -> None:
+    plain, alone, together = [], [], []
+    for _ in range(cfg.n_repeats):
+        plain.append(train_plain(recipe, cells, cfg.n_steps))
+        alone.append(train(recipe, [[cell] for cell in cells], cfg.n_steps))
+        together.append(train(recipe, [cells], cfg.n_steps))
+    n_steps, unit = cfg.n_steps * len(cells), "SAE-steps/s"
+    line(f"{len(cells)} cells one after another, plain autograd", plain, plain, n_steps, unit)
+    line(f"{len(cells)} cells one after another, this engine", alone, plain, n_steps, unit)
+    line(f"{len(cells)} cells together", together, plain, n_steps, unit)
+
+
 def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=__doc__.split("\n\n")[0])
     device = pick_device("auto")
     precision = set_precision("auto", device)
-    names = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-    shared = {k: v for k, v in names.items() if k not in ("n_steps", "n_repeats")}
+    of_run = {field.name for field in dataclasses.fields(run.Config)}
+    shared = {k: v for k, v in dataclasses.asdict(cfg).items() if k in of_run}
     with tempfile.TemporaryDirectory() as folder:
         options = run.PRESETS["demo"] | shared | {"activations_dir": f"{folder}/activations"}
         settings = run.Config(**options)
         subject, recipe = run.open_subject_of(settings, device)
-        cells, harvester = run.grid(settings, subject.site.width), recipe.shards
         print(f"{describe(device)}, {precision}, torch {torch.__version__}")
-        harvest(harvester)  # warm
-        pairs = [
-            (seconds(lambda: harvest(harvester)), seconds(lambda: bare_forward(harvester)))
-            for _ in range(cfg.n_repeats)
-        ]
-        store = open_store(Path(folder) / "store", harvester, about={})
+        compare_harvest(recipe.shards, cfg.n_repeats)
+        store = open_store(Path(folder) / "store", recipe.shards, about={})
         recipe = dataclasses.replace(recipe, shards=store)
-        triples = [
-            (
-                train(recipe, [cells], cfg.n_steps),
-                train(recipe, [[cell] for cell in cells], cfg.n_steps),
-                train_plain(recipe, cells, cfg.n_steps),
-            )
-            for _ in range(cfg.n_repeats)
-        ]
-    n_tokens = sum(harvester.rows) * settings.context_length / (settings.context_length - 1)
-    stored, bare = map(list, zip(*pairs, strict=True))
-    line("bare forward pass, stopped at the site", bare, bare, n_tokens, "tokens/s")
-    line("harvest to disk", stored, bare, n_tokens, "tokens/s")
-    together, alone, plain = map(list, zip(*triples, strict=True))
-    n_steps = cfg.n_steps * len(cells)
-    line(
-        f"{len(cells)} cells one after another, plain autograd",
-        plain,
-        plain,
-        n_steps,
-        "SAE-steps/s",
-    )
-    line(f"{len(cells)} cells one after another, this engine", alone, plain, n_steps, "SAE-steps/s")
-    line(f"{len(cells)} cells together", together, plain, n_steps, "SAE-steps/s")
+        compare_training(recipe, run.grid(settings, subject.site.width), cfg)
     return 0
 
 

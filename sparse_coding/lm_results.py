@@ -67,8 +67,8 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
     text = f"{n_diverged} cells diverged and are left out of this line. " if n_diverged else ""
     return text + (
         f"{lead}: fvu {best['fvu']:.3f} at l0 {best['l0']:.1f}, ce_recovered "
-        f"{_or_none(best['ce_recovered'])} (l1_alpha {best['l1_alpha']:.3g}, n_dict {best['n_dict']}, "
-        f"{best['dead_fraction']:.1%} dead), on held-out documents. Cross-entropy "
+        f"{_or_none(best['ce_recovered'])} (l1_alpha {best['l1_alpha']:.3g}, n_dict "
+        f"{best['n_dict']}, {best['dead_fraction']:.1%} dead), on held-out documents. Cross-entropy "
         f"{best['ce_clean']:.3f} nats; ablation by zeros costs "
         f"{best['ce_zero'] - best['ce_clean']:.2f}, by the mean "
         f"{best['ce_mean'] - best['ce_clean']:.2f}, this autoencoder "
