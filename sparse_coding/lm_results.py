@@ -68,8 +68,8 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
     return text + (
         f"{lead}: fvu {best['fvu']:.3f} at l0 {best['l0']:.1f}, ce_recovered "
         f"{_or_none(best['ce_recovered'])} (l1_alpha {best['l1_alpha']:.3g}, n_dict "
-        f"{best['n_dict']}, {best['dead_fraction']:.1%} dead), on held-out documents. Cross-entropy "
-        f"{best['ce_clean']:.3f} nats; ablation by zeros costs "
+        f"{best['n_dict']}, {best['dead_fraction']:.1%} dead), on held-out documents. "
+        f"Cross-entropy {best['ce_clean']:.3f} nats; ablation by zeros costs "
         f"{best['ce_zero'] - best['ce_clean']:.2f}, by the mean "
         f"{best['ce_mean'] - best['ce_clean']:.2f}, this autoencoder "
         f"{best['ce_spliced'] - best['ce_clean']:.3f}."
