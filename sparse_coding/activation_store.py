@@ -76,6 +76,8 @@ class Store:
         path = shard_path(self.folder, k)
         with _damage_named(path):
             tensors, info = read_tensors(path)
+            if info["rows"] != self.rows[k]:
+                raise SafetensorError(f"{info['rows']} rows, not {self.rows[k]}")
             if k not in self._checked and info["sha256"] != _sha256(tensors["activations"]):
                 raise SafetensorError("its sha256 differs")
         self._checked.add(k)

@@ -165,8 +165,6 @@ def open_subject(
         UserError: no such model, tokenizer, layer, site, dataset or column; too little text; a
             context longer than the model's; a folder of something else.
     """
-    folder = Path(activations_dir or default_folder(model, text))
-    claim_folder(folder)
     lm = load_language_model(
         model.path,
         device=device,
@@ -181,6 +179,8 @@ def open_subject(
         longest is None or text.context_length <= longest,
         f"--context-length {text.context_length} must be at most {longest}, which the model has",
     )
+    folder = Path(activations_dir or default_folder(model, text))
+    claim_folder(folder)
     corpus = _open_corpus(text, tokenizer, folder / TEXT)
     train, held_out = _packed(corpus, text, tokenizer)
     subject = Subject(lm, site, tokenizer, corpus, train, held_out, model, text, folder)
