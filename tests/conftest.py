@@ -5,8 +5,11 @@ one that has torch loaded already: a run costs 0.1 s instead of 2 s, and is othe
 process, arguments, working directory, environment, output files, exit code).
 """
 
+import contextlib
+import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +24,16 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 120  # of one run; a tiny one takes 1 to 5 s
 
 NO_FIGURES = {"sparse_coding.replication.FIGURES": []}  # they take most of a tiny run
+SMALL = {  # for run.py: several shards and checkpoints, no figure but small density histograms
+    "sparse_coding.activations.SHARD_BYTES": 2**18,
+    "sparse_coding.progress.CHECKPOINT_SECONDS": 0.03,
+    "sparse_coding.progress.CHECKPOINT_SHARE": 1.0,
+    "sparse_coding.subject.SANITY_TOKENS": 512,
+    "sparse_coding.lm_results.FIGURES": [],
+    "sparse_coding.lm_results.FRONTIERS": [],
+    "sparse_coding.run_figures.FRONTIERS": [],
+    "sparse_coding.plotting.DPI": 20,
+}
 
 # Loaded once, forked per job. Jobs are JSON lines on stdin, answers JSON lines on stdout.
 SERVER = """
@@ -28,6 +41,8 @@ import gc, importlib, json, os, runpy, sys, time
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)  # as for `python script`
 import safetensors.torch, torch._dynamo, tyro  # the script loads these when it needs them
+for name in sys.argv[2:]:
+    importlib.import_module(name)
 tyro.cli(int, args=["1"])
 runpy.run_path(script, run_name="preload")
 gc.freeze()  # else every fork walks, and so copies, all of torch's objects when it ends
@@ -71,7 +86,7 @@ class Done:
     def err_lines(self) -> list[str]:
         """Lines of stderr as a terminal leaves them, without the progress bar."""
         lines = [line.split("\r")[-1] for line in self.err.split("\n")]
-        return [line for line in lines if line and "step/s" not in line and "s/step" not in line]
+        return [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)]
 
 
 def clean_environment(home: Path) -> dict[str, str]:
@@ -118,12 +133,15 @@ class Process:
 
 
 class Server:
-    """The process that is forked for each run of one script."""
+    """The process that is forked for each run of one script.
 
-    def __init__(self, script: Path, home: Path):
-        self.folder, self.n_jobs = home, 0
+    patch: see start; modules: that it has loaded too
+    """
+
+    def __init__(self, script: Path, home: Path, *, patch: dict, modules: tuple[str, ...] = ()):
+        self.folder, self.patch, self.n_jobs = home, patch, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, script],
+            [sys.executable, "-c", SERVER, script, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -137,12 +155,12 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, *flags: str, cwd: Path | None = None, patch: dict | None = None) -> Process:
-        """patch: {"module.NAME": value}, set before the script starts; else no figures."""
+        """patch: {"module.NAME": value}, set before the script starts; else few or no figures."""
         self.n_jobs += 1
         path = str(self.folder / f"job-{self.n_jobs}")
         job = {"argv": [str(f) for f in flags], "cwd": str(cwd or self.folder)}
         job |= {"stdout": f"{path}.out", "stderr": f"{path}.err"}
-        job |= {"patch": NO_FIGURES if patch is None else patch}
+        job |= {"patch": self.patch if patch is None else patch}
         return Process(self, job)
 
     def run(
@@ -171,16 +189,66 @@ def run_script(
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.fixture(scope="session")
-def toy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Forks replicate_toy_models.py: `toy_server.run("--n-steps", "40")`."""
-    server = Server(ROOT / "replicate_toy_models.py", tmp_path_factory.mktemp("toy_server"))
+@contextlib.contextmanager
+def served(script: str, home: Path, **options: object) -> Iterator[Server]:
+    server = Server(ROOT / script, home, **options)
     yield server
     server.process.stdin.close()
     server.process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def toy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Forks replicate_toy_models.py: `toy_server.run("--n-steps", "40")`."""
+    home = tmp_path_factory.mktemp("toy_server")
+    with served("replicate_toy_models.py", home, patch=NO_FIGURES) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def run_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Forks run.py: `run_server.run("--model", folder, "--dataset", file)`."""
+    of = "transformers.models"
+    modules = (
+        *(f"{of}.{kind}.modeling_{kind}" for kind in ("gpt2", "gpt_neox", "llama")),
+        f"{of}.auto.tokenization_auto",
+        "pyarrow.parquet",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+    )
+    home = tmp_path_factory.mktemp("run_server")
+    with served("run.py", home, patch=SMALL, modules=modules) as server:
+        yield server
 
 
 def bytes_under(folder: Path) -> dict[str, bytes]:
     """Every file below the folder by its relative path; lock files are no content."""
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".lock"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """results.csv as it stands there."""
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_refused(done: Done, *words: str) -> None:
+    """One line on stderr that has these words, exit code 2, no traceback."""
+    assert done.code == 2, done.err
+    (line,) = done.err_lines
+    assert re.match(r"\w+\.py: error: ", line), line
+    assert [word for word in words if word not in line] == [], line
+
+
+@contextlib.contextmanager
+def mounted_tmpfs(folder: Path, options: str) -> Iterator[None]:
+    """A disk of its own at the folder; skips the test where none can be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs root and mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)

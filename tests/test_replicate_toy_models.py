@@ -5,7 +5,6 @@ Every run is a process of its own in another directory, without network. The swe
 """
 
 import contextlib
-import csv
 import json
 import os
 import random
@@ -18,7 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Done, Server, bytes_under, run_script
+from conftest import (
+    ROOT,
+    Done,
+    Server,
+    assert_refused,
+    bytes_under,
+    mounted_tmpfs,
+    run_script,
+    table,
+)
 
 SCRIPT = ROOT / "replicate_toy_models.py"
 N_STEPS, SEEDS, WIDTHS, L1_EXPS = 240, (0, 1), (8, 16, 32), (-2, -1, 0)
@@ -64,11 +72,6 @@ def numbers_in(folder: Path) -> dict[str, bytes | list]:
     return kept | {"results.csv": [row | {"seconds": 0} for row in table(folder)]}
 
 
-def table(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -80,14 +83,6 @@ def assert_same_numbers(folder: Path, finished: Path, *, figures: bool = False) 
         ours = {name: ours[name] for name in ours if not name.startswith("figures/")}
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
-
-
-def assert_refused(done: Done, *words: str) -> None:
-    """One line on stderr that has these words, exit code 2, no traceback."""
-    assert done.code == 2, done.err
-    assert done.err.count("\n") == 1, done.err
-    assert done.err.startswith("replicate_toy_models.py: error: ")
-    assert [word for word in words if word not in done.err] == [], done.err
 
 
 def in_training(folder: Path):
@@ -185,18 +180,6 @@ def test_a_folder_without_permission_is_refused(toy_server: Server, tmp_path: Pa
     done = toy_server.run(*TINY, "--output-dir", tmp_path / "run")
     tmp_path.chmod(0o700)
     assert_refused(done, "can't be written", "choose another")
-
-
-@contextlib.contextmanager
-def mounted_tmpfs(folder: Path, options: str):
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs root and mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_read_only_disk_is_refused(toy_server: Server, tmp_path: Path):

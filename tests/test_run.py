@@ -1,0 +1,886 @@
+"""run.py as a user meets it: three families of models, resume, shards, streaming, bad input.
+
+Every run is a process of its own in another directory, without network, on models of two layers
+that are made here, and on some hundred short documents.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    SMALL,
+    Process,
+    Server,
+    assert_refused,
+    bytes_under,
+    mounted_tmpfs,
+    run_script,
+    table,
+)
+from safetensors.torch import load_file, save_file
+from test_documents import write_parquet
+from test_nanogpt import nanogpt_state, saved
+from test_tokenizer import save
+from tokenizers import Tokenizer
+
+CONTEXT, WIDTH, N_DOCUMENTS = 16, 64, 400
+GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32)
+LLAMA = dict(
+    hidden_size=16,
+    intermediate_size=WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+)
+FAMILIES = {"gpt2": GPT2, "gpt_neox": LLAMA, "llama": LLAMA}
+PLACES = ("--output-dir", "run", "--activations-dir", "acts")
+TINY = (
+    f"--preset full --layer 1 --context-length {CONTEXT} --held-out 0.2 --n-tokens 12000 "
+    "--batch-size 64 --lm-batch-size 8 --n-eval-tokens 1000 --n-page-tokens 1000 "
+    "--l1-exp-low -8 --l1-exp-high -6 --expansion-exp-low -1 --expansion-exp-high 1 "
+    "--wandb-mode disabled --log-every 10 --device cpu"
+).split()
+N_STEPS = 12000 // 64
+ALL_FIGURES = {name: value for name, value in SMALL.items() if value != []}
+HEADER = (
+    "seed,l1_alpha,expansion_factor,n_dict,n_tokens,fvu,l0,mse,dead_fraction,ce_clean,ce_spliced,"
+    "ce_zero,ce_mean,ce_recovered,mmcs_with_larger,n_matched_larger,seconds"
+)
+METRICS = HEADER.split(",")[5:14]
+FIGURES = ["fvu", "l0", "dead_fraction", "ce_recovered", "mmcs_with_larger", "frontier_fvu",
+           "frontier_ce", "densities"]  # fmt: skip
+
+
+def cells_of(*sizes: int, seeds: tuple[int, ...] = (0,)) -> list[str]:
+    """Names of the cells of the tiny sweep, in the order of the table."""
+    names = [f"dict{n:06d}_l1exp{e:+03d}" for n in sizes for e in (-8, -7)]
+    return [f"seed{seed}_{name}" for seed in seeds for name in names]
+
+
+CELLS = cells_of(32, 64)
+
+
+def documents() -> list[str]:
+    """Sentences of a small language in which a word says much about the next one."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghilmnorstu", k=rng.randint(2, 7))) for _ in range(60)]
+    texts = []
+    for n in range(N_DOCUMENTS):
+        at, text = rng.randrange(60), [f"{n}:"]
+        for _ in range(rng.randint(10, 60)):
+            at = (3 * at + rng.choice((1, 1, 1, 2, 7))) % 60
+            text.append(words[at] + rng.choice(("", "", "", ",", ".")))
+        texts.append(" ".join(text))
+    return texts
+
+
+@dataclass(frozen=True)
+class World:
+    """A parquet file and a folder of models, none of which anybody may change."""
+
+    root: Path
+
+    @property
+    def text(self) -> Path:
+        return self.root / "train.parquet"
+
+    def flags(self, kind: str = "gpt2") -> list[str]:
+        return [*TINY, "--model", str(self.root / kind), "--dataset", str(self.text)]
+
+
+def byte_level_bpe(texts: list[str]):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def tiny_model(kind: str):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    ids = dict(vocab_size=320, bos_token_id=0, eos_token_id=0)
+    config = AutoConfig.for_model(kind, **FAMILIES[kind], **ids)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def train_a_little_(model, bpe, texts: list[str]) -> None:
+    """So that ablations cost something: the next word is learned, roughly."""
+    stream = torch.tensor([i for e in bpe.encode_batch(texts) for i in (0, *e.ids)])
+    rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+    model.train()
+    for step in range(80):
+        ids = rows[torch.arange(64) * 7 + step & 1023]
+        loss = model(ids, labels=ids).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root, texts = tmp_path_factory.mktemp("models"), documents()
+    bpe = byte_level_bpe(texts)
+    for kind in FAMILIES:
+        model = tiny_model(kind)
+        if kind == "gpt2":
+            train_a_little_(model, bpe, texts)
+        if kind == "llama":  # no ablation changes its predictions
+            model.lm_head.weight.data.zero_()
+        model.save_pretrained(root / kind)
+        save(root / kind, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    write_parquet(root / "train.parquet", texts)
+    (root / "other.txt").write_text("<|endoftext|>".join(texts[::-1]))
+    return World(root)
+
+
+@pytest.fixture(scope="session")
+def finished(world: World, run_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny sweep ran once, into run/ and acts/. Nobody may write to it."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    done = run_server.run(*world.flags(), *PLACES, cwd=cwd, patch=ALL_FIGURES)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    return cwd
+
+
+def numbers_in(cwd: Path) -> dict[str, bytes | list]:
+    """What must be the same bits in two runs of the same constants."""
+    kept = {f"acts/{name}": data for name, data in bytes_under(cwd / "acts").items()}
+    kept |= {f"saes/{name}": data for name, data in bytes_under(cwd / "run/saes").items()}
+    return kept | {"results.csv": [row | {"seconds": 0} for row in table(cwd / "run")]}
+
+
+def assert_same_numbers(cwd: Path, finished: Path, *, store: bool = True) -> None:
+    ours, theirs = numbers_in(cwd), numbers_in(finished)
+    if not store:
+        theirs = {k: v for k, v in theirs.items() if not k.startswith("acts/shard-")}
+        del theirs["acts/manifest.json"]
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def litter(cwd: Path) -> list[str]:
+    return [p.name for p in cwd.rglob("*") if p.name.endswith(".tmp")]
+
+
+# --- what a run leaves -------------------------------------------------------------------------
+
+
+def assert_whole(run: Path, cells: list[str], figures: list[str]) -> None:
+    """The run folder has exactly the promised files, and its pages need no network."""
+    expected = {"config.json", "metrics.jsonl", "results.csv", "report.html", "features.html"}
+    expected |= {"shown.json"}
+    saved = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
+    expected |= {"DONE"} | {f"saes/{cell}/{name}" for cell in cells for name in saved}
+    expected |= {f"figures/{name}.{end}" for name in figures for end in ("png", "csv")}
+    assert set(bytes_under(run)) - {f"cells/{cell}.json" for cell in cells} == expected
+    report = (run / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == len(figures)
+    for page in (report, (run / "features.html").read_text()):
+        assert re.findall(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", page) == []
+
+
+def test_a_run_leaves_the_promised_files_and_the_same_command_says_so_and_changes_none(
+    finished: Path, world: World, run_server: Server
+):
+    assert_whole(finished / "run", CELLS, FIGURES)
+    files = [p for p in finished.rglob("*") if p.is_file()]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    again = run_server.run(*world.flags(), *PLACES, cwd=finished)
+    assert again.code == 0
+    assert again.err == ""
+    assert "done: run: report.html" in again.out
+    assert {p: p.stat().st_mtime_ns for p in files} == before
+    assert len(files) == len([p for p in finished.rglob("*") if p.is_file()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("gpt_neox", "--site attn_concat --packing documents"),
+        ("llama", "--site resid_post --layer 0 --l1-normalisation per_feature --n-seeds 2"),
+    ],
+)
+def test_other_families_sites_and_options_leave_the_same_files(
+    kind: str, more: str, world: World, run_server: Server, tmp_path: Path
+):
+    done = run_server.run(*world.flags(kind), *PLACES, *more.split(), cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    seeds = (0, 1) if "seeds" in more else (0,)
+    cells = cells_of(8, 16, seeds=seeds)
+    assert_whole(tmp_path / "run", cells, ["densities"])
+    rows = table(tmp_path / "run")
+    assert [int(row["seed"]) for row in rows] == [seed for seed in seeds for _ in range(4)]
+    by_seed = [[row["fvu"] for row in rows if row["seed"] == str(seed)] for seed in seeds]
+    assert by_seed[0] != by_seed[1:]
+    assert all(0 < float(row["fvu"]) < 1.1 for row in rows)
+    if kind == "llama":
+        assert {(row["ce_zero"], row["ce_recovered"]) for row in rows} == {
+            (rows[0]["ce_clean"], "nan")
+        }
+    for path in (tmp_path / "run/saes").rglob("cfg.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def test_the_table_has_the_promised_columns_and_one_row_per_cell(finished: Path):
+    rows = table(finished / "run")
+    assert ",".join(rows[0]) == HEADER
+    cells = [(int(r["n_dict"]), float(r["expansion_factor"]), float(r["l1_alpha"])) for r in rows]
+    assert cells == [(n, n / WIDTH, 10 ** (e / 4)) for n in (32, 64) for e in (-8, -7)]
+    assert {(r["seed"], r["n_tokens"]) for r in rows} == {("0", str(N_STEPS * 64))}
+    for row in rows:
+        empty = ["mmcs_with_larger", "n_matched_larger"] if row["n_dict"] == "64" else []
+        assert [name for name, value in row.items() if value == ""] == empty
+        ce = {name: float(row[f"ce_{name}"]) for name in ("clean", "spliced", "zero", "mean")}
+        assert 0 < float(row["fvu"]) < 1
+        assert 0 < float(row["l0"]) <= int(row["n_dict"])
+        assert ce["clean"] < ce["spliced"] < ce["zero"]
+        recovered = (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
+        assert float(row["ce_recovered"]) == pytest.approx(recovered, abs=1e-9)
+
+
+def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world: World):
+    """Every row of the first shard, in float16, is an activation of the model on some training
+    text, and none is there twice."""
+    from transformers import AutoModelForCausalLM
+
+    subject = open_again(finished, world)
+    ids = torch.from_numpy(subject.train.rows(0, 128))
+    model = AutoModelForCausalLM.from_pretrained(world.root / "gpt2", dtype=torch.float32).eval()
+    seen = []
+    projection = model.transformer.h[1].mlp.c_proj
+    projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    keep = (ids != 0) & (torch.arange(CONTEXT) > 0)
+    expected = seen[0][keep]
+    rows = load_file(finished / "acts/shard-00000.safetensors")["activations"].float()
+    assert rows.shape == expected.shape
+    # no two rows are equal up to rounding, so the order of a projection is that of the rows
+    by = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    ours, theirs = rows[(rows @ by).argsort()], expected.half().float()
+    torch.testing.assert_close(ours, theirs[(theirs @ by).argsort()], atol=2e-3, rtol=0)
+
+
+def test_no_training_row_is_of_a_held_out_document(finished: Path, world: World):
+    """By the document ids in the shards, and by the documents that are evaluated."""
+    subject = open_again(finished, world)
+    held_out = set(subject.held_out.document_ids(0, subject.held_out.n_rows).tolist())
+    shards = sorted((finished / "acts").glob("shard-*"))
+    trained_on = {i for p in shards for i in load_file(p)["document_ids"].tolist()}
+    by_text = {number(text) for text in documents()}
+    assert len(shards) == 7
+    assert trained_on | held_out <= by_text
+    assert len(held_out) > 50
+    assert held_out & trained_on == set()
+    assert max(held_out) < 0.2 * 2**63 <= min(trained_on)
+
+
+def number(text: str) -> int:
+    """The first 63 bits of a document's sha256, little-endian."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def open_again(finished: Path, world: World):
+    """The subject of the finished run."""
+    from sparse_coding.subject import ModelChoice, TextChoice, open_subject
+
+    model = ModelChoice(str(world.root / "gpt2"), "", "auto", 1, "mlp_act", "auto", "float16")
+    text = TextChoice(str(world.text), "", "text", CONTEXT, "packed", 0.2, 100_000_000)
+    return open_subject(model, text, finished / "acts", device=torch.device("cpu"))
+
+
+def test_the_manifest_counts_every_row_once(finished: Path):
+    manifest = json.loads((finished / "acts/manifest.json").read_text())
+    shards = {p.name: load_file(p)["activations"] for p in (finished / "acts").glob("shard-*")}
+    assert manifest["shards"].keys() == shards.keys()
+    for name, rows in shards.items():
+        about = manifest["shards"][name]
+        assert about["rows"] == len(rows)
+        assert about["sha256"] == hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+    assert manifest["n_rows"] == sum(len(rows) for rows in shards.values()) >= 12000
+    assert manifest["about"]["layer"] == 1
+    assert manifest["about"]["site"] == "mlp_act"
+
+
+def test_evaluate_prints_the_numbers_of_the_table(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    """From another directory, where the text is encoded and read anew."""
+    for cell, row in list(zip(CELLS, table(finished / "run"), strict=True))[1:3]:
+        flags = [*world.flags(), "--evaluate", finished / "run/saes" / cell]
+        done = run_server.run(*flags, cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert done.err_lines == []
+        assert printed(done.out) == {name: f"{float(row[name]):.6g}" for name in METRICS}
+    assert not list(tmp_path.rglob("shard-*"))
+    assert not (tmp_path / "outputs").exists()
+
+
+def printed(out: str) -> dict[str, str]:
+    """What --evaluate prints, by name."""
+    return dict(line.split() for line in out.splitlines()[-len(METRICS) :])
+
+
+def test_evaluate_needs_no_flag_to_print_the_numbers_of_the_table(
+    world: World, run_server: Server, tmp_path: Path
+):
+    checkpoint = nanogpt_checkpoint(tmp_path / "out/ckpt.pt", 320)
+    column = pyarrow.parquet.read_table(world.text).rename_columns(["body", "meta"])
+    pyarrow.parquet.write_table(column, tmp_path / "body.parquet")
+    flags = ["--model", checkpoint, "--tokenizer", world.root / "gpt2/tokenizer.json"]
+    flags += ["--dataset", tmp_path / "body.parquet", "--text-column", "body"]
+    done = run_server.run(*TINY, *flags, *PLACES, cwd=tmp_path)
+    assert done.code == 0, done.err
+    sae = tmp_path / "run/saes" / CELLS[0]
+    again = run_server.run("--evaluate", sae, "--device", "cpu", cwd=tmp_path)
+    assert again.code == 0, again.err
+    row = table(tmp_path / "run")[0]
+    assert printed(again.out) == {name: f"{float(row[name]):.6g}" for name in METRICS}
+
+
+# --- the same numbers, however they are made ---------------------------------------------------
+
+
+def test_shards_and_then_the_command_without_give_the_single_runs_table(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    """Both start at once: one harvests while the other waits."""
+    flags = [*world.flags(), *PLACES]
+    started = []
+
+    def stop_the_first_in_its_harvest() -> bool:
+        started.append(run_server.start(*flags, "--shard", "1/2", cwd=tmp_path))
+        started[-1].wait_until(lambda: n_shards(tmp_path))
+        started[-1].signal(signal.SIGSTOP)
+        return n_shards(tmp_path) < 7
+
+    until_in_time(stop_the_first_in_its_harvest, tmp_path)
+    *late, first = started
+    for process in late:
+        process.signal(signal.SIGKILL)
+        process.wait()
+    second = run_server.start(*flags, "--shard", "2/2", cwd=tmp_path)
+    out = Path(second.job["stdout"])
+    second.wait_until(lambda: out.exists() and "waiting for another process" in out.read_text())
+    first.signal(signal.SIGCONT)
+    for shard in (first, second):
+        done = shard.wait()
+        assert done.code == 0, done.err
+        assert done.err_lines == []
+        assert "without --shard" in done.out
+    assert not (tmp_path / "run/results.csv").exists()
+    merged = run_server.run(*flags, cwd=tmp_path)
+    assert merged.code == 0, merged.err
+    assert (tmp_path / "run/DONE").exists()
+    assert bytes_under(tmp_path / "acts") == bytes_under(finished / "acts")
+    for ours, theirs in zip(table(tmp_path / "run"), table(finished / "run"), strict=True):
+        for name in HEADER.split(",")[:-1]:
+            assert float(ours[name] or 0) == pytest.approx(float(theirs[name] or 0), rel=1e-4)
+
+
+def test_streamed_activations_give_the_same_bits_and_only_the_text_is_on_disk(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    done = run_server.run(*world.flags(), *PLACES, "--max-disk-gb", "0", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    assert "over --max-disk-gb 0: computed as they are read" in done.out
+    assert_same_numbers(tmp_path, finished, store=False)
+    assert {name.split("/")[0] for name in bytes_under(tmp_path / "acts")} == {"text"}
+
+
+def test_a_store_is_used_again_by_a_sweep_of_other_constants_and_grows_with_n_tokens(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    flags = [*world.flags(), *PLACES]
+    less = run_server.run(*flags, "--n-tokens", "4000", cwd=tmp_path)
+    assert less.code == 0, less.err
+    assert len(list((tmp_path / "acts").glob("shard-*"))) == 3
+    (tmp_path / "run").rename(tmp_path / "run of less")
+    before = bytes_under(tmp_path / "acts")
+    other = run_server.run(*flags, "--n-tokens", "4000", "--lr", "1e-4", cwd=tmp_path)
+    assert other.code == 0, other.err
+    assert "harvest:" not in other.err
+    assert bytes_under(tmp_path / "acts") == before
+    shutil.rmtree(tmp_path / "run")
+    more = run_server.run(*flags, cwd=tmp_path)
+    assert more.code == 0, more.err
+    assert_same_numbers(tmp_path, finished)
+    shutil.rmtree(tmp_path / "run")
+    assert run_server.run(*flags, "--n-tokens", "4000", cwd=tmp_path).code == 0
+    assert bytes_under(tmp_path / "run/saes") == bytes_under(tmp_path / "run of less/saes")
+
+
+# --- stopped, killed, damaged ------------------------------------------------------------------
+
+
+def killed(process: Process, when: Callable[[], object]) -> None:
+    process.wait_until(when)
+    process.signal(signal.SIGKILL)
+    process.wait()
+
+
+def until_in_time(attempt: Callable[[], bool], cwd: Path) -> None:
+    """On a loaded machine a signal may come too late: then once more from the start."""
+    for _ in range(5):
+        for name in ("run", "acts"):
+            shutil.rmtree(cwd / name, ignore_errors=True)
+        if attempt():
+            return
+    pytest.fail("five times too late")
+
+
+def n_shards(cwd: Path) -> int:
+    return len(list((cwd / "acts").glob("shard-*")))
+
+
+def step(cwd: Path) -> int:
+    """Of the newest checkpoint."""
+    found = cwd.glob("run/checkpoints/*/step-*.safetensors")
+    return max((int(path.stem[5:]) for path in found), default=0)
+
+
+def test_runs_killed_in_harvest_and_training_end_with_the_same_bits_and_no_litter(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    flags = [*world.flags(), *PLACES]
+
+    def kill_four_times() -> bool:
+        for least in (1, 3):
+            killed(run_server.start(*flags, cwd=tmp_path), lambda: n_shards(tmp_path) >= least)  # noqa: B023
+        in_harvest = n_shards(tmp_path) < 7
+        for least in (20, 100):
+            killed(run_server.start(*flags, cwd=tmp_path), lambda: step(tmp_path) >= least)  # noqa: B023
+        return in_harvest and step(tmp_path) < N_STEPS
+
+    until_in_time(kill_four_times, tmp_path)
+    done = run_server.run(*flags, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    assert_same_numbers(tmp_path, finished)
+    assert litter(tmp_path) == []
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_runs_killed_at_random_moments_end_with_the_same_bits_and_no_litter(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    rng, flags = random.Random(0), [*world.flags(), *PLACES]
+    for _ in range(6):
+        with contextlib.suppress(pytest.fail.Exception):
+            run_server.start(*flags, cwd=tmp_path).wait(rng.uniform(0.1, 1.2))  # kills it
+    done = run_server.run(*flags, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    assert_same_numbers(tmp_path, finished)
+    assert litter(tmp_path) == []
+
+
+@pytest.mark.parametrize("phase", ["harvest", "training"])
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
+    phase: str, finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    flags, ended = [*world.flags(), *PLACES], []
+
+    def interrupt() -> bool:
+        process = run_server.start(*flags, cwd=tmp_path)
+        process.wait_until(
+            lambda: n_shards(tmp_path) if phase == "harvest" else step(tmp_path) > 20
+        )
+        process.signal(signal.SIGINT)
+        ended.append(process.wait())
+        whole = n_shards(tmp_path) == 7
+        return not whole if phase == "harvest" else ended[-1].code != 0
+
+    until_in_time(interrupt, tmp_path)
+    assert ended[-1].code == 130, ended[-1].err
+    (line,) = ended[-1].err_lines
+    assert "the same command goes on" in line
+    if phase == "training":
+        assert f"saved at step {step(tmp_path)} of {N_STEPS}" in line
+    assert litter(tmp_path) == []
+    again = run_server.run(*flags, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert_same_numbers(tmp_path, finished)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    changed = bytearray(data)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+DAMAGES = {
+    "truncated": lambda data: data[:1000],
+    "empty": lambda data: b"",
+    "header": lambda data: flipped(data, 4),
+    "flipped": lambda data: flipped(data, -100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_refused_by_name_and_harvested_again_once_deleted(
+    damage: str, finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    shutil.copytree(finished / "acts", tmp_path / "acts")
+    path = tmp_path / "acts/shard-00002.safetensors"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    flags = [*world.flags(), *PLACES]
+    assert_refused(run_server.run(*flags, cwd=tmp_path), path.name, "delete it")
+    path.unlink()
+    if damage == "flipped":  # once is enough
+        again = run_server.run(*flags, cwd=tmp_path)
+        assert again.code == 0, again.err
+        assert_same_numbers(tmp_path, finished)
+
+
+# --- other models and texts --------------------------------------------------------------------
+
+
+def nanogpt_checkpoint(path: Path, vocab_size: int) -> Path:
+    """As nanoGPT's train.py writes it after torch.compile."""
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=vocab_size, bias=False,
+                dropout=0.0)  # fmt: skip
+    state = {f"_orig_mod.{name}": weight for name, weight in nanogpt_state(args).items()}
+    path.parent.mkdir(exist_ok=True)
+    return saved(path, args, state)
+
+
+def test_a_nanogpt_checkpoint_is_read_with_bytes_as_tokens(
+    world: World, run_server: Server, tmp_path: Path
+):
+    checkpoint = nanogpt_checkpoint(tmp_path / "out/ckpt.pt", 256)
+    flags = [*world.flags(), *PLACES, "--tokenizer", "bytes", "--model", checkpoint]
+    done = run_server.run(*flags, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    ids = np.fromfile(tmp_path / "acts/text/tokens.bin", np.uint16)
+    assert bytes(ids.astype(np.uint8)) == "".join(documents()).encode()
+    config = json.loads((tmp_path / f"run/saes/{CELLS[0]}/cfg.json").read_text())
+    assert config["metadata"]["sparse_coding"]["tokenizer"] == "bytes"
+    assert config["d_in"] == WIDTH
+
+
+def test_a_nanogpt_checkpoint_with_its_tokenizer_and_bin_beside_it(
+    world: World, run_server: Server, tmp_path: Path
+):
+    checkpoint = nanogpt_checkpoint(tmp_path / "out/ckpt.pt", 320)
+    shutil.copy(world.root / "gpt2/tokenizer.json", tmp_path / "out")
+    bpe = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    ids = np.array([i for text in documents() for i in (*bpe.encode(text).ids, 0)], np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    flags = [*world.flags(), *PLACES, "--model", checkpoint, "--dataset", tmp_path / "train.bin"]
+    done = run_server.run(*flags, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    assert "400 documents" in done.out
+    assert (tmp_path / "train.bin").read_bytes() == ids.tobytes()
+    assert not (tmp_path / "acts/text/tokens.bin").exists()
+    assert "done: run: report.html" in run_server.run(*flags, cwd=tmp_path).out
+
+
+def test_a_wished_l0_is_found_without_heat_maps_and_the_epochs_are_said_once(
+    world: World, run_server: Server, tmp_path: Path
+):
+    more = ["--target-l0", "4", "--n-tokens", "60000", "--expansion-exp-low", "0"]
+    done = run_server.run(*world.flags(), *PLACES, *more, cwd=tmp_path, patch=ALL_FIGURES)
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.out.splitlines() if "epochs" in line]
+    assert re.fullmatch(r"60,000 tokens requested, 27,936 available = 2\.1 epochs", line)
+    (row,) = table(tmp_path / "run")
+    assert row["n_tokens"] == str(60000 // 64 * 64)
+    assert float(row["l0"]) == pytest.approx(4, rel=0.35)
+    assert not (tmp_path / "run/figures/fvu.png").exists()
+    assert (tmp_path / "run/figures/frontier_fvu.png").exists()
+    assert [p.name for p in (tmp_path / "run/saes").iterdir()] == ["seed0_dict000064_l0-0004"]
+    assert "heat" not in (tmp_path / "run/report.html").read_text().split("<script")[0].lower()
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "--expansion-exp-lwo 1": ["--expansion-exp-lwo", "did you mean --expansion-exp-low?"],
+    "--layer 2": ["layer: 2", "0 to 1"],
+    "--export saelens": ["'saelens'", "--export", "dictionary_learning"],
+    "--expansion-exp-low -20": ["64 x 2^-20", "raise the low end"],
+    "--n-tokens 63": ["--n-tokens 63", "--batch-size 64"],
+    "--context-length 33": ["--context-length 33", "at most 32"],
+    "--target-l0 0": ["--target-l0", "at least 1"],
+    "--text-column txt": ["'txt'", "--text-column", "text, meta"],
+    "--model no/such/folder": ["no such model", "no/such/folder"],
+    "--model openai-community/gpt2": ["openai-community/gpt2", "out of reach", "hf download"],
+    "--dataset nowhere/pile": ["nowhere/pile", "hub", "hf download"],
+    "--tokenizer no/such": ["no/such", "out of reach"],
+    "--evaluate nowhere": ["no such folder", "nowhere"],
+    "--batch-size 20000 --n-tokens 40000 --max-text-tokens 9000": ["fewer than --batch-size 20000"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_input_is_one_line_naming_value_and_remedy_and_makes_no_output_directory(
+    flags: str, world: World, run_server: Server, tmp_path: Path
+):
+    done = run_server.run(*world.flags(), *PLACES, *flags.split(), cwd=tmp_path, timeout_s=20)
+    assert_refused(done, *BAD_FLAGS[flags])
+    assert not (tmp_path / "run").exists()
+    assert litter(tmp_path) == []
+
+
+# --- bad files and folders ---------------------------------------------------------------------
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def bad_checkpoints(folder: Path) -> dict[str, list[str]]:
+    """Files of these names that are no checkpoint, and what must be said of them."""
+    good = nanogpt_checkpoint(folder / "good.pt", 256)
+    (folder / "truncated.pt").write_bytes(good.read_bytes()[:5000])
+    saved(folder / "bomb.pt", config=Bomb(folder / "exploded"))
+    torch.save({"state_dict": {}}, folder / "foreign.pt")
+    return {
+        "truncated.pt": ["truncated"],
+        "bomb.pt": ["could run code"],
+        "foreign.pt": ["not nanoGPT's", "model_args"],
+        "missing.pt": ["no such file"],
+    }
+
+
+def test_a_checkpoint_that_is_truncated_a_bomb_or_foreign_is_refused(
+    world: World, run_server: Server, tmp_path: Path
+):
+    for name, words in bad_checkpoints(tmp_path).items():
+        flags = [*world.flags(), *PLACES, "--tokenizer", "bytes", "--model", tmp_path / name]
+        assert_refused(run_server.run(*flags, cwd=tmp_path), name, *words)
+        assert not (tmp_path / "run").exists()
+        assert bytes_under(tmp_path / "acts") == {}
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_named_like_a_bin_is_refused(world: World, run_server: Server, tmp_path: Path):
+    (tmp_path / "train.bin").mkdir()
+    done = run_server.run(*world.flags(), *PLACES, "--dataset", "train.bin", cwd=tmp_path)
+    assert_refused(done, "train.bin", ".parquet file")
+
+
+OTHERS = {
+    "--model {root}/gpt_neox": ["model", "gpt_neox here"],
+    "--layer 0": ["layer 1 there, 0 here"],
+    "--store-dtype bfloat16": ["store_dtype float16 there, bfloat16 here"],
+    "--held-out 0.1": ["held_out 0.2 there, 0.1 here"],
+    "--dataset {root}/other.txt": ["dataset", "train.parquet"],
+    "--max-text-tokens 30000": ["max_tokens 100000000, not 30000"],
+}
+
+
+@pytest.mark.parametrize("flags", OTHERS)
+def test_a_store_of_something_else_is_refused_with_what_differs_and_stays_as_it_is(
+    flags: str, finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    before = bytes_under(finished / "acts")
+    more = flags.format(root=world.root).split()
+    places = ["--output-dir", "run", "--activations-dir", finished / "acts"]
+    done = run_server.run(*world.flags(), *places, *more, cwd=tmp_path)
+    assert_refused(done, str(finished / "acts"), *OTHERS[flags])
+    assert bytes_under(finished / "acts") == before
+    assert bytes_under(tmp_path) == {}
+
+
+@pytest.mark.parametrize("make", ["file", "below a file", "foreign", "foreign shards"])
+def test_an_activations_directory_that_is_not_ours_is_refused_and_stays_as_it_is(
+    make: str, world: World, run_server: Server, tmp_path: Path
+):
+    mine = tmp_path / "mine"
+    if "file" in make:
+        mine.write_text("years of work")
+    else:
+        mine.mkdir()
+        name = "shard-00000.safetensors" if make == "foreign shards" else "thesis.tex"
+        (mine / name).write_text("years of work")
+    path = mine / "below" if make == "below a file" else mine
+    before = bytes_under(tmp_path)
+    flags = [*world.flags(), "--output-dir", "run", "--activations-dir", path]
+    assert_refused(run_server.run(*flags, cwd=tmp_path), f"--activations-dir {path}", "choose")
+    assert bytes_under(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["--activations-dir", "--output-dir"])
+@pytest.mark.parametrize("path", ["/proc/no", "x" * 300])
+def test_a_directory_that_cannot_be_made_is_refused(
+    place: str, path: str, world: World, run_server: Server, tmp_path: Path
+):
+    done = run_server.run(*world.flags(), *PLACES, place, path, cwd=tmp_path)
+    assert_refused(done, place, "choose another")
+
+
+def test_an_output_directory_that_is_a_file_or_foreign_is_refused_before_the_harvest(
+    world: World, run_server: Server, tmp_path: Path
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/thesis.tex").write_text("mine")
+    for name in ("file", "folder"):
+        flags = [*world.flags(), "--activations-dir", "acts", "--output-dir", name]
+        done = run_server.run(*flags, cwd=tmp_path)
+        assert_refused(done, f"--output-dir {name}", "choose another")
+    assert not list(tmp_path.rglob("shard-*"))
+    assert (tmp_path / "folder/thesis.tex").read_text() == "mine"
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_folder_of_other_constants_is_refused_with_their_names(
+    finished: Path, world: World, run_server: Server
+):
+    before = bytes_under(finished)
+    done = run_server.run(*world.flags(), *PLACES, "--lr", "0.01", cwd=finished)
+    assert_refused(done, "lr 0.001 there, 0.01 here", "--fresh")
+    assert bytes_under(finished) == before
+
+
+def test_what_a_killed_harvest_left_half_written_is_removed(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    shutil.copytree(finished / "acts", tmp_path / "acts")
+    (tmp_path / "acts/shard-00003.safetensors").unlink()
+    for name in (".shard-00003.safetensors.0a1b2c3d.tmp", ".manifest.json.0a1b2c3d.tmp"):
+        (tmp_path / "acts" / name).write_bytes(bytes(1000))
+    done = run_server.run(*world.flags(), *PLACES, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert litter(tmp_path) == []
+    assert_same_numbers(tmp_path, finished)
+
+
+def test_weights_that_changed_between_two_starts_are_refused_when_streaming(
+    world: World, run_server: Server, tmp_path: Path
+):
+    """With a store its manifest refuses them, too."""
+    shutil.copytree(world.root / "gpt2", tmp_path / "model")
+    flags = [*world.flags(), *PLACES, "--model", "model", "--max-disk-gb", "0"]
+    assert run_server.run(*flags, "--shard", "1/2", cwd=tmp_path).code == 0
+    path = tmp_path / "model/model.safetensors"
+    weights = {name: weight * 1.1 for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    assert_refused(run_server.run(*flags, cwd=tmp_path), "--output-dir run", "model_files")
+    assert not (tmp_path / "run/results.csv").exists()
+
+
+def test_a_full_disk_is_refused_before_the_harvest(
+    world: World, run_server: Server, tmp_path: Path
+):
+    with mounted_tmpfs(tmp_path / "disk", "size=1m"):
+        places = ["--output-dir", "run", "--activations-dir", tmp_path / "disk/acts"]
+        done = run_server.run(*world.flags(), *places, cwd=tmp_path)
+        assert litter(tmp_path) == []
+    assert_refused(done, "disk full", "free some space")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_fills_up_in_the_harvest_is_one_line_and_the_same_command_goes_on(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    disk = tmp_path / "disk"
+    with mounted_tmpfs(disk, "size=100m"):
+        process = run_server.start(*world.flags(), *PLACES, cwd=disk)
+        process.wait_until(lambda: n_shards(disk))
+        process.signal(signal.SIGSTOP)
+        with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(2**16)):
+                pass
+        process.signal(signal.SIGCONT)
+        assert_refused(process.wait(), "disk full", "free some space")
+        assert litter(disk) == []
+        (disk / "filler").unlink()
+        again = run_server.run(*world.flags(), *PLACES, cwd=disk)
+        assert again.code == 0, again.err
+        assert_same_numbers(disk, finished)
+
+
+def test_evaluate_refuses_another_width_and_warns_of_another_model(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    sae = finished / "run/saes" / CELLS[0]
+    flags = [*world.flags(), "--evaluate", sae]
+    wrong = run_server.run(*flags, "--site", "resid_post", cwd=tmp_path)
+    assert_refused(wrong, "width 64", "has width 16")
+    other = run_server.run(*world.flags("gpt_neox"), "--evaluate", sae, cwd=tmp_path)
+    assert other.code == 0, other.err
+    assert len(other.err_lines) == 2, other.err
+    assert f"warning: trained on model {world.root / 'gpt2'}" in other.err_lines[0]
+    assert "warning: trained on weight_hash" in other.err_lines[1]
+    assert set(printed(other.out)) == set(METRICS)
+    layer = run_server.run(*flags, "--layer", "0", cwd=tmp_path)
+    assert layer.err_lines == ["warning: trained on layer 1, evaluated on 0"]
+
+
+def test_evaluate_of_a_folder_that_is_torn_is_refused(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    shutil.copytree(finished / "run/saes" / CELLS[0], tmp_path / "sae")
+    (tmp_path / "sae/sae_weights.safetensors").write_bytes(b"x" * 100)
+    flags = [*world.flags(), "--evaluate", tmp_path / "sae"]
+    assert_refused(run_server.run(*flags, cwd=tmp_path), "sae_weights", "again")
+    assert_refused(run_server.run(*flags[:-1], tmp_path, cwd=tmp_path), "cfg.json")
+
+
+# --- around the run ----------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_still_exported_and_shown_anew_when_asked(
+    finished: Path, world: World, run_server: Server, tmp_path: Path
+):
+    """--export and --page-l0 change no number, so they may come later."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    l0 = [float(row["l0"]) for row in table(finished / "run")]
+    more = ["--export", "dictionary_learning", "--page-l0", f"{1.001 * min(l0):.6f}"]
+    done = run_server.run(*world.flags(), *PLACES, *more, cwd=tmp_path)
+    assert done.code == 0, done.err
+    exported = {p.parent.name for p in (tmp_path / "run").glob("dictionary_learning/*/ae.pt")}
+    assert exported == set(CELLS)
+    assert CELLS[l0.index(min(l0))] in (tmp_path / "run/features.html").read_text()
+
+
+def test_a_fresh_interpreter_imports_no_wandb_and_asks_no_hub(world: World, tmp_path: Path):
+    code = (
+        "import atexit, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0][:-6]);"
+        "atexit.register(lambda: print('\\n'.join(sys.modules)));"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = [*world.flags(), *PLACES, "--n-tokens", "640", "--shard", "1/2"]
+    done = run_script(["-c", code, str(ROOT / "run.py"), *flags], cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+    modules = set(done.out.split())
+    assert {"torch", "transformers"} <= modules
+    assert modules & {"datasets", "wandb", "vastai", "pandas", "tiktoken"} == set()
