@@ -263,8 +263,9 @@ def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> To
     first = own("a")["input_ids"][:1]  # a tokenizer that begins texts with bos: trained so
     begins = own.bos_token_id is not None and first == [own.bos_token_id]
     separator = own.bos_token_id if begins or own.eos_token_id is None else own.eos_token_id
+    name = Path(where).name if Path(where).is_dir() else where  # the same on every machine
     return _from_backend(
-        f"hf:{where}", backend, vocab_size=vocab_size, separator=separator,
+        f"hf:{name}", backend, vocab_size=vocab_size, separator=separator,
         special=own.all_special_ids,
     )  # fmt: skip
 
