@@ -185,23 +185,27 @@ def _harvest(folder: Path, harvester: Harvester, missing: list[int]) -> None:
     ):  # fmt: skip
         writing: Future | None = None
         for k in missing:
-            rows, norms = harvester.compute(k)
-            ids = torch.from_numpy(harvester.text.document_ids(*harvester.span(k)))
+            parts = list(harvester.parts(k))
             if writing:
                 writing.result()  # at most one shard waits in memory
-            writing = writer.submit(_write_shard, shard_path(folder, k), rows, norms, ids)
-            bar.update(len(rows))
+            writing = writer.submit(_write_shard, folder, harvester, k, parts)
+            bar.update(harvester.rows[k])
         writing.result()
 
 
-def _write_shard(path: Path, rows: Tensor, norms: Tensor, document_ids: Tensor) -> None:
+def _write_shard(folder: Path, harvester: Harvester, k: int, parts: list[Tensor]) -> None:
+    """Assembles and writes shard k, while the model works on the next."""
+    rows, norms = harvester.assembled(k, parts)
+    parts.clear()  # memory
+    document_ids = torch.from_numpy(harvester.text.document_ids(*harvester.span(k)))
     info = {
         "rows": len(rows),
         "sha256": _sha256(rows),
         "n_extreme": int((norms > EXTREME_NORM * norms.median()).sum()),
         "n_documents": len(document_ids),
     }
-    write_tensors(path, {"activations": rows, "document_ids": document_ids}, info=info)
+    tensors = {"activations": rows, "document_ids": document_ids}
+    write_tensors(shard_path(folder, k), tensors, info=info)
 
 
 def _write_manifest(folder: Path, about: dict) -> None:

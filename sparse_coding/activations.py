@@ -69,10 +69,19 @@ class Harvester:
         return sum(self.rows) * self.site.width * self.store_dtype.itemsize
 
     def load(self, k: int) -> Tensor:
-        """Shard k, computed: see `compute`."""
-        return self.compute(k)[0]
+        """Shard k, computed: `parts`, then `assembled`."""
+        return self.assembled(k, list(self.parts(k)))[0]
 
-    def compute(self, k: int) -> tuple[Tensor, Tensor]:
+    def parts(self, k: int) -> Iterator[Tensor]:
+        """Activations of the kept tokens of shard k, (kept, width), by forward pass."""
+        start, stop = self.span(k)
+        for first in range(start, stop, self.lm_batch_size):
+            ids = self.text.rows(first, min(first + self.lm_batch_size, stop))
+            kept = torch.from_numpy(np.flatnonzero(self.text.keep_of(ids)))
+            x = activations(self.lm, self.site, torch.from_numpy(ids)).flatten(0, 1)
+            yield x.index_select(0, kept.to(x.device)).to(self.store_dtype).cpu()
+
+    def assembled(self, k: int, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(rows of shard k in a random order, (rows[k], width); their norms in float32).
 
         Raises:
@@ -82,27 +91,15 @@ class Harvester:
         order = torch.randperm(self.rows[k], generator=rng)
         rows = torch.empty(len(order), self.site.width, dtype=self.store_dtype)
         norms = torch.empty(len(order))
-        done = 0
-        for part in self._parts(k):  # each still in the cache
-            places = order[done : done + len(part)]
+        for places, part in zip(order.split([len(p) for p in parts]), parts, strict=True):
             rows.index_copy_(0, places, part)
             norms[places] = part.float().norm(dim=1)
-            done += len(part)
         require(
             bool(torch.isfinite(norms).all()),
             f"activations of layer {self.site.layer} {self.site.name} are beyond the range of "
             f"{self.store_dtype}: use --store-dtype bfloat16",
         )
         return rows, norms
-
-    def _parts(self, k: int) -> Iterator[Tensor]:
-        """Activations of the kept tokens of each forward pass, (kept, width)."""
-        start, stop = self.span(k)
-        for first in range(start, stop, self.lm_batch_size):
-            ids = self.text.rows(first, min(first + self.lm_batch_size, stop))
-            kept = torch.from_numpy(np.flatnonzero(self.text.keep_of(ids)))
-            x = activations(self.lm, self.site, torch.from_numpy(ids)).flatten(0, 1)
-            yield x.index_select(0, kept.to(x.device)).to(self.store_dtype).cpu()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,15 +56,15 @@ def counting(harvester: Harvester, fails_at: int | None = None):
     """The harvester, noting which shards it computes; one can fail as a killed process would."""
     computed: list[int] = []
 
-    def compute(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(k: int) -> Iterator[torch.Tensor]:
         if k == fails_at:
             raise KeyboardInterrupt
         computed.append(k)
-        return harvester.compute(k)
+        return harvester.parts(k)
 
-    names = ("rows", "text", "span", "site", "store_dtype", "n_tokens", "n_bytes")
+    names = ("rows", "text", "span", "site", "store_dtype", "n_tokens", "n_bytes", "assembled")
     return SimpleNamespace(
-        compute=compute, computed=computed, **{n: getattr(harvester, n) for n in names}
+        parts=parts, computed=computed, **{n: getattr(harvester, n) for n in names}
     )
 
 
@@ -121,7 +122,7 @@ def test_rows_of_extreme_norm_are_counted(tmp_path, harvester):
 def write(folder: Path, harvester: Harvester, rows: torch.Tensor) -> Path:
     """A store of one shard with these rows."""
     one = counting(replace(harvester, n_tokens=1))
-    one.compute = lambda k: (rows, rows.float().norm(dim=1))
+    one.assembled = lambda k, parts: (rows, rows.float().norm(dim=1))
     opened(folder, one)
     return shard_path(folder, 0)
 

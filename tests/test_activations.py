@@ -105,7 +105,7 @@ def test_only_as_many_shards_are_made_as_hold_the_wished_tokens(root, harvester)
 
 
 def test_norms_are_those_of_the_stored_rows(harvester):
-    rows, norms = harvester.compute(2)
+    rows, norms = harvester.assembled(2, list(harvester.parts(2)))
     assert torch.equal(rows, harvester.load(2))
     assert torch.allclose(norms.double(), rows.double().square().sum(dim=1).sqrt(), rtol=1e-5)
 

@@ -58,7 +58,7 @@ def beside_checkpoint(folder: Path, name: str = "", content: bytes = b"") -> str
 
 def test_a_model_folder_brings_its_own_tokenizer(gpt2_like):
     tokenizer = load_tokenizer(gpt2_like, vocab_size=320)
-    assert tokenizer.name == f"hf:{gpt2_like.name}"
+    assert tokenizer.name == f"hf:{Path(gpt2_like).name}"
     assert (tokenizer.vocab_size, tokenizer.separator) == (320, 0)
     assert tokenizer.special_ids == {0}
     assert joined(tokenizer, TEXT) == TEXT
