@@ -108,7 +108,7 @@ class Config:
 
 PRESETS = {
     "demo": dict(model="demo", layer=1, dataset="stdlib", context_length=128, n_tokens=600_000,
-                 n_eval_tokens=30_000, batch_size=512, lr=3e-3, l1_exp_low=-16, l1_exp_high=-12),
+                 n_eval_tokens=30_000, batch_size=512, lr=3e-3, l1_exp_low=-15, l1_exp_high=-12),
     "full": dict(),
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these
