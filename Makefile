@@ -5,15 +5,17 @@
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
 PY = .venv/bin/python
-QUIET = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+# waiting threads sleep: on a busy machine spinning ones slow small GEMMs tenfold (LOG.md)
+PASSIVE = OMP_WAIT_POLICY=PASSIVE
+QUIET = OMP_NUM_THREADS=1 $(PASSIVE)
 
 .PHONY: replicate demo test test-peers lint
 
 replicate: .venv/installed
-	$(PY) replicate_toy_models.py $(ARGS)
+	$(PASSIVE) $(PY) replicate_toy_models.py $(ARGS)
 
 demo: .venv/installed
-	$(PY) run.py --preset demo $(ARGS)
+	$(PASSIVE) $(PY) run.py --preset demo $(ARGS)
 
 test: .venv/installed-tests
 	$(QUIET) $(PY) -m pytest $(ARGS)
