@@ -14,7 +14,6 @@ On two CPU cores: smoke 11 s, quick 2 min, --verify 102 s, full about 12 h.
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,7 +115,7 @@ def main(argv: list[str]) -> int:
     )
     folder = planned.folder
     # what can't fit is refused before anything is written or deleted
-    if cfg.fresh or not os.path.exists(folder):
+    if cfg.fresh or not planned.exists:
         plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
         require_free_disk(folder, recipe.disk([cell.n_dict for cell in cells]))
     planned.open(fresh=cfg.fresh)

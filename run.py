@@ -14,6 +14,7 @@ Any constant below is a flag, and wins over the preset. The same command resumes
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ DESCRIPTION = __doc__.split("\n\n")[0]
 
 @dataclass(frozen=True)
 class Config:
-    # auto: full on CUDA, else demo (a small model of ours on the Python standard library's source)
+    # auto: full on CUDA or with --model, else demo (a small model of ours on the Python library)
     preset: Literal["auto", "demo", "full"] = "auto"
 
     # the model: hub id, local folder, nanoGPT's ckpt.pt, or demo. Known to work: gpt2,
@@ -63,7 +64,7 @@ class Config:
     packing: Literal["packed", "documents"] = "packed"
     held_out: float = 0.05  # share of the documents kept for evaluation, by a hash of their text
     max_text_tokens: int = 100_000_000  # of the text, from its start, are tokenized at most
-    n_tokens: int = 10_000_000  # activations to train on, repeated in epochs if the text has fewer
+    n_tokens: int = 3_000_000  # activations to train on, repeated in epochs if the text has fewer
     n_eval_tokens: int = 100_000  # held-out tokens for the evaluation
     n_page_tokens: int = 200_000  # held-out tokens for features.html
 
@@ -143,9 +144,9 @@ def main(argv: list[str]) -> int:
     print(f"{cfg.preset}: {cfg.model}, layer {cfg.layer} {cfg.site}, on {describe(device)}")
     subject, recipe = open_subject_of(cfg, device)
     cells = grid(cfg, subject.site.width)
-    # what can't fit is refused before the harvest, and before anything is deleted
-    plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
-    require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
+    if cfg.fresh or not planned.exists:  # refused before the harvest, or a deletion
+        plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
+        require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
     planned.open(fresh=cfg.fresh)
     with locked(planned.folder, shard.suffix):
         options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)
@@ -197,13 +198,12 @@ def evaluate_saved(cfg: Config, device: torch.device) -> int:
 
 
 def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
-    """The preset's constants, with the flags of argv over them. With --evaluate those that the
-    autoencoder was trained with come between."""
-    auto = "full" if on_gpu else "demo"
+    """The preset's constants, under those of the autoencoder to --evaluate, under argv's flags."""
+    auto = "full" if on_gpu or any(a.split("=")[0] == "--model" for a in argv) else "demo"
     preset = auto if cfg.preset == "auto" else cfg.preset
     default = Config(**PRESETS[preset])
     if cfg.evaluate:
-        default = dataclasses.replace(default, **flags_of(load_sae(Path(cfg.evaluate)).about))
+        default = dataclasses.replace(default, batch_size=1, **flags_of(Path(cfg.evaluate)))
     cfg = dataclasses.replace(parse_flags(default, argv, description=DESCRIPTION), preset=preset)
     check(cfg)
     return cfg
@@ -217,23 +217,24 @@ def check(cfg: Config) -> None:
     for name in ("lm_batch_size", "n_eval_tokens"):
         require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")
     require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
-    require_flag(cfg, "target_l0", all(t >= 1 for t in cfg.target_l0), "at least 1 each")
+    fine = len({t for t in cfg.target_l0 if t >= 1}) == len(cfg.target_l0)
+    require_flag(cfg, "target_l0", fine, "at least 1 each, and all different")
 
 
 def grid(cfg: Config, width: int) -> list[Cell]:
     """All cells of the run."""
     seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
     l1_exps = range(cfg.l1_exp_low, cfg.l1_exp_high)
-    if cfg.target_l0:  # the controller starts in the middle
-        l1_exps = l1_exps[len(l1_exps) // 2 :][:1]
+    if cfg.target_l0:  # the controller starts where l0 was about 25 on the demo (width 256)
+        start = round(4 * math.log10(256 / width)) - 15
+        l1_exps = range(start, start + 1)
     size_exps = range(cfg.expansion_exp_low, cfg.expansion_exp_high)
     cells = make_grid(width, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
     return [dataclasses.replace(c, target_l0=t) for c in cells for t in cfg.target_l0 or (0,)]
 
 
 def open_subject_of(cfg: Config, device: torch.device) -> tuple[Subject, LanguageRecipe]:
-    """Model, site and tokens, and how cells are trained on activations computed as they are read;
-    says whether model and text fit each other."""
+    """What is studied, introduced, and how cells are trained on what the model computes of it."""
     model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
     subject = open_subject(model, text, cfg.activations_dir, device=device)
     print(subject.introduction(), flush=True)

@@ -3,7 +3,7 @@
 Harvest: tokens/s of writing a store, against the bare forward pass that stops at the site, on the
 same tokens in the same batches. Sweep: SAE-steps/s of all cells on one read of the data, against
 the cells one after another, each with its own read, by the same engine and by a plain autograd
-loop (foreach Adam, unit rows, no gradient projection). Medians over interleaved repeats.
+loop (fused Adam, unit rows, no gradient projection). Medians over interleaved repeats.
 
     python benchmarks/activation_speed.py                        the demo: 3 minutes on two cores
     python benchmarks/activation_speed.py --model ID --dataset ID --layer 6
@@ -52,7 +52,7 @@ class PlainSAE(torch.nn.Module):
             setattr(self, name, torch.nn.Parameter(tensor))
         self.b_dec = torch.nn.Parameter(torch.zeros(width))
         self.l1 = cell.l1_alpha
-        self.adam = torch.optim.Adam(self.parameters(), lr=1e-3)
+        self.adam = torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
 
     def step_(self, x: torch.Tensor) -> None:
         codes = torch.relu((x - self.b_dec) @ self.W_enc.T + self.b_enc)
@@ -66,6 +66,8 @@ class PlainSAE(torch.nn.Module):
 
 
 def seconds(work: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():

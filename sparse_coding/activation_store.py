@@ -42,10 +42,11 @@ EXTREME_NORM = 10.0  # x the median norm of the shard: such a row is counted as 
 
 
 def open_activations(
-    harvester: Harvester, folder: Path, about: dict, *, max_bytes: float
+    harvester: Harvester, folder: Path, about: dict, *, max_bytes: float, reserve: float = 0.0
 ) -> Shards:
     """The harvester's shards on disk, harvested now if need be; where they need more than
-    max_bytes or than is free, the harvester itself, which computes each shard as it is read."""
+    max_bytes, or than is free beside `reserve`, the harvester itself, which computes each shard as
+    it is read."""
     n_rows, n_bytes = sum(harvester.rows), harvester.n_bytes
     if n_rows < harvester.n_tokens:
         epochs = harvester.n_tokens / n_rows
@@ -53,12 +54,13 @@ def open_activations(
             f"{harvester.n_tokens:,} tokens requested, {n_rows:,} available = {epochs:.1f} epochs"
         )
     have = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    free = shutil.disk_usage(existing(folder)).free - DISK_RESERVE + have
+    free = shutil.disk_usage(existing(folder)).free - DISK_RESERVE - reserve + have
+    complete = all(shard_path(folder, k).exists() for k in range(len(harvester.rows)))
     size = f"{n_rows:,} activations, {n_bytes / 1e6:,.0f} MB"
-    if n_bytes > max_bytes:
+    if n_bytes > max_bytes and not complete:
         print(f"{size}, over --max-disk-gb {max_bytes / 1e9:g}: computed as they are read")
         return harvester
-    if n_bytes > free:
+    if n_bytes > free and not complete:
         print(f"{size}, {free / 1e9:.2f} GB free: computed as they are read")
         return harvester
     print(f"{size} in {folder}", flush=True)

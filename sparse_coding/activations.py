@@ -17,7 +17,7 @@ from sparse_coding.language_model import LanguageModel, Site, activations
 from sparse_coding.packing import Packed
 
 SHARD_BYTES = 32 * 2**20  # of a shard, about; ours: small enough to mix many of them in memory
-STATISTICS_ROWS = 65_536  # rows behind the mean and the scale: standard error of a mean < 0.5 %
+STATISTICS_ROWS = 65_536  # rows behind the mean and the scale; ours, not tuned
 
 
 class Shards(Protocol):

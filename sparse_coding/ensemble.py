@@ -36,7 +36,7 @@ from sparse_coding.members import Member, Schedule, initial_autoencoder
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec")  # and b_dec, where it is trained
 # Of the controller that finds l1 for a wished l0, per step; ours, LOG.md
-L0_GAIN = 0.004  # d log l1 / d log(l0 / target): its time constant is some hundreds of steps
+L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
 L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement
 
 
@@ -64,6 +64,7 @@ class Stack:
         *,
         lr: float,
         scratch: Scratch,
+        eps: float = 1e-8,
         b_dec: Tensor | None = None,
         project: bool = False,
     ):
@@ -86,7 +87,7 @@ class Stack:
         self.l1 = torch.tensor([m.l1 for m in members], **to).view(-1, 1, 1)
         self.target_l0 = torch.tensor([m.target_l0 for m in members], **to).view(-1, 1, 1)
         self.seeks_l0 = any(m.target_l0 for m in members)
-        self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, fused=True)
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=lr, eps=eps, fused=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(codes feature-major (n_saes, n_dict, batch), x_hat (n_saes, batch, activation_dim)).
@@ -180,7 +181,9 @@ class Ensemble:
             indices = list(group)
             self.place |= {i: (len(self.stacks), k) for k, i in enumerate(indices)}
             stack_members = [members[i] for i in indices]
-            options = dict(lr=lr, scratch=self.scratch, b_dec=b_dec, project=project)
+            options = dict(
+                lr=lr, eps=schedule.eps, scratch=self.scratch, b_dec=b_dec, project=project
+            )
             self.stacks.append(Stack(stack_members, activation_dim, **options))
 
     def step_(self, x: Tensor) -> None:

@@ -204,7 +204,8 @@ def density_csv(densities: dict[Cell, np.ndarray], *, n_tokens: int) -> str:
     lines = []
     for cell, density in densities.items():
         dead, counts, edges = density_counts(density, n_tokens=n_tokens)
-        about = {"cell": cell.name, "l1_alpha": cell.l1_alpha, "n_dict": cell.n_dict}
+        l1_alpha = None if cell.target_l0 else cell.l1_alpha  # there it is only a start
+        about = {"cell": cell.name, "l1_alpha": l1_alpha, "n_dict": cell.n_dict}
         lines.append(about | {"log10_low": None, "log10_high": None, "n_features": dead})
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
             lines.append(about | dict(log10_low=low, log10_high=high, n_features=count))

@@ -33,6 +33,9 @@ COLUMNS = (
 )  # fmt: skip
 SPARSITY = "sparsity.safetensors"  # log10 of the densities; the name and NEVER are SAELens's
 NEVER = 1e-10  # added to a density before its logarithm
+# Gradients of a mse per dimension, on x of mean square norm 1, shrink about as width^-1.8; at width
+# 3 072 they are below Adam's usual eps: fvu .109, not .055 (LOG.md). So eps shrinks with them.
+EPS, EPS_WIDTH = 1e-8, 256
 MAX_LR = 1.0  # beyond it Adam cannot but diverge
 
 
@@ -72,10 +75,11 @@ class Optimisation:
         """Activations of this width, two bytes a number, that are mixed at a time."""
         return int(self.shuffle_gb * 1e9 / (2 * width))
 
-    def schedule(self) -> Schedule:
+    def schedule(self, width: int) -> Schedule:
         n = self.n_steps
         decay_start = n - round(self.decay * n) if self.decay else None
-        return Schedule(n, round(self.warmup * n), round(self.l1_warmup * n), decay_start)
+        eps = EPS * min(1, EPS_WIDTH / width) ** 2
+        return Schedule(n, round(self.warmup * n), round(self.l1_warmup * n), decay_start, eps)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class LanguageRecipe:
             device=self.device,
             b_dec=self.statistics.mean * scale,
             project=True,
-            schedule=o.schedule(),
+            schedule=o.schedule(self.width),
         )
 
         def measure(x: Tensor) -> dict[str, list[float]]:
@@ -222,9 +226,16 @@ def with_activations(
 ) -> LanguageRecipe:
     """The recipe on activations in the subject's folder, if they fit: harvested if need be, unless
     the run in `folder` has all its cells."""
-    if not missing_cells(folder, cells):
+    missing = missing_cells(folder, cells)
+    if not missing:
         return recipe
-    shards = open_activations(recipe.shards, subject.folder, subject.about, max_bytes=max_bytes)
+    shards = open_activations(
+        recipe.shards,
+        subject.folder,
+        subject.about,
+        max_bytes=max_bytes,
+        reserve=recipe.disk([cell.n_dict for cell in missing]),
+    )
     return replace(recipe, shards=shards)
 
 

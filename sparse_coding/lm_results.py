@@ -182,14 +182,24 @@ def check_fit(sae: SparseAutoencoder, subject: Subject) -> None:
         f"the autoencoder takes activations of width {sae.activation_dim}, but layer {site.layer} "
         f"{site.name} of {name} has width {site.width}: choose its own --model, --layer and --site",
     )
-    for key in ("model", "weight_hash", "layer", "site", "tokenizer_fingerprint", "held_out"):
+    for key in (
+        "model",
+        "weight_hash",
+        "layer",
+        "site",
+        "tokenizer_fingerprint",
+        "held_out",
+        "tokens_sha256",
+        "model_dtype",
+    ):
         was, here = sae.about.get(key, subject.about[key]), subject.about[key]
         if was != here:
             print(f"warning: trained on {key} {was}, evaluated on {here}", file=sys.stderr)
 
 
 def evaluate_one(sae: SparseAutoencoder, recipe: LanguageRecipe) -> dict[str, float]:
-    """The metrics of results.csv for an autoencoder from elsewhere."""
+    """The metrics of results.csv for an autoencoder from elsewhere; says on what."""
+    print(f"{recipe.held_out.n_kept:,} held-out tokens; ce_recovered: against ablation by zeros")
     return evaluate(recipe.held_out, [sae], mean=recipe.statistics.mean)[0].values
 
 

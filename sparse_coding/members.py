@@ -31,14 +31,15 @@ class Schedule:
     """Factors of the learning rate and of l1 over the steps. The default is constant.
 
     lr_warmup, l1_warmup: steps of linear growth from 0
-    decay_start: step from which the learning rate falls linearly, to 0 at n_steps; the controller
-        of l1 (Member.target_l0) works between l1_warmup and this
+    eps: of Adam, throughout
+    decay_start: step from which the learning rate falls linearly, to 0 at n_steps
     """
 
     n_steps: int = 0
     lr_warmup: int = 0
     l1_warmup: int = 0
     decay_start: int | None = None
+    eps: float = 1e-8
 
     def lr_factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / (self.lr_warmup + 1))
@@ -50,7 +51,7 @@ class Schedule:
         return min(1.0, step / self.l1_warmup) if self.l1_warmup else 1.0
 
     def seeks_l0(self, step: int) -> bool:
-        return step >= self.l1_warmup and (self.decay_start is None or step < self.decay_start)
+        return step >= self.l1_warmup
 
 
 def initial_autoencoder(

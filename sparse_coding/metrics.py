@@ -107,9 +107,11 @@ class ReconstructionSums:
         self.n_samples += len(x)
         # one dimension at a time: torch sums down to a single number in another order, by threads,
         # so that one autoencoder alone would differ from itself among others
-        self.squared_error += (x_hat - x).double().square().sum(dim=2).sum(dim=1)
-        self.n_fired += (codes > 0).sum(dim=2)
-        self.code_sum += codes.sum(dim=2, dtype=torch.float64).sum(dim=1)
+        for i, (own_codes, own_x_hat) in enumerate(zip(codes, x_hat, strict=True)):
+            # one by one: copies in float64 of one autoencoder at a time
+            self.squared_error[i] += (own_x_hat - x).double().square().sum(dim=1).sum(dim=0)
+            self.code_sum[i] += own_codes.sum(dim=1, dtype=torch.float64).sum(dim=0)
+            self.n_fired[i] += (own_codes > 0).sum(dim=1)
         self.x_sum += x.double().sum(dim=0)
         self.x_squared += x.double().square().sum()
 

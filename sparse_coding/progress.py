@@ -78,6 +78,10 @@ class Progress:
         """info: put into every record; measure: x -> values per key, in the order of cells."""
         self.cells, self.info, self.measure = cells, info, measure
 
+    def end_group(self) -> None:
+        """Lets go of the group: what measures it holds its ensemble."""
+        self.measure = None
+
     def resumed(self, step: int) -> None:
         """Called once per group with the steps already done: later records are forgotten."""
         self.tracker.rewind(

@@ -4,6 +4,7 @@ The fields of the two choices have the names of run.py's flags.
 """
 
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from sparse_coding.activation_store import TEXT, check_manifest, claim_folder
+from sparse_coding.autoencoder import load_sae
 from sparse_coding.config import fingerprint, require, require_flag
 from sparse_coding.corpus import Corpus, build_corpus
 from sparse_coding.documents import local_files, open_documents
@@ -72,9 +74,10 @@ class TextChoice:
         require_flag(self, "max_text_tokens", self.max_text_tokens >= 1, "at least 1")
 
 
-def flags_of(about: dict) -> dict:
+def flags_of(folder: Path) -> dict:
     """Flags for the subject of a saved autoencoder, from its provenance; of a foreign one as far as
     it says."""
+    about = load_sae(folder).about
     names = ("model", "layer", "site", "dataset", "context_length")
     flags = about.get("flags") or {name: about[name] for name in names if name in about}
     return flags | {name: about[name] for name in ("n_eval_tokens", "n_tokens") if name in about}
@@ -93,9 +96,12 @@ def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
     return found
 
 
-def default_folder(model: ModelChoice, text: TextChoice) -> Path:
+def default_folder(model: ModelChoice, text: TextChoice, device: torch.device) -> Path:
     """For the activations: named after what they depend on, so that sweeps on a site share them."""
-    hashed = fingerprint(asdict(model) | asdict(text) | stamps(model, text))
+    found = stamps(model, text) | {"device": device.type if model.dtype == "auto" else ""}
+    if text.dataset == "stdlib":
+        found["python"] = platform.python_version()
+    hashed = fingerprint(asdict(model) | asdict(text) | found)
     return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{model.site}-{hashed}")
 
 
@@ -179,7 +185,7 @@ def open_subject(
         longest is None or text.context_length <= longest,
         f"--context-length {text.context_length} must be at most {longest}, which the model has",
     )
-    folder = Path(activations_dir or default_folder(model, text))
+    folder = Path(activations_dir or default_folder(model, text, device))
     claim_folder(folder)
     corpus = _open_corpus(text, tokenizer, folder / TEXT)
     train, held_out = _packed(corpus, text, tokenizer)

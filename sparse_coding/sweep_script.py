@@ -47,6 +47,10 @@ class PlannedRun:
     about: dict
 
     @property
+    def exists(self) -> bool:
+        return os.path.exists(self.folder)
+
+    @property
     def done(self) -> bool:
         return os.path.exists(self.folder / "DONE")  # False for a name that is too long
 

@@ -135,6 +135,7 @@ def _train_group(
         row["seconds"] = round(per_feature * cell.n_dict, 3)
         recipe.save(folder, cell, tensors, row)
         write_json(folder / row_path(cell), row)  # last: marks the cell as done
+    progress.end_group()
     checkpoints.remove()
 
 

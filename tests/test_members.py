@@ -35,11 +35,10 @@ def test_l1_rises_from_zero():
     assert factors(schedule, "l1_factor", (0, 1, 3, 4, 99)) == [0, 0.25, 0.75, 1, 1]
 
 
-def test_l0_is_sought_between_the_rise_of_l1_and_the_fall_of_the_learning_rate():
+def test_l0_is_sought_from_the_rise_of_l1_to_the_end():
     schedule = Schedule(n_steps=100, l1_warmup=4, decay_start=80)
-    assert factors(schedule, "seeks_l0", (0, 3, 4, 79, 80, 99)) == [False, False, True, True, False,
-                                                                  False]  # fmt: skip
-    assert Schedule(n_steps=100, l1_warmup=4).seeks_l0(99)
+    found = factors(schedule, "seeks_l0", (0, 3, 4, 79, 80, 99))
+    assert found == [False, False, True, True, True, True]
 
 
 def test_a_tied_start_has_half_the_decoder_as_encoder_and_no_bias():

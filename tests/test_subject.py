@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sparse_coding.subject import (
     stamps,
 )
 
+CPU = torch.device("cpu")
 MODEL = ModelChoice(model="openai-community/gpt2", model_revision="", tokenizer="auto", layer=6,
                     site="mlp_act", dtype="auto", store_dtype="float16")  # fmt: skip
 TEXT = TextChoice(dataset="NeelNanda/pile-10k", dataset_revision="", text_column="text",
@@ -212,16 +214,16 @@ def test_a_wrong_tokenizer_shows_as_a_loss_worse_than_token_frequencies(root):
 def test_another_choice_is_another_default_folder(change):
     model = replace(MODEL, **{k: v for k, v in change.items() if hasattr(MODEL, k)})
     text = replace(TEXT, **{k: v for k, v in change.items() if hasattr(TEXT, k)})
-    assert default_folder(model, text) != default_folder(MODEL, TEXT)
+    assert default_folder(model, text, CPU) != default_folder(MODEL, TEXT, CPU)
 
 
 def test_the_default_folder_has_a_name_to_recognise():
-    folder = default_folder(MODEL, TEXT)
-    assert folder == default_folder(replace(MODEL), replace(TEXT))
+    folder = default_folder(MODEL, TEXT, CPU)
+    assert folder == default_folder(replace(MODEL), replace(TEXT), CPU)
     assert folder.parent == Path("activations")
     assert folder.name.startswith("gpt2-layer6-mlp_act-")
     nanogpt = replace(MODEL, model="out/ckpt.pt")
-    assert default_folder(nanogpt, TEXT).name.startswith("ckpt-layer6-mlp_act-")
+    assert default_folder(nanogpt, TEXT, CPU).name.startswith("ckpt-layer6-mlp_act-")
 
 
 def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
@@ -230,20 +232,22 @@ def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
     shutil.copytree(root / "gpt2", tmp_path / "model")
     model = replace(MODEL, model=str(tmp_path / "model"))
     text = replace(TEXT, dataset=str(tmp_path / "t.parquet"))
-    before = default_folder(model, text)
+    before = default_folder(model, text, CPU)
     assert stamps(model, text).keys() == {"model_files", "dataset_files"}
-    assert default_folder(model, text) == before
+    assert default_folder(model, text, CPU) == before
     write_texts(tmp_path / "t.parquet", texts(40, seed=2))
-    after = default_folder(model, text)
+    after = default_folder(model, text, CPU)
     assert after != before
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert default_folder(model, text) != after
+    assert default_folder(model, text, CPU) != after
     assert stamps(MODEL, TEXT) == {}  # of the hub: their revisions count
 
 
-def test_a_saved_autoencoder_names_the_flags_that_find_its_subject(root):
+def test_a_saved_autoencoder_names_the_flags_that_find_its_subject(root, monkeypatch):
     subject = tiny_subject(root, layer=2, packing="documents")
+    loaded = lambda about: SimpleNamespace(about=about)  # noqa: E731
+    monkeypatch.setattr(subject_module, "load_sae", loaded)
     flags = flags_of(subject.provenance | {"n_eval_tokens": 77})
     names = {f.name for choice in (ModelChoice, TextChoice) for f in fields(choice)}
     assert flags.keys() == names | {"n_eval_tokens"}
