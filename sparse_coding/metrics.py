@@ -123,7 +123,7 @@ class ReconstructionSums:
         """
         x_variance = self.x_squared - self.x_sum.square().sum() / self.n_samples
         return {
-            "l0": self.n_fired.sum(dim=1) / self.n_samples,
+            "l0": self.n_fired.sum(dim=1).double() / self.n_samples,
             "l1": self.code_sum / self.n_samples,
             "mse": self.squared_error / (self.n_samples * len(self.x_sum)),
             "fvu": self.squared_error / x_variance,
@@ -132,4 +132,4 @@ class ReconstructionSums:
 
     def density(self) -> Tensor:
         """Share of the samples on which each feature is active, (n_saes, n_dict)."""
-        return self.n_fired / self.n_samples
+        return self.n_fired.double() / self.n_samples
