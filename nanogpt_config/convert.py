@@ -9,14 +9,15 @@ its activations set to their mean, or to zero. A sparse autoencoder of a layer w
 nothing recovers the loss whatever it learnt.
 """
 
+import base64
 import gzip
 import json
 import math
-import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
-from sparse_coding.files import write_json
+from sparse_coding.files import write_atomic, write_json
+from sparse_coding.hardware import pick_device
 from sparse_coding.language_model import (
     LanguageModel,
     Site,
@@ -37,9 +39,13 @@ from sparse_coding.language_model import (
 )
 from sparse_coding.nanogpt import load_nanogpt
 from sparse_coding.tokenizer import Tokenizer, load_tokenizer
+from sparse_coding.vocabulary import byte_names
+
+if TYPE_CHECKING:
+    import tokenizers
 
 DESCRIPTION = __doc__.split("\n\n")[0]
-BATCH_TOKENS = 8192  # of a forward pass
+BATCH_TOKENS, BATCH_LOGITS = 8192, 2**26  # of a forward pass, at most
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -51,6 +57,7 @@ class Config:
     dtype: Literal["float16", "float32"] = "float16"  # of the weights on disk
     activation: Literal["gelu", "gelu_new"] = "gelu"  # gelu_new: nanoGPT before May 2023
     eval_tokens: int = 500_000  # of val.bin, at most
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # that measures; auto: CUDA if there is any
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +70,10 @@ def main(argv: list[str]) -> int:
         convert(cfg, Path(where), about)
         print(f"written: {where}, {folder_size(Path(where)) / 1e3:,.0f} kB")
     if about:
-        lm = load_language_model(where, device="cpu", activation=cfg.activation)
+        device = pick_device(cfg.device)
+        lm = load_language_model(
+            where, device=device, dtype=torch.float32, activation=cfg.activation
+        )
         report(lm, Path(cfg.data), about, cfg.eval_tokens)
     return 0
 
@@ -86,9 +96,8 @@ def convert(cfg: Config, folder: Path, about: dict) -> None:
         model.generation_config.eos_token_id = about["end_of_text"]
     model.to(getattr(torch, cfg.dtype)).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
-    tokenizer = Path(cfg.data, "tokenizer.json")
-    if cfg.data and tokenizer.exists():
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    if about:
+        write_atomic(folder / "tokenizer.json", tokenizer_json(Path(cfg.data), about))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
@@ -97,6 +106,40 @@ def convert(cfg: Config, folder: Path, about: dict) -> None:
             "clean_up_tokenization_spaces": False,
         }
         write_json(folder / "tokenizer_config.json", settings)
+
+
+def tokenizer_json(data: Path, about: dict) -> str:
+    """The tokenizer of the bins for the tokenizers library, and so for transformers."""
+    kind = about["constants"]["tokenizer"]
+    if kind == "bpe":
+        return (data / "tokenizer.json").read_text()
+    return {"gpt2": gpt2_tokenizer, "bytes": byte_tokenizer}[kind]().to_str()
+
+
+def gpt2_tokenizer() -> "tokenizers.Tokenizer":
+    """tiktoken's gpt2."""
+    import tiktoken
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    gpt2 = tiktoken.get_encoding("gpt2")
+    with tempfile.TemporaryDirectory() as folder:  # the converter takes a file: base64 and rank
+        path = Path(folder, "gpt2.tiktoken")
+        ranks = gpt2._mergeable_ranks.items()
+        path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in ranks))
+        special = gpt2._special_tokens
+        return TikTokenConverter(str(path), gpt2._pat_str, extra_special_tokens=special).converted()
+
+
+def byte_tokenizer() -> "tokenizers.Tokenizer":
+    """Ids 0 to 255 are bytes, 256 is end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = {name: byte for byte, name in byte_names().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=names, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
 
 
 def folder_size(folder: Path) -> int:
@@ -145,8 +188,9 @@ def decode(ids: Tensor, tokenizer: Tokenizer) -> bytes:
     return b"".join(tokenizer.pieces[i] for i in kept)
 
 
-def batches(ids: Tensor) -> tuple[Tensor, ...]:
-    return ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+def batches(lm: LanguageModel, ids: Tensor) -> tuple[Tensor, ...]:
+    n_tokens = min(BATCH_TOKENS, BATCH_LOGITS // lm.vocab_size)
+    return ids.split(max(1, n_tokens // ids.shape[1]))
 
 
 def mean_loss(
@@ -154,7 +198,7 @@ def mean_loss(
 ) -> float:
     """Nats per token; with the activations at the site replaced by a constant (width,)."""
     total = 0.0
-    for batch in batches(ids):
+    for batch in batches(lm, ids):
         found = logits(lm, batch, site=site, replace=lambda x: constant.expand_as(x))
         total += float(next_token_loss(found, batch).sum(dtype=torch.float64))
     return total / ids[:, 1:].numel()
@@ -163,9 +207,9 @@ def mean_loss(
 def mean_activation(lm: LanguageModel, site: Site, ids: Tensor) -> Tensor:
     """(width,)"""
     total = torch.zeros(site.width, dtype=torch.float64)
-    for batch in batches(ids):
-        total += activations(lm, site, batch).sum(dim=(0, 1), dtype=torch.float64)
-    return (total / ids.numel()).to(lm.dtype)
+    for batch in batches(lm, ids):
+        total += activations(lm, site, batch).sum(dim=(0, 1), dtype=torch.float64).cpu()
+    return (total / ids.numel()).to(lm.device, lm.dtype)
 
 
 def unigram_bits(train: bytes, text: bytes) -> float:

@@ -1,7 +1,8 @@
 """Writes nanoGPT's train.bin and val.bin from any text, as a stream, with little disk.
 
-    python nanogpt_config/prepare.py                                  the demo model's data
-    python nanogpt_config/prepare.py --source NeelNanda/pile-10k --tokenizer gpt2
+    python nanogpt_config/prepare.py                        the demo model's data
+    python nanogpt_config/prepare.py --source openwebtext   the small transformer's: 1 GB of disk
+    python nanogpt_config/prepare.py --source openwebtext --tokens all             18 GB of disk
     python nanogpt_config/prepare.py --source my_texts/ --tokenizer bytes --output-dir data/mine
 
 Into --output-dir go
@@ -10,14 +11,13 @@ Into --output-dir go
     meta.pkl             of bpe and bytes, for nanoGPT, which reads its vocabulary size there
     manifest.json        source and revision, tokenizer, sizes in tokens and bytes, sha256
 
-The same command resumes. Held-out documents (val.bin) are chosen by a hash of their text, so
-run.py, with the same share, holds out the same. 6 s for the standard library
-(12 MB); 110 s of CPU time and at most 320 MB of memory for 206 MB.
+The same command resumes; with more --tokens it adds to the bins. Held-out documents (val.bin) are
+chosen by a hash of their text, so run.py, with the same share, holds out the same. 6 s for the
+standard library (12 MB); 110 s of CPU time and at most 320 MB of memory for 206 MB.
 """
 
 import dataclasses
 import hashlib
-import json
 import math
 import pickle
 import re
@@ -29,28 +29,32 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-from sparse_coding.bin_writer import SPLITS, Split, write_bins
+from sparse_coding.bin_writer import Split, is_written, write_bins
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
 from sparse_coding.documents import Documents, document_id, is_held_out, open_documents
 from sparse_coding.files import require_free_disk, write_atomic, write_json
+from sparse_coding.text_size import expected_tokens, text_bytes
 from sparse_coding.tokenizer import Tokenizer, load_tokenizer
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 END_OF_TEXT = "<|endoftext|>"
 GPT2_TOKENS = 50_257
+OPENWEBTEXT = "Skylion007/openwebtext"  # the parquet copy
 BPE_CHARACTERS = 50_000_000  # a vocabulary of a thousand tokens needs no more to be learnt; ours
 
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "stdlib"  # the standard library's .py files; a file, a folder, a hub dataset
+    # stdlib: the standard library's .py files; openwebtext; a file, a folder, a hub dataset
+    source: str = "stdlib"
     text_column: str = "text"  # of .jsonl, .parquet and hub datasets
     revision: str = ""  # of a hub dataset; default: the one that we pin, else main
-    # bpe: learnt on this text (byte-level); gpt2: by tiktoken
-    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
+    # bpe: learnt on this text (byte-level); gpt2: by tiktoken; auto: gpt2 for openwebtext, else bpe
+    tokenizer: Literal["auto", "bpe", "bytes", "gpt2"] = "auto"
     vocab_size: int = 1024  # of bpe: 256 bytes, end of text, and merges
     held_out: float = 0.05  # share of the documents that goes to val.bin
-    tokens: str = "all"  # stop when train.bin has so many: 500M, 2B, 100000
+    # stop when train.bin has so many: 500M, 2B, 100000, all; auto: 500M of openwebtext, else all
+    tokens: str = "auto"
     output_dir: str = ""  # default: data/<source>-<tokenizer>
     fresh: bool = False  # start again, whatever --output-dir holds
 
@@ -59,20 +63,31 @@ def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     require_flag(cfg, "vocab_size", 257 <= cfg.vocab_size <= 65_535, "between 257 and 65535")
     require_flag(cfg, "held_out", 0 < cfg.held_out < 1, "between 0 and 1")
+    cfg = resolved(cfg)
     limit = read_count(cfg.tokens)
     name = re.sub(r"[^\w.-]+", "-", f"{cfg.source}-{cfg.tokenizer}").strip("-.")
     folder = Path(cfg.output_dir or f"data/{name}")
     require_free_disk(folder, 2 * limit if limit < math.inf else 0)
-    documents = open_documents(cfg.source, text_column=cfg.text_column, revision=cfg.revision)
+    source = OPENWEBTEXT if cfg.source == "openwebtext" else cfg.source
+    documents = open_documents(source, text_column=cfg.text_column, revision=cfg.revision)
 
     constants = constants_of(cfg, documents)
-    if is_done(folder, constants, fresh=cfg.fresh):
-        print(f"done before: {folder}")
+    if is_written(folder, constants, limit=limit, fresh=cfg.fresh):
         return 0
     tokenizer = make_tokenizer(cfg, documents, folder)
-    splits = write_bins(documents, tokenizer, folder, constants=constants, limit=limit)
-    finish(folder, constants, tokenizer, splits)
+    n_train = plan(cfg, documents, tokenizer, folder, limit=limit)
+    splits = write_bins(
+        documents, tokenizer, folder, constants=constants, limit=limit, expected=n_train
+    )
+    finish(folder, constants, tokenizer, splits, exhausted=splits["train"].tokens < limit)
     return 0
+
+
+def resolved(cfg: Config) -> Config:
+    """With what "auto" stands for."""
+    owt = cfg.source in ("openwebtext", OPENWEBTEXT)
+    auto = {"tokenizer": "gpt2" if owt else "bpe", "tokens": "500M" if owt else "all"}
+    return dataclasses.replace(cfg, **{k: v for k, v in auto.items() if getattr(cfg, k) == "auto"})
 
 
 def read_count(text: str) -> float:
@@ -87,34 +102,34 @@ def read_count(text: str) -> float:
 
 
 def constants_of(cfg: Config, documents: Documents) -> dict:
-    """What decides the contents of the bins."""
-    constants = dataclasses.asdict(cfg) | {"revision": documents.revision}
-    elsewhere = {"output_dir", "fresh"} | ({"vocab_size"} if cfg.tokenizer != "bpe" else set())
+    """What decides the contents of the bins, up to where they end."""
+    found = {"source": documents.name, "revision": documents.revision}
+    elsewhere = {"output_dir", "fresh", "tokens"}
+    elsewhere |= {"vocab_size"} if cfg.tokenizer != "bpe" else set()
+    constants = dataclasses.asdict(cfg) | found
     return {name: value for name, value in constants.items() if name not in elsewhere}
 
 
-def is_done(folder: Path, constants: dict, *, fresh: bool) -> bool:
-    """Whether the bins are there already; otherwise the folder may be written to.
+def plan(
+    cfg: Config, documents: Documents, tokenizer: Tokenizer, folder: Path, *, limit: float
+) -> float:
+    """Prints what the bins will take; tokens that train.bin will have, infinite if not known.
 
     Raises:
-        UserError: the folder holds the bins of other constants, or of another program.
+        UserError: that is more than the disk has free.
     """
-    made = [f"{split}.bin" for split in SPLITS] + ["tokenizer.json"]
-    if fresh:
-        for name in ("manifest.json", "progress.json", *made):
-            (folder / name).unlink(missing_ok=True)
-    remedy = "choose another --output-dir, or --fresh"
-    for name in ("manifest.json", "progress.json"):
-        if (folder / name).exists():
-            found = json.loads((folder / name).read_text())["constants"]
-            other = [k for k in constants | found if constants.get(k) != found.get(k)]
-            require(not other, f"{folder} was made with another {', '.join(other)}: {remedy}")
-            return name == "manifest.json"
-    foreign = next((name for name in made if (folder / name).exists()), None)
-    require(foreign is None, f"{folder} holds a {foreign} that is not of this script: {remedy}")
-    empty = {split: {} for split in SPLITS}
-    write_json(folder / "progress.json", {"constants": constants, "splits": empty})
-    return False
+    n_bytes = text_bytes(documents.name, cfg.text_column)
+    n_train = limit
+    if n_bytes is not None:
+        every = expected_tokens(documents, tokenizer, n_bytes)
+        n_train = min(limit, every * (1 - cfg.held_out))
+    if n_train == math.inf:
+        print(f"{documents.name} does not say how much text it has: the bins grow to its end")
+        return n_train
+    size = 2 * n_train / (1 - cfg.held_out)
+    print(f"the bins will take about {size / 1e6:,.0f} MB in {folder}", flush=True)
+    require_free_disk(folder, int(size) - sum(f.stat().st_size for f in folder.glob("*.bin")))
+    return n_train
 
 
 # --- the tokenizer ---
@@ -164,7 +179,14 @@ def first_characters(texts: Iterable[str], n_characters: int) -> Iterator[str]:
         yield text
 
 
-def finish(folder: Path, constants: dict, tokenizer: Tokenizer, splits: dict[str, Split]) -> None:
+def finish(
+    folder: Path,
+    constants: dict,
+    tokenizer: Tokenizer,
+    splits: dict[str, Split],
+    *,
+    exhausted: bool,
+) -> None:
     """meta.pkl for nanoGPT, then the manifest, with which the bins begin to count."""
     for name, split in splits.items():
         require(
@@ -184,6 +206,7 @@ def finish(folder: Path, constants: dict, tokenizer: Tokenizer, splits: dict[str
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.separator,
         "dtype": "uint16",
+        "exhausted": exhausted,  # the source has no more
     }
     for name, split in splits.items():
         with open(folder / f"{name}.bin", "rb") as file:

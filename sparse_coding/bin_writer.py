@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from sparse_coding.config import require
 from sparse_coding.documents import Documents, document_id, is_held_out
 from sparse_coding.files import write_json
 from sparse_coding.tokenizer import Tokenizer
@@ -33,20 +35,29 @@ class Split:
     tokens: int = 0  # with the end-of-text tokens
     bytes: int = 0  # of the text in UTF-8: turns a loss per token into bits per byte
 
-    def add(self, text: str, n_tokens: int) -> None:
+    def add(self, text: str, ids: list[int], file: BinaryIO) -> None:
+        """Writes the ids of a document, its end included."""
+        file.write(np.asarray(ids, np.uint16).data)  # tofile would not say that the disk is full
         self.documents += 1
-        self.tokens += n_tokens
+        self.tokens += len(ids)
         self.bytes += len(text.encode())
 
 
 def write_bins(
-    documents: Documents, tokenizer: Tokenizer, folder: Path, *, constants: dict, limit: float
+    documents: Documents,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    constants: dict,
+    limit: float,
+    expected: float,
 ) -> dict[str, Split]:
     """Appends to train.bin and val.bin from where progress.json stands, to the end of the text.
 
     Args:
         constants: kept in progress.json; the share that goes to val.bin is constants["held_out"]
         limit: writing stops with the document that gives train.bin so many tokens
+        expected: tokens that train.bin will have, for the time left; infinite: not known
     """
     progress = json.loads((folder / "progress.json").read_text())
     splits = {name: Split(**sizes) for name, sizes in progress["splits"].items()}
@@ -59,13 +70,12 @@ def write_bins(
             if splits["train"].tokens >= limit:
                 break
             name = "val" if is_held_out(document_id(text), constants["held_out"]) else "train"
-            np.asarray([*ids, tokenizer.separator], np.uint16).tofile(files[name])
-            splits[name].add(text, len(ids) + 1)
+            splits[name].add(text, [*ids, tokenizer.separator], files[name])
         now = time.monotonic()
         if now - saved > SAVE_SECONDS:
             save(folder, constants, splits, files)
             saved = now
-            print_progress(splits, limit, (splits["train"].tokens - n_before) / (now - started))
+            print_progress(splits, expected, (splits["train"].tokens - n_before) / (now - started))
         if splits["train"].tokens >= limit:
             break
     save(folder, constants, splits, files)
@@ -74,7 +84,39 @@ def write_bins(
     return splits
 
 
-def open_at(path: Path, n_bytes: int):
+def is_written(folder: Path, constants: dict, *, limit: float, fresh: bool) -> bool:
+    """Whether the bins are there already; otherwise the folder may be written to.
+
+    Raises:
+        UserError: the folder holds the bins of other constants, or of another program.
+    """
+    made = [*(f"{split}.bin" for split in SPLITS), "tokenizer.json"]
+    if fresh:
+        for name in ("manifest.json", "progress.json", *made):
+            (folder / name).unlink(missing_ok=True)
+    remedy = "choose another --output-dir, or --fresh"
+    splits = {split: {} for split in SPLITS}
+    for name in ("progress.json", "manifest.json"):
+        if (folder / name).exists():
+            about = json.loads((folder / name).read_text())
+            found = about["constants"]
+            other = [k for k in constants | found if constants.get(k) != found.get(k)]
+            require(not other, f"{folder} was made with another {', '.join(other)}: {remedy}")
+            if name == "progress.json":
+                return False
+            if about["exhausted"] or about["train"]["tokens"] >= limit:
+                print(f"done before: {folder}, {about['train']['tokens']:,} tokens in train.bin")
+                return True
+            splits = {s: {k: v for k, v in about[s].items() if k != "sha256"} for s in SPLITS}
+            made = []
+    foreign = next((name for name in made if (folder / name).exists()), None)
+    require(foreign is None, f"{folder} holds a {foreign} that is not of this script: {remedy}")
+    write_json(folder / "progress.json", {"constants": constants, "splits": splits})
+    (folder / "manifest.json").unlink(missing_ok=True)
+    return False
+
+
+def open_at(path: Path, n_bytes: int) -> BinaryIO:
     """The file, opened for writing after its first n_bytes; what a killed run wrote more is cut."""
     file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
     file.truncate(n_bytes)
@@ -103,10 +145,10 @@ def save(folder: Path, constants: dict, splits: dict[str, Split], files: dict) -
     write_json(folder / "progress.json", {"constants": constants, "splits": sizes})
 
 
-def print_progress(splits: dict[str, Split], limit: float, speed: float) -> None:
+def print_progress(splits: dict[str, Split], expected: float, speed: float) -> None:
     n_tokens = splits["train"].tokens
     n_documents = sum(split.documents for split in splits.values())
     line = f"{n_documents:,} documents, {n_tokens / 1e6:,.1f}M tokens, {speed / 1e6:.2f}M tokens/s"
-    if speed > 0 and math.isfinite(limit):
-        line += f", {max(limit - n_tokens, 0) / speed / 60:.0f} min left"
+    if speed > 0 and math.isfinite(expected):
+        line += f", {max(expected - n_tokens, 0) / speed / 60:.1f} min left"
     print(line, flush=True)

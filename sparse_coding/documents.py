@@ -105,13 +105,18 @@ def _find(dataset: str, text_column: str, revision: str) -> Documents:
     return _hub_documents(dataset, text_column, revision or PINNED.get(dataset, ""))
 
 
-def _stdlib_texts() -> Iterator[str]:
+def stdlib_files() -> list[Path]:
+    """The .py files of the standard library, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = []
     for folder, inner, names in os.walk(root):
         inner[:] = sorted(set(inner) - NOT_STDLIB)  # in place: os.walk leaves the others out
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    for path in sorted(paths):
+    return sorted(paths)
+
+
+def _stdlib_texts() -> Iterator[str]:
+    for path in stdlib_files():
         yield path.read_text("utf-8", errors="replace")
 
 

@@ -43,12 +43,17 @@ def read_meta_pickle(path: Path) -> dict:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_names() -> dict[int, str]:
     """GPT-2's names for bytes in vocab files: printable ones stand for themselves, the others for
     the characters from U+0100 on (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    return {name: byte for byte, name in byte_names().items()}
 
 
 def piece_bytes(text: str, byte_level: bool) -> bytes:

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -15,75 +16,114 @@ from conftest import ROOT
 from sparse_coding.config import UserError
 from sparse_coding.nanogpt import load_nanogpt
 
-# what nanoGPT's train.py lets a config file override, at commit 3adf61e1 (2025-11-12)
-KEYS = {
-    str: "out_dir init_from wandb_project wandb_run_name dataset backend device dtype",
-    int: "eval_interval log_interval eval_iters gradient_accumulation_steps batch_size block_size "
-    "n_layer n_head n_embd max_iters warmup_iters lr_decay_iters",
-    float: "dropout learning_rate weight_decay beta1 beta2 grad_clip min_lr",
-    bool: "eval_only always_save_checkpoint wandb_log bias decay_lr compile",
-}
-TYPE_OF = {name: kind for kind, names in KEYS.items() for name in names.split()}
-OVERRIDES = sorted(
-    path
-    for path in (ROOT / "nanogpt_config").glob("*.py")
-    if path.stem not in ("prepare", "convert")
-)
+
+def script(name: str):
+    """A script of nanogpt_config/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"nanogpt_config/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
-def values_of(path: Path) -> dict:
-    """What the file assigns, run as nanoGPT's configurator runs it."""
-    values = {}
-    exec(path.read_text(), values)
-    return {k: v for k, v in values.items() if not k.startswith("__") and type(v) in KEYS}
+@pytest.fixture(scope="module")
+def check():
+    return script("check")
 
 
-@pytest.mark.parametrize("path", OVERRIDES, ids=lambda p: p.stem)
-def test_an_override_file_has_keys_and_types_of_nanogpt(path):
-    values = values_of(path)
-    assert {name: type(value) for name, value in values.items()} == {
-        name: TYPE_OF.get(name) for name in values
-    }
+OVERRIDES = ("demo_cpu", "supertiny", "supertiny_2023")
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_an_override_file_has_keys_and_types_of_nanogpt(check, name):
+    values = check.read_overrides(check.find(name))  # refuses other keys and types
+    assert len(values) >= 15
     assert values["n_embd"] % values["n_head"] == 0
     assert values["lr_decay_iters"] == values["max_iters"]
     assert values["max_iters"] % values["eval_interval"] == 0  # else the last steps are not saved
 
 
-def test_the_demo_model_has_the_settings_that_its_comments_count_with():
-    demo = values_of(ROOT / "nanogpt_config" / "demo_cpu.py")
-    tokens = demo["batch_size"] * demo["block_size"] * demo["gradient_accumulation_steps"]
-    assert (tokens, round(tokens * demo["max_iters"] / 1e6, 1)) == (1536, 13.8)
+@pytest.mark.skipif("NANOGPT" not in os.environ, reason="NANOGPT names no checkout of nanoGPT")
+def test_the_list_of_keys_is_that_of_the_real_nanogpt(check):
+    """NANOGPT=folder, a checkout of karpathy/nanoGPT."""
+    source = (Path(os.environ["NANOGPT"]) / "train.py").read_text()
+    start, end = source.index("out_dir ="), source.index("config_keys =")
+    values = {"torch": torch}
+    exec(source[start:end], values)
+    found = {k: v for k, v in values.items() if isinstance(v, (int, float, bool, str))}
+    found["dtype"] = "bfloat16"  # it hangs on the machine
+    assert found == check.NANOGPT
+
+
+@pytest.mark.parametrize("name", ["supertiny", "supertiny_2023"])
+def test_the_very_small_transformer_is_the_published_one(check, name):
+    values = check.read_overrides(check.find(name))
+    shape = {k: values[k] for k in ("n_layer", "n_embd", "n_head", "block_size", "batch_size")}
+    assert shape == dict(n_layer=6, n_embd=16, n_head=8, block_size=256, batch_size=64)
+    assert values["wandb_project"] == "sparsecode"
+    assert values["wandb_run_name"].startswith("supertiny-")
+    assert values["dropout"] == (0.2 if name == "supertiny_2023" else 0.0)
+    for gpus in (1, 2, 4, 8):  # nanoGPT asserts it, and divides: the tokens of a step stay
+        assert values["gradient_accumulation_steps"] % gpus == 0
+
+
+def test_the_small_transformer_has_the_sizes_that_its_comments_count_with(check):
+    values = check.NANOGPT | check.read_overrides(check.find("supertiny"))
+    about = {"constants": {"tokenizer": "gpt2"}, "vocab_size": 50_257}
+    about |= {split: {"tokens": 500_000_000} for split in ("train", "val")}
+    lines = check.summary(values, about)
+    assert "vocabulary 50,304: 827,600 weights, 18,640 of them in the layers" in lines
+    assert "8,000 steps of 131,072 tokens = 1,049M tokens, 2.1 times the text" in lines
+    assert "logits take 9.9 GB" in lines
+    check.check(values, about, gpus=8)
+
+
+def test_the_demo_model_has_the_settings_that_its_comments_count_with(check):
+    demo = check.NANOGPT | check.read_overrides(check.find("demo_cpu"))
+    about = {"constants": {"tokenizer": "bpe"}, "vocab_size": 1024}
+    about |= {split: {"tokens": 4_385_132} for split in ("train", "val")}
+    lines = check.summary(demo, about)
+    assert "172,352 weights" in lines
+    assert "9,000 steps of 1,536 tokens = 14M tokens, 3.2 times the text" in lines
     config = json.loads((ROOT / "assets" / "demo" / "config.json").read_text())
     for theirs, ours in (("n_positions", "block_size"), ("n_layer",) * 2, ("n_embd",) * 2):
         assert config[theirs] == demo[ours]
 
 
-def test_the_demo_model_is_small_and_loads_with_its_tokenizer_offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = ROOT / "assets" / "demo"
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert (model.config.activation_function, model.config.vocab_size) == ("gelu", len(tokenizer))
-    text = "class Reader:\n    def __init__(self, path):\n        self.path = path\n\n    def"
-    ids = torch.tensor([tokenizer(text)["input_ids"]])
-    assert tokenizer.decode(ids[0]) == text
-    with torch.no_grad():
-        losses = model(ids, labels=ids).loss
-        following = model(ids).logits[0, -1].argmax()
-    assert losses < 3.5  # nats per token; 6.9 for knowing nothing
-    assert tokenizer.decode(following).startswith(" ")
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--overrides tiny", "no overrides tiny: choose demo_cpu, supertiny, supertiny_2023"),
+        ("--gpus 3", "3 GPUs must divide gradient_accumulation_steps=8"),
+        ("--gpus 2 -- --device=cpu", "torchrun on CUDA only"),
+        ("-- --dropout=0", "dropout must be float, 0 is int: write 0.0"),
+        ("-- --drop_out=0.1", "nanoGPT has no drop_out; it has out_dir"),
+        ("-- --compile=0", "compile must be bool, 0 is int"),
+        ("-- --out_dir=a=b", "an option of train.py is --name=value, with no other ="),
+        ("-- --n_head=3", "n_head=3 must divide n_embd=16"),
+        ("-- --n_head=0", "n_head=0 must be at least 1"),
+        ("-- --max_iters=250", "max_iters=250 must be a multiple of eval_interval=500"),
+        ("--overrides {tmp}/bad.py", "bad.py: nanoGPT has no n_heads; it has"),
+        ("--overrides {tmp}/torn.py", "torn.py fails: SyntaxError"),
+        ("-- --device=cuda --dataset=none", "1 CUDA GPUs are asked for, torch sees 0: on a CPU"),
+        ("-- --dataset={tmp}", r"val\.bin has 100 tokens, a block 256: give more text, or"),
+    ],
+)
+def test_settings_with_which_nanogpt_would_stop_are_refused(
+    check, tmp_path, monkeypatch, argv, reason
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (tmp_path / "bad.py").write_text("n_heads = 8\n")
+    (tmp_path / "torn.py").write_text("n_head = \n")
+    about = {"train": {"tokens": 1000}, "val": {"tokens": 100}}
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=reason):
+        check.main(argv.format(tmp=tmp_path).split())
 
 
 @pytest.fixture(scope="module")
 def convert():
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "nanogpt_config/convert.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("convert")
 
 
 def write_checkpoint(path: Path, *, scale: float) -> None:
