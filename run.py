@@ -14,7 +14,6 @@ Any constant below is a flag, and wins over the preset. The same command resumes
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +30,10 @@ from sparse_coding.files import read_csv, require_free_disk
 from sparse_coding.hardware import describe, memory_budget, pick_device, set_precision
 from sparse_coding.lm_cells import LanguageRecipe, Optimisation, with_activations
 from sparse_coding.lm_evaluation import HeldOut
+from sparse_coding.lm_grid import Grid
 from sparse_coding.results import locked
 from sparse_coding.subject import ModelChoice, Subject, TextChoice, flags_of, open_subject, stamps
-from sparse_coding.sweep import Cell, check_grid, make_grid, plan_groups
+from sparse_coding.sweep import Cell, plan_groups
 from sparse_coding.sweep_script import PlannedRun, RunOptions, plan_run, train_planned
 
 DESCRIPTION = __doc__.split("\n\n")[0]
@@ -49,7 +49,7 @@ class Config:
     model: str = "openai-community/gpt2"
     model_revision: str = ""  # commit, tag or branch of a hub id
     tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, or a file or folder with one
-    layer: int = 6  # from 0
+    layer: int | None = None  # from 0; None: the middle one, n_layers // 2
     # mlp_act: input of the MLP's down projection; mlp_out: what the MLP adds; resid_post: residual
     # stream after the layer; attn_concat: heads' outputs, input of the output projection
     site: Literal["mlp_act", "mlp_out", "resid_post", "attn_concat"] = "mlp_act"
@@ -59,7 +59,7 @@ class Config:
     dataset: str = "NeelNanda/pile-10k"
     dataset_revision: str = ""  # commit of a hub id; default: pinned for those we name
     text_column: str = "text"  # of .jsonl, .parquet and hub datasets
-    context_length: int = 256  # tokens of a row of text
+    context_length: int | None = None  # tokens of a row; None: 256, or all that the model can take
     # packed: documents one after another, cut to rows; documents: the start of one document per row
     packing: Literal["packed", "documents"] = "packed"
     held_out: float = 0.05  # share of the documents kept for evaluation, by a hash of their text
@@ -69,8 +69,8 @@ class Config:
     n_page_tokens: int = 200_000  # held-out tokens for features.html
 
     # the grid: l1_alpha = 10^(e/4), expansion_factor = n_dict / width = 2^e; high ends exclusive
-    l1_exp_low: int = -22
-    l1_exp_high: int = -15
+    l1_exp_low: int | None = None  # both None: seven steps around an l0 of some 25, -22 to -16 at
+    l1_exp_high: int | None = None  # gpt2's width of 3072, in proportion to 1/width elsewhere
     expansion_exp_low: int = 0
     expansion_exp_high: int = 3
     target_l0: tuple[int, ...] = ()  # instead of a grid of l1_alpha: find it for these l0
@@ -141,9 +141,9 @@ def main(argv: list[str]) -> int:
     if planned.done and not cfg.fresh and lm_results.is_shown(planned.folder, choice):
         planned.open(fresh=False)  # refuses other constants
         return last_lines(cfg, read_csv(planned.folder / "results.csv"), planned.folder)
-    print(f"{cfg.preset}: {cfg.model}, layer {cfg.layer} {cfg.site}, on {describe(device)}")
+    print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     subject, recipe = open_subject_of(cfg, device)
-    cells = grid(cfg, subject.site.width)
+    cells = pick(Grid, cfg).cells(subject.site.width)
     if cfg.fresh or not planned.exists:  # refused before the harvest, or a deletion
         plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
         require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
@@ -211,26 +211,11 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
 
 def check(cfg: Config) -> None:
     """Raises UserError for a constant out of its range that no part checks itself."""
-    check_grid(cfg, "expansion_exp")
-    for choice in (RunOptions, Optimisation, ModelChoice, TextChoice, lm_results.ShowChoice):
+    for choice in (Grid, RunOptions, Optimisation, ModelChoice, TextChoice, lm_results.ShowChoice):
         pick(choice, cfg)
     for name in ("lm_batch_size", "n_eval_tokens"):
         require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")
     require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
-    fine = len({t for t in cfg.target_l0 if t >= 1}) == len(cfg.target_l0)
-    require_flag(cfg, "target_l0", fine, "at least 1 each, and all different")
-
-
-def grid(cfg: Config, width: int) -> list[Cell]:
-    """All cells of the run."""
-    seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
-    l1_exps = range(cfg.l1_exp_low, cfg.l1_exp_high)
-    if cfg.target_l0:  # the controller starts where l0 was about 25 on the demo (width 256)
-        start = round(4 * math.log10(256 / width)) - 15
-        l1_exps = range(start, start + 1)
-    size_exps = range(cfg.expansion_exp_low, cfg.expansion_exp_high)
-    cells = make_grid(width, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
-    return [dataclasses.replace(c, target_l0=t) for c in cells for t in cfg.target_l0 or (0,)]
 
 
 def open_subject_of(cfg: Config, device: torch.device) -> tuple[Subject, LanguageRecipe]:

@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import run
 from sparse_coding.activation_store import open_store
 from sparse_coding.activations import Harvester
-from sparse_coding.config import parse_flags, run_as_script
+from sparse_coding.config import parse_flags, pick, run_as_script
 from sparse_coding.hardware import describe, pick_device, set_precision
 from sparse_coding.language_model import activations
 from sparse_coding.lm_cells import LanguageRecipe
+from sparse_coding.lm_grid import Grid
 from sparse_coding.members import initial_autoencoder
 from sparse_coding.sweep import Cell
 
@@ -161,7 +162,7 @@ def main(argv: list[str]) -> int:
         compare_harvest(recipe.shards, cfg.n_repeats)
         store = open_store(Path(folder) / "store", recipe.shards, about={})
         recipe = dataclasses.replace(recipe, shards=store)
-        compare_training(recipe, run.grid(settings, subject.site.width), cfg)
+        compare_training(recipe, pick(Grid, settings).cells(subject.site.width), cfg)
     return 0
 
 

@@ -51,18 +51,6 @@ def load_nanogpt(path: Path, *, activation: str = "gelu") -> "GPT2LMHeadModel":
     return model.eval()
 
 
-def nanogpt_dataset(path: Path) -> str | None:
-    """The name of nanoGPT's data/ folder that the checkpoint was trained on (`openwebtext`,
-    `shakespeare_char`, ...): it tells the tokenizer. None if the checkpoint has none.
-
-    Raises:
-        UserError: as load_nanogpt.
-    """
-    config = _read(path).get("config")
-    dataset = config.get("dataset") if isinstance(config, dict) else None
-    return dataset if isinstance(dataset, str) else None
-
-
 def _read(path: Path) -> dict:
     """The checkpoint with dicts `model` (of tensors) and `model_args`; tensors stay on disk."""
     require(path.is_file(), f"no such file: {path}")

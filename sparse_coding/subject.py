@@ -6,7 +6,7 @@ The fields of the two choices have the names of run.py's flags.
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from sparse_coding.packing import Packed, split
 from sparse_coding.token_bin import open_bin
 from sparse_coding.tokenizer import Tokenizer, load_tokenizer
 
+CONTEXT = 256  # tokens of a row of text, if the model can take so many
 DEMO_MODEL = Path(__file__).parent.parent / "assets" / "demo"
 SANITY_TOKENS = 8192  # on which the model is compared with a unigram model
 UNIGRAM_TOKENS = 2**20  # from which the unigram model is made
@@ -40,12 +41,13 @@ UNIGRAM_TOKENS = 2**20  # from which the unigram model is made
 class ModelChoice:
     """model: hub id, folder, nanoGPT checkpoint, or "demo", the small one in assets/
     dtype: auto is float32 on the CPU, bfloat16 on CUDA
-    store_dtype: of its activations on disk"""
+    store_dtype: of its activations on disk
+    layer: None: the middle one"""
 
     model: str
     model_revision: str
     tokenizer: str
-    layer: int
+    layer: int | None
     site: str
     dtype: str
     store_dtype: str
@@ -57,12 +59,13 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class TextChoice:
-    """held_out: share of the documents that no autoencoder is trained on"""
+    """held_out: share of the documents that no autoencoder is trained on
+    context_length: None: CONTEXT, or all that the model can take"""
 
     dataset: str
     dataset_revision: str
     text_column: str
-    context_length: int
+    context_length: int | None
     packing: Literal["packed", "documents"]
     held_out: float
     max_text_tokens: int
@@ -70,7 +73,8 @@ class TextChoice:
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range."""
         require_flag(self, "held_out", 0 < self.held_out < 1, "above 0 and below 1")
-        require_flag(self, "context_length", self.context_length >= 2, "at least 2")
+        long_enough = self.context_length is None or self.context_length >= 2
+        require_flag(self, "context_length", long_enough, "at least 2")
         require_flag(self, "max_text_tokens", self.max_text_tokens >= 1, "at least 1")
 
 
@@ -157,7 +161,9 @@ class Subject:
             f"text: {self.text.dataset}{revision}, {corpus['n_documents']:,} documents, "
             f"{corpus['n_tokens']:,} tokens; {len(self.held_out.documents):,} documents held out\n"
             f"model: next-token loss {of_model:.3f} nats on held-out text, token frequencies give "
-            f"{unigram:.3f}{warning}"
+            f"{unigram:.3f}{warning}\n"
+            f"site: layer {self.site.layer} of 0 to {self.lm.n_layers - 1}, {self.site.name}, "
+            f"width {self.site.width}"
         )
 
 
@@ -177,12 +183,21 @@ def open_subject(
         dtype=None if model.dtype == "auto" else getattr(torch, model.dtype),
         revision=model.model_revision,
     )
+    longest = lm.max_context or CONTEXT
+    if model.layer is None:
+        model = replace(model, layer=lm.n_layers // 2)
+    if text.context_length is None:
+        text = replace(text, context_length=min(CONTEXT, longest))
     site = find_site(lm, model.layer, model.site)
-    options = dict(vocab_size=lm.vocab_size, revision=model.model_revision)
-    tokenizer = load_tokenizer(model.path, choice=model.tokenizer, **options)
-    longest = lm.max_context
+    tokenizer = load_tokenizer(
+        model.path,
+        choice=model.tokenizer,
+        vocab_size=lm.vocab_size,
+        revision=model.model_revision,
+        dataset=text.dataset,
+    )
     require(
-        longest is None or text.context_length <= longest,
+        lm.max_context is None or text.context_length <= longest,
         f"--context-length {text.context_length} must be at most {longest}, which the model has",
     )
     folder = Path(activations_dir or default_folder(model, text, device))

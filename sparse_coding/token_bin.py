@@ -10,6 +10,7 @@ import numpy as np
 from sparse_coding.config import require
 from sparse_coding.corpus import Corpus, Seen, alone, drop_pages, open_folder, with_bar, write_index
 from sparse_coding.tokenizer import Tokenizer
+from sparse_coding.vocabulary import read_bin_manifest
 
 PIECE = 8192  # tokens of a document where no separator occurs; ours, not tuned
 SCAN = 2**22  # tokens read at once
@@ -37,6 +38,7 @@ def open_bin(path: Path, tokenizer: Tokenizer, folder: Path) -> Corpus:
             return open_folder(folder, path, must_match)
         tokens = np.memmap(path, "uint16", mode="r")
         must_match["sha256"], starts, stops = _scan(tokens, tokenizer, path)
+        _check_manifest(path, tokenizer, must_match["sha256"])
         open_folder(folder, path, must_match)  # refuses if another corpus is there
         index = _index(tokens, starts, stops)
         require(len(index) > 0, f"{path} holds nothing but separators")
@@ -72,6 +74,25 @@ def _scan(
         )  # fmt: skip
     starts = np.arange(0, len(tokens), PIECE)
     return sha256.hexdigest(), starts, np.minimum(starts + PIECE, len(tokens))
+
+
+def _check_manifest(path: Path, tokenizer: Tokenizer, sha256: str) -> None:
+    """Raises UserError if prepare.py's manifest beside the .bin says that it is of another
+    tokenizer, or was whole once."""
+    about = read_bin_manifest(path.parent)
+    if path.stem not in about:
+        return
+    made_with = about["tokenizer"]
+    require(
+        made_with["fingerprint"] == tokenizer.fingerprint,
+        f"{path} was made with the tokenizer {made_with['name']}, not with {tokenizer.name} of the "
+        "model: choose the model that it was made for, or its --tokenizer",
+    )
+    require(
+        about[path.stem]["sha256"] == sha256,
+        f"{path} is damaged: its sha256 is not that of manifest.json beside it; make it again with "
+        "prepare.py --fresh",
+    )
 
 
 def _index(tokens: np.memmap, starts: np.ndarray, stops: np.ndarray) -> array.array:

@@ -13,10 +13,13 @@ from pathlib import Path
 
 from sparse_coding.config import UserError, require
 from sparse_coding.pretrained import require_reachable
-from sparse_coding.vocabulary import piece_bytes, read_meta_pickle
+from sparse_coding.vocabulary import (
+    BESIDE,
+    choice_for_checkpoint,
+    piece_bytes,
+    read_meta_pickle,
+)
 
-GPT2_IDS = range(50257, 50305)  # vocab_size of models on GPT-2's BPE, nanoGPT's padding included
-BESIDE = ("tokenizer.json", "meta.json", "meta.pkl")  # looked for beside a nanoGPT checkpoint
 # what the token between documents is called in vocabularies that don't say which it is
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<s>", "<bos>")
 UNKNOWN = ("<unk>", "<|unk|>", "[UNK]")
@@ -55,23 +58,29 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    model: str, *, choice: str = "auto", vocab_size: int, revision: str = ""
+    model: str, *, choice: str = "auto", vocab_size: int, revision: str = "", dataset: str = ""
 ) -> Tokenizer:
     """The tokenizer of a model.
 
     Args:
         model: hub id, local folder, or nanoGPT checkpoint (a file)
-        choice: "auto" (the model's own; for a checkpoint what lies beside it, else by vocab_size:
-            gpt2 or bytes), or one of CHOICES
+        choice: "auto" (the model's own; for a checkpoint see choice_for_checkpoint), or one of
+            CHOICES
         vocab_size: ids that the model has
         revision: of the hub repository `model`
+        dataset: the text that is to be encoded; if a .bin of nanoGPT, it tells a checkpoint's
     Raises:
         UserError: none found, not readable, or with more ids than the model.
     """
     if choice == "auto":
         if not Path(model).is_file():
             return _from_transformers(model, vocab_size, revision=revision)
-        choice = _beside(Path(model), vocab_size)
+        choice = choice_for_checkpoint(Path(model), vocab_size, dataset)
+        require(
+            choice != "",
+            f"no tokenizer for {model} with {vocab_size} ids: put its {', '.join(BESIDE[:-1])} or "
+            f"{BESIDE[-1]} beside it, or give --tokenizer: {CHOICES}",
+        )
     if choice == "gpt2":
         return _tiktoken_gpt2(vocab_size)
     if choice == "bytes":
@@ -82,21 +91,6 @@ def load_tokenizer(
     looks_like_path = path.suffix in (".json", ".pkl") or choice.startswith((".", "/", "~"))
     require(path.is_dir() or not looks_like_path, f"no tokenizer {choice}: choose {CHOICES}")
     return _from_transformers(str(path), vocab_size)
-
-
-def _beside(model: Path, vocab_size: int) -> str:
-    """What "auto" means for a checkpoint: a file beside it, else what its vocab_size says."""
-    for name in BESIDE:
-        if model.with_name(name).is_file():
-            return str(model.with_name(name))
-    if vocab_size in GPT2_IDS:
-        return "gpt2"
-    require(
-        vocab_size in (256, 257),
-        f"no tokenizer for {model} with {vocab_size} ids: put its {', '.join(BESIDE[:-1])} or "
-        f"{BESIDE[-1]} beside it, or give --tokenizer: {CHOICES}",
-    )
-    return "bytes"
 
 
 def _make(

@@ -1,7 +1,8 @@
-"""What stands in vocabulary files: nanoGPT's meta.pkl, and which bytes an entry means. Floor 1."""
+"""What files beside nanoGPT's checkpoints and bins say about its tokens. Floor 1."""
 
 import functools
 import io
+import json
 import pickle
 import pickletools
 import re
@@ -9,7 +10,36 @@ from pathlib import Path
 
 from sparse_coding.config import UserError, require
 
+GPT2_IDS = range(50257, 50305)  # vocab_size of models on GPT-2's BPE, nanoGPT's padding included
+BESIDE = ("tokenizer.json", "meta.json", "meta.pkl")  # looked for beside a checkpoint or a bin
 META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
+
+
+def choice_for_checkpoint(model: Path, vocab_size: int, dataset: str) -> str:
+    """The --tokenizer of a nanoGPT checkpoint: a file beside it, or beside the .bin `dataset`; else
+    what its vocab_size says: gpt2 or bytes; "" if that is neither's."""
+    folders = [model.parent]
+    if dataset.endswith(".bin"):
+        folders.append(Path(dataset).expanduser().parent)
+    for folder in folders:
+        kind = read_bin_manifest(folder).get("constants", {}).get("tokenizer")
+        if kind in ("gpt2", "bytes"):
+            return kind
+        for name in BESIDE:
+            if (folder / name).is_file():
+                return str(folder / name)
+    if vocab_size in GPT2_IDS:
+        return "gpt2"
+    return "bytes" if vocab_size in (256, 257) else ""
+
+
+def read_bin_manifest(folder: Path) -> dict:
+    """What prepare.py wrote beside its bins; {} if there is none, or one of another program."""
+    try:
+        about = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) and "end_of_text" in about else {}
 
 
 class _PlainUnpickler(pickle.Unpickler):

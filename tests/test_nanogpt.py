@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import gelu, layer_norm, linear
 
 from sparse_coding.config import UserError
-from sparse_coding.nanogpt import load_nanogpt, nanogpt_dataset
+from sparse_coding.nanogpt import load_nanogpt
 
 ARGS = dict(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=65, dropout=0.1, bias=False)
 MATRICES = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
@@ -131,12 +131,6 @@ def test_model_args_of_the_first_months_and_half_precision_weights_load(tmp_path
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, stored.float())
 
 
-def test_the_dataset_tells_the_tokenizer(tmp_path):
-    assert nanogpt_dataset(saved(tmp_path / "a.pt")) == "shakespeare_char"
-    assert nanogpt_dataset(saved(tmp_path / "b.pt", config={})) is None
-    assert nanogpt_dataset(saved(tmp_path / "c.pt", config=None)) is None
-
-
 def refusal(path) -> str:
     with pytest.raises(UserError) as error:
         load_nanogpt(path)
@@ -173,8 +167,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     path, target = tmp_path / "ckpt.pt", tmp_path / "exploded"
     saved(path, config=Bomb(target))
     assert "mkdir" in refusal(path)
-    with pytest.raises(UserError, match="could run code"):
-        nanogpt_dataset(path)
+    assert "could run code" in refusal(path)
     torch.save({"a": Bomb(target)}, path, _use_new_zipfile_serialization=False)
     refusal(path)
     path.write_bytes(pickle.dumps(Bomb(target)))

@@ -7,6 +7,7 @@ that are made here, and on some hundred short documents.
 import contextlib
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -602,6 +603,41 @@ def test_a_nanogpt_checkpoint_with_its_tokenizer_and_bin_beside_it(
     assert (tmp_path / "train.bin").read_bytes() == ids.tobytes()
     assert not (tmp_path / "acts/text/tokens.bin").exists()
     assert "done: run: report.html" in run_server.run(*flags, cwd=tmp_path).out
+
+
+def test_a_nanogpt_checkpoint_needs_only_the_bin_of_prepare(
+    world: World, run_server: Server, tmp_path: Path
+):
+    checkpoint = nanogpt_checkpoint(tmp_path / "models/ckpt.pt", 300)
+    argv = ["--source", str(world.text), "--vocab-size", "300", "--held-out", "0.5"]
+    prepare = ROOT / "nanogpt_config/prepare.py"
+    assert run_script([prepare, *argv, "--output-dir", "data"], cwd=tmp_path).code == 0
+    few = [
+        "--n-tokens",
+        "4000",
+        "--batch-size",
+        "64",
+        "--n-eval-tokens",
+        "500",
+        "--n-page-tokens",
+        "500",
+    ]
+    quick = ["--expansion-exp-high", "1", "--wandb-mode", "disabled", "--device", "cpu"]
+    places = ["--model", "models/ckpt.pt", "--dataset", "data/val.bin", *PLACES]
+    done = run_server.run(*places, *few, *quick, cwd=tmp_path)
+    assert (done.code, done.err_lines) == (0, []), done.err
+    # the middle layer, the longest context, l1_alpha around 10^(-13/4) at width 64
+    assert "site: layer 1 of 0 to 1, mlp_act, width 64" in done.out
+    manifest = json.loads((tmp_path / "acts/manifest.json").read_text())["about"]
+    assert (manifest["layer"], manifest["context_length"]) == (1, 32)
+    assert manifest["tokenizer"] == "vocab:tokenizer.json"
+    exps = [round(4 * math.log10(float(row["l1_alpha"]))) for row in table(tmp_path / "run")]
+    assert exps == list(range(-16, -9))
+
+    checkpoint.rename(tmp_path / "models/other.pt")
+    nanogpt_checkpoint(checkpoint, 290)
+    refused = run_server.run(*places[:4], "--output-dir", "r2", *few, *quick, cwd=tmp_path)
+    assert_refused(refused, "vocab:tokenizer.json has 300 ids, the model 290")
 
 
 def test_a_wished_l0_is_found_without_heat_maps_and_the_epochs_are_said_once(
