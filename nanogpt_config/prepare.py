@@ -22,6 +22,7 @@ import math
 import pickle
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-from sparse_coding.bin_writer import Split, is_written, write_bins
+from sparse_coding.bin_writer import Split, claim, is_written, write_bins
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
 from sparse_coding.documents import Documents, document_id, is_held_out, open_documents
 from sparse_coding.files import require_free_disk, write_atomic, write_json
@@ -72,10 +73,15 @@ def main(argv: list[str]) -> int:
     documents = open_documents(source, text_column=cfg.text_column, revision=cfg.revision)
 
     constants = constants_of(cfg, documents)
-    if is_written(folder, constants, limit=limit, fresh=cfg.fresh):
+    if not cfg.fresh and is_written(folder, constants, limit=limit):
+        print(f"done before: {folder} (--fresh starts again)")
         return 0
-    tokenizer = make_tokenizer(cfg, documents, folder)
+    learnt = learnt_bpe(cfg, documents, folder) if cfg.tokenizer == "bpe" else ""
+    tokenizer = open_tokenizer(cfg, learnt)
     n_train = plan(cfg, documents, tokenizer, folder, limit=limit)
+    claim(folder, constants, fresh=cfg.fresh)
+    if learnt:
+        write_atomic(folder / "tokenizer.json", learnt)
     splits = write_bins(
         documents, tokenizer, folder, constants=constants, limit=limit, expected=n_train
     )
@@ -135,17 +141,25 @@ def plan(
 # --- the tokenizer ---
 
 
-def make_tokenizer(cfg: Config, documents: Documents, folder: Path) -> Tokenizer:
+def learnt_bpe(cfg: Config, documents: Documents, folder: Path) -> str:
+    """tokenizer.json of the folder if it is there, else learnt on the documents for train.bin."""
+    path = folder / "tokenizer.json"
+    if path.exists() and not cfg.fresh:
+        return path.read_text()
+    print(f"learning a BPE of {cfg.vocab_size} tokens", flush=True)
+    texts = (text for text in documents if not is_held_out(document_id(text), cfg.held_out))
+    return learn_bpe(texts, cfg.vocab_size)
+
+
+def open_tokenizer(cfg: Config, learnt: str) -> Tokenizer:
     if cfg.tokenizer == "gpt2":
         return load_tokenizer("", choice="gpt2", vocab_size=GPT2_TOKENS)
     if cfg.tokenizer == "bytes":
         return load_tokenizer("", choice="bytes", vocab_size=257)  # 256: end of text
-    path = folder / "tokenizer.json"
-    if not path.exists():  # else a resumed run
-        print(f"learning a BPE of {cfg.vocab_size} tokens", flush=True)
-        texts = (text for text in documents if not is_held_out(document_id(text), cfg.held_out))
-        write_atomic(path, learn_bpe(texts, cfg.vocab_size))
-    tokenizer = load_tokenizer("", choice=str(path), vocab_size=cfg.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.json")
+        path.write_text(learnt)
+        tokenizer = load_tokenizer("", choice=str(path), vocab_size=cfg.vocab_size)
     # a small text has fewer pairs to merge than were asked for
     return dataclasses.replace(tokenizer, vocab_size=len(tokenizer.pieces))
 

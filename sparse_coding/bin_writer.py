@@ -25,6 +25,7 @@ from sparse_coding.tokenizer import Tokenizer
 BATCH_CHARACTERS = 1_000_000  # tokenised at once: bounds the memory
 SAVE_SECONDS = 5.0  # between saves of the progress, and lines about it
 SPLITS = ("train", "val")
+MADE = ("train.bin", "val.bin", "tokenizer.json")
 
 
 @dataclass
@@ -84,18 +85,13 @@ def write_bins(
     return splits
 
 
-def is_written(folder: Path, constants: dict, *, limit: float, fresh: bool) -> bool:
-    """Whether the bins are there already; otherwise the folder may be written to.
+def is_written(folder: Path, constants: dict, *, limit: float) -> bool:
+    """Whether the bins are there, with `limit` tokens in train.bin or all that there are.
 
     Raises:
         UserError: the folder holds the bins of other constants, or of another program.
     """
-    made = [*(f"{split}.bin" for split in SPLITS), "tokenizer.json"]
-    if fresh:
-        for name in ("manifest.json", "progress.json", *made):
-            (folder / name).unlink(missing_ok=True)
     remedy = "choose another --output-dir, or --fresh"
-    splits = {split: {} for split in SPLITS}
     for name in ("progress.json", "manifest.json"):
         if (folder / name).exists():
             about = json.loads((folder / name).read_text())
@@ -104,16 +100,26 @@ def is_written(folder: Path, constants: dict, *, limit: float, fresh: bool) -> b
             require(not other, f"{folder} was made with another {', '.join(other)}: {remedy}")
             if name == "progress.json":
                 return False
-            if about["exhausted"] or about["train"]["tokens"] >= limit:
-                print(f"done before: {folder}, {about['train']['tokens']:,} tokens in train.bin")
-                return True
-            splits = {s: {k: v for k, v in about[s].items() if k != "sha256"} for s in SPLITS}
-            made = []
-    foreign = next((name for name in made if (folder / name).exists()), None)
+            return about["exhausted"] or about["train"]["tokens"] >= limit
+    foreign = next((name for name in MADE if (folder / name).exists()), None)
     require(foreign is None, f"{folder} holds a {foreign} that is not of this script: {remedy}")
-    write_json(folder / "progress.json", {"constants": constants, "splits": splits})
-    (folder / "manifest.json").unlink(missing_ok=True)
     return False
+
+
+def claim(folder: Path, constants: dict, *, fresh: bool) -> None:
+    """Makes the folder ready for write_bins: with progress.json, which for bins that are finished,
+    but to be added to, takes the place of their manifest. fresh: deletes what is there."""
+    manifest, progress = folder / "manifest.json", folder / "progress.json"
+    if fresh:
+        for path in (manifest, progress, *(folder / name for name in MADE)):
+            path.unlink(missing_ok=True)
+    splits = {split: {} for split in SPLITS}
+    if manifest.exists() and not progress.exists():
+        about = json.loads(manifest.read_text())
+        splits = {s: {k: v for k, v in about[s].items() if k != "sha256"} for s in SPLITS}
+    if not progress.exists():
+        write_json(progress, {"constants": constants, "splits": splits})
+    manifest.unlink(missing_ok=True)
 
 
 def open_at(path: Path, n_bytes: int) -> BinaryIO:

@@ -3,18 +3,25 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 from conftest import ROOT, clean_environment
+from test_documents import write_parquet
+from test_tokenizer import small_gpt2
 from tokenizers import Tokenizer
 
 from sparse_coding import bin_writer
 from sparse_coding.config import UserError
-from sparse_coding.documents import document_id, is_held_out
+from sparse_coding.documents import Documents, document_id, is_held_out, open_documents
+from sparse_coding.text_size import expected_tokens, text_bytes
+from sparse_coding.tokenizer import load_tokenizer
 from sparse_coding.vocabulary import read_meta_pickle
 
 TEXTS = [f"document {i}: " + "the quick brown fox\n" * (i % 7 + 1) + "ß €" for i in range(300)]
@@ -124,6 +131,88 @@ def test_tokens_ends_the_bins_with_the_document_that_reaches_it(tmp_path, prepar
     sizes = [len(text.encode()) + 1 for text in documents]
     assert sum(sizes[:-1]) < 10_000 <= sum(sizes)
     assert documents == [text for text in TEXTS if split_of(text) == "train"][: len(documents)]
+
+
+def test_more_tokens_are_added_to_the_bins(tmp_path, prepare, source, capsys):
+    argv = ["--source", source, "--vocab-size", "280", "--output-dir"]
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    assert prepare.main([*argv, str(whole), "--tokens", "6000"]) == 0
+    assert prepare.main([*argv, str(grown), "--tokens", "2000"]) == 0
+    begun = (grown / "train.bin").read_bytes()
+    assert 2 * 2000 <= len(begun) < 2 * 2300
+    assert prepare.main([*argv, str(grown), "--tokens", "6K"]) == 0
+    assert (grown / "train.bin").read_bytes()[: len(begun)] == begun
+    for name in ("train.bin", "val.bin", "tokenizer.json", "manifest.json"):
+        assert (grown / name).read_bytes() == (whole / name).read_bytes(), name
+
+    capsys.readouterr()
+    for fewer in ("100", "6000"):
+        assert prepare.main([*argv, str(grown), "--tokens", fewer]) == 0
+        assert f"done before: {grown}" in capsys.readouterr().out
+    assert prepare.main([*argv, str(grown)]) == 0  # all that there is
+    assert prepare.main([*argv, str(grown), "--tokens", "5B"]) == 0  # there is no more
+    assert "done before" in capsys.readouterr().out
+    documents = decoded(
+        grown, "train", 0, Tokenizer.from_file(str(grown / "tokenizer.json")).decode
+    )
+    assert documents == [text for text in TEXTS if split_of(text) == "train"]
+
+
+def test_the_tokens_are_tiktokens_own(tmp_path, prepare, source, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", small_gpt2)
+    encoding = small_gpt2("gpt2")
+    assert (
+        prepare.main(["--source", source, "--tokenizer", "gpt2", "--output-dir", str(tmp_path)])
+        == 0
+    )
+    for name in ("train", "val"):
+        wanted = [text for text in TEXTS if split_of(text) == name]
+        marked = "<|endoftext|>".join([*wanted, ""])
+        ids = np.fromfile(tmp_path / f"{name}.bin", np.uint16)
+        assert ids.tolist() == encoding.encode(marked, allowed_special="all")
+    assert not (tmp_path / "meta.pkl").exists()  # nanoGPT then takes 50304
+
+
+def test_openwebtext_is_gpt2s_tokens_and_500_million_of_them(prepare):
+    cfg = prepare.resolved(prepare.Config(source="openwebtext"))
+    assert (cfg.tokenizer, cfg.tokens) == ("gpt2", "500M")
+    cfg = prepare.resolved(prepare.Config(source="openwebtext", tokenizer="bytes", tokens="all"))
+    assert (cfg.tokenizer, cfg.tokens) == ("bytes", "all")
+    cfg = prepare.resolved(prepare.Config())
+    assert (cfg.tokenizer, cfg.tokens) == ("bpe", "all")
+
+
+def test_what_all_of_openwebtext_needs_is_said_before_the_start(
+    tmp_path, prepare, monkeypatch, capsys
+):
+    documents = Documents(prepare.OPENWEBTEXT, "79d93d7", lambda: iter(["four"] * 10))
+    monkeypatch.setattr(prepare, "open_documents", lambda *_, **__: documents)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9 * 10**9))
+    argv = ["--source", "openwebtext", "--tokenizer", "bytes", "--tokens"]
+    # 39.77 GB of text, 5 tokens of two bytes for 4 bytes of it
+    with pytest.raises(UserError, match=r"disk full: 99424 MB to write under .* 9000 MB free"):
+        prepare.main([*argv, "all", "--output-dir", str(tmp_path)])
+    assert "the bins will take about 99,424 MB" in capsys.readouterr().out
+    with pytest.raises(UserError, match="disk full: 10000 MB"):  # before anything is read
+        prepare.main([*argv, "5B", "--output-dir", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
+def test_what_a_local_text_needs_is_known_within_a_fifth(tmp_path, prepare, capsys, suffix):
+    texts = [f"{i} " + "some words of text " * 20 for i in range(300)]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        write_parquet(path, texts)
+    else:
+        rows = [json.dumps({"text": text}) for text in texts]
+        path.write_text("\n".join(rows) if suffix == "jsonl" else "<|endoftext|>".join(texts))
+    n_bytes = text_bytes(str(path), "text")
+    assert n_bytes == pytest.approx(len("".join(texts)), rel=0.2)
+    documents = open_documents(str(path))
+    tokenizer = load_tokenizer("", choice="bytes", vocab_size=257)
+    found = sum(len(text) + 1 for text in texts)
+    assert expected_tokens(documents, tokenizer, n_bytes) == pytest.approx(found, rel=0.2)
 
 
 def test_a_text_that_names_end_of_text_does_not_end_there(tmp_path, prepare):

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import ROOT
+from test_tokenizer import small_gpt2
 
 from sparse_coding.config import UserError
 from sparse_coding.nanogpt import load_nanogpt
+from sparse_coding.tokenizer import load_tokenizer
 
 
 def script(name: str):
@@ -126,15 +129,15 @@ def convert():
     return script("convert")
 
 
-def write_checkpoint(path: Path, *, scale: float) -> None:
+def write_checkpoint(path: Path, *, scale: float, vocab_size: int = 257) -> None:
     """As nanoGPT's train.py saves it, with random weights of this size."""
-    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=257)
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=vocab_size)
     rng, d = torch.Generator().manual_seed(0), args["n_embd"]
 
     def randn(*shape: int) -> torch.Tensor:
         return scale * torch.randn(*shape, generator=rng)
 
-    wte = randn(257, d)
+    wte = randn(vocab_size, d)
     model = {"transformer.wte.weight": wte, "lm_head.weight": wte}
     model |= {"transformer.wpe.weight": randn(16, d), "transformer.ln_f.weight": torch.ones(d)}
     for i in range(2):
@@ -166,6 +169,28 @@ def test_a_checkpoint_becomes_a_folder_with_the_same_logits(tmp_path, convert):
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         wanted = load_nanogpt(tmp_path / "ckpt.pt")(ids).logits
         assert torch.allclose(loaded(ids).logits, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bytes", "bpe"])
+def test_the_converted_folder_has_the_tokenizer_of_the_bins(tmp_path, convert, monkeypatch, kind):
+    monkeypatch.setattr(tiktoken, "get_encoding", small_gpt2)
+    texts = [f"{i} the thing <|endoftext|> ß €\n" for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    data, folder = tmp_path / "data", tmp_path / "model"
+    argv = ["--source", str(tmp_path / "a.jsonl"), "--tokenizer", kind, "--vocab-size", "260"]
+    assert script("prepare").main([*argv, "--output-dir", str(data)]) == 0
+    about = json.loads((data / "manifest.json").read_text())
+    write_checkpoint(tmp_path / "ckpt.pt", scale=0.5, vocab_size=50304 if kind == "gpt2" else 260)
+    argv = ["--checkpoint", str(tmp_path / "ckpt.pt"), "--data", str(data), "--eval-tokens", "1000"]
+    assert convert.main([*argv, "--output-dir", str(folder)]) == 0
+
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(folder)
+    assert (own.eos_token_id, own.eos_token) == (about["end_of_text"], "<|endoftext|>")
+    assert own.decode(own("the ß €")["input_ids"]) == "the ß €"
+    tokenizer = load_tokenizer(str(folder), vocab_size=50304 if kind == "gpt2" else 260)
+    assert tokenizer.fingerprint == about["tokenizer"]["fingerprint"]
 
 
 def test_a_model_that_knows_nothing_is_worth_eight_bits_and_its_mlps_nothing(
