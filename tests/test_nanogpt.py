@@ -99,6 +99,37 @@ def test_logits_are_those_of_a_plain_nanogpt(tmp_path, bias, vocab_size, prefix)
     assert (got - nanogpt_logits(state, args, ids, nn.GELU("tanh"))).abs().max() > 1e-4
 
 
+@pytest.mark.skipif("NANOGPT" not in os.environ, reason="NANOGPT names no checkout of nanoGPT")
+@pytest.mark.parametrize("how", ["fresh", "trained", "compiled"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("vocab_size", [65, 50304])
+def test_logits_are_those_of_the_real_nanogpt(tmp_path, monkeypatch, how, bias, vocab_size):
+    """NANOGPT=folder, a checkout of karpathy/nanoGPT."""
+    monkeypatch.syspath_prepend(os.environ["NANOGPT"])
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    args = dict(n_layer=6, n_head=8, n_embd=16, block_size=256, bias=bias, vocab_size=vocab_size,
+                dropout=0.0)  # fmt: skip
+    gpt = GPT(GPTConfig(**args))
+    ids = torch.randint(vocab_size, (2, 257))
+    x, y = ids[:, :-1], ids[:, 1:].contiguous()
+    if how != "fresh":
+        optimizer = torch.optim.AdamW(gpt.parameters(), lr=0.03)
+        for _ in range(20):
+            gpt(x, y)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    stored = (torch.compile(gpt) if how == "compiled" else gpt).state_dict()
+    assert next(iter(stored)).startswith("_orig_mod.") == (how == "compiled")
+    model = load_nanogpt(saved(tmp_path / "ckpt.pt", args, stored))
+    with torch.no_grad():
+        expected, _ = gpt.eval()(x, y)
+        found = model(x).logits
+    assert how == "fresh" or expected.std() > 0.5
+    assert (found - expected).abs().max() < 1e-5
+
+
 def test_the_tanh_gelu_of_early_checkpoints_can_be_had(tmp_path):
     path = saved(tmp_path / "ckpt.pt")
     ids = torch.arange(24)[None]
