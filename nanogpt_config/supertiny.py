@@ -25,7 +25,7 @@ n_layer = 6
 n_head = 8  # of width 2
 n_embd = 16  # MLP width 4 * 16 = 64
 block_size = 256
-dropout = 0.0  # one pass over a billion tokens can't be learnt by heart; 0.2 costs .1 nats and more
+dropout = 0.0  # one pass over a billion tokens can't be learnt by heart; it only slows
 bias = False
 
 # batches: 8 * 64 * 256 = 131,072 tokens a step; 8,000 steps = 1.05 billion tokens, 63 times the 20
@@ -36,7 +36,7 @@ max_iters = 8000
 lr_decay_iters = 8000  # = max_iters, so that the learning rate does decay
 
 # AdamW
-learning_rate = 1e-2  # nanoGPT's 6e-4 at width 768 grows as 1/width to 3e-2; see LOG.md for less
+learning_rate = 1e-2  # nanoGPT's 6e-4 at width 768 grows as 1/width to 3e-2; see LOG.md
 min_lr = 1e-3  # learning_rate / 10, as nanoGPT has it
 warmup_iters = 200  # 1/40 of the steps
 beta2 = 0.99  # as nanoGPT's small config (train_shakespeare_char)

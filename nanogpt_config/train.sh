@@ -13,6 +13,8 @@
 #   PY=python        that has requirements.txt; default: .venv, made by make
 # Killed? The same command goes on: train.py from its last evaluation, all else from where it was.
 set -euo pipefail
+DATA=${DATA:+$(realpath -m "$DATA")}
+NANOGPT=${NANOGPT:+$(realpath -m "$NANOGPT")}
 cd "$(dirname "$0")/.."
 commit=3adf61e154c3fe3fca428ad6bc3818b27a3b8291 # 2025-11-12, with which these files were tried
 name=${1:-supertiny}
@@ -37,22 +39,21 @@ export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so smal
 
 # 2. are the settings sound? Said before anything is fetched
 case $name in
-  demo_cpu) text=stdlib data=${DATA:-data/stdlib-bpe} ;;
-  *) text=openwebtext data=${DATA:-data/openwebtext-gpt2} ;;
+  demo_cpu) text=stdlib data=${DATA:-$PWD/data/stdlib-bpe} ;;
+  *) text=openwebtext data=${DATA:-$PWD/data/openwebtext-gpt2} ;;
 esac
-data=$(realpath -m "$data")
 options=("--dataset=$data" "--out_dir=$out/run" ${options[@]+"${options[@]}"})
 check=("$PY" nanogpt_config/check.py --overrides "$name" --gpus "${GPUS:-1}" -- "${options[@]}")
 "${check[@]}"
 
 # 3. the text as token ids
-if [ -z "${DATA:-}" ]; then
+if [ -z "$DATA" ]; then
   "$PY" nanogpt_config/prepare.py --source "$text" --output-dir "$data"
   "${check[@]}" # now against the text as well
 fi
 
 # 4. nanoGPT
-if [ -z "${NANOGPT:-}" ]; then
+if [ -z "$NANOGPT" ]; then
   NANOGPT=$PWD/nanoGPT
   if [ ! -e "$NANOGPT/train.py" ]; then
     git clone --quiet https://github.com/karpathy/nanoGPT "$NANOGPT" ||
