@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT
+from conftest import ROOT, clean_environment
 from test_tokenizer import small_gpt2
 
 from sparse_coding.config import UserError
@@ -129,9 +131,10 @@ def convert():
     return script("convert")
 
 
-def write_checkpoint(path: Path, *, scale: float, vocab_size: int = 257) -> None:
+def write_checkpoint(path: Path, *, scale: float, vocab_size: int = 257, context=16) -> None:
     """As nanoGPT's train.py saves it, with random weights of this size."""
-    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=vocab_size)
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=context, bias=False)
+    args["vocab_size"] = vocab_size
     rng, d = torch.Generator().manual_seed(0), args["n_embd"]
 
     def randn(*shape: int) -> torch.Tensor:
@@ -139,7 +142,7 @@ def write_checkpoint(path: Path, *, scale: float, vocab_size: int = 257) -> None
 
     wte = randn(vocab_size, d)
     model = {"transformer.wte.weight": wte, "lm_head.weight": wte}
-    model |= {"transformer.wpe.weight": randn(16, d), "transformer.ln_f.weight": torch.ones(d)}
+    model |= {"transformer.wpe.weight": randn(context, d), "transformer.ln_f.weight": torch.ones(d)}
     for i in range(2):
         h = f"transformer.h.{i}."
         shapes = {"attn.c_attn": (3 * d, d), "attn.c_proj": (d, d)}
@@ -244,3 +247,54 @@ def test_convert_refuses_what_is_no_checkpoint_or_no_data(tmp_path, convert):
     ):
         with pytest.raises(UserError, match=reason):
             convert.main(argv)
+
+
+TRAIN_PY = """
+import pathlib, shutil, sys
+out = next(pathlib.Path(a.removeprefix("--out_dir=")) for a in sys.argv if "--out_dir=" in a)
+out.mkdir(parents=True, exist_ok=True)
+with open(out / "calls", "a") as calls:
+    print(*sys.argv[1:], file=calls)
+shutil.copy("ckpt.pt", out)
+if not (out / "once").exists():
+    (out / "once").touch()
+    sys.exit("killed after an evaluation")
+"""
+
+
+def test_train_sh_prepares_trains_resumes_and_leaves_a_checkpoint_that_opens(tmp_path):
+    """With a train.py that only notes how it is called: nanoGPT is not part of the project."""
+    shutil.copytree(ROOT / "nanogpt_config", tmp_path / "ours" / "nanogpt_config")
+    (tmp_path / "ours" / "sparse_coding").symlink_to(ROOT / "sparse_coding")
+    nanogpt = tmp_path / "nanoGPT"
+    nanogpt.mkdir()
+    (nanogpt / "train.py").write_text(TRAIN_PY)
+    write_checkpoint(nanogpt / "ckpt.pt", scale=0.1, vocab_size=1024, context=128)
+    command = ["bash", "ours/nanogpt_config/train.sh", "demo_cpu", "--eval_iters=7"]
+    settings = {"PY": sys.executable, "NANOGPT": "nanoGPT"}
+
+    def run() -> subprocess.CompletedProcess:
+        environment = clean_environment(tmp_path) | settings
+        options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(command, **options)
+
+    killed = run()
+    assert killed.returncode == 1
+    assert "killed after an evaluation" in killed.stderr
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "done before: " in done.stdout  # the text, by prepare.py
+    assert "model: 2 layers, width 64, 2 heads, context 128, vocabulary 1,024" in done.stdout
+    assert "what each layer's MLP is worth" in done.stdout
+    out = tmp_path / "ours" / "models" / "demo_cpu"
+    data = tmp_path / "ours" / "data" / "stdlib-bpe"
+    first, second = (out / "run" / "calls").read_text().splitlines()
+    overrides = tmp_path / "ours" / "nanogpt_config" / "demo_cpu.py"
+    assert first == f"{overrides} --dataset={data} --out_dir={out}/run --eval_iters=7"
+    assert second == first + " --init_from=resume"
+    tokenizer = load_tokenizer(str(out / "ckpt.pt"), vocab_size=1024)  # with no other file
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert tokenizer.fingerprint == manifest["tokenizer"]["fingerprint"]
+    again = run()
+    assert again.stdout.startswith("done before: models/demo_cpu/ckpt.pt")
+    assert len((out / "run" / "calls").read_text().splitlines()) == 2
