@@ -25,7 +25,7 @@ from sparse_coding.tokenizer import Tokenizer
 BATCH_CHARACTERS = 1_000_000  # tokenised at once: bounds the memory
 SAVE_SECONDS = 5.0  # between saves of the progress, and lines about it
 SPLITS = ("train", "val")
-MADE = ("train.bin", "val.bin", "tokenizer.json")
+MADE = ("train.bin", "val.bin", "tokenizer.json", "meta.pkl")
 
 
 @dataclass
