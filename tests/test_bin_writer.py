@@ -161,16 +161,15 @@ def test_more_tokens_are_added_to_the_bins(tmp_path, prepare, source, capsys):
 def test_the_tokens_are_tiktokens_own(tmp_path, prepare, source, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", small_gpt2)
     encoding = small_gpt2("gpt2")
-    assert (
-        prepare.main(["--source", source, "--tokenizer", "gpt2", "--output-dir", str(tmp_path)])
-        == 0
-    )
+    argv = ["--source", source, "--output-dir", str(tmp_path), "--tokenizer"]
+    assert prepare.main([*argv, "bytes"]) == 0
+    assert prepare.main([*argv, "gpt2", "--fresh"]) == 0
     for name in ("train", "val"):
         wanted = [text for text in TEXTS if split_of(text) == name]
         marked = "<|endoftext|>".join([*wanted, ""])
         ids = np.fromfile(tmp_path / f"{name}.bin", np.uint16)
         assert ids.tolist() == encoding.encode(marked, allowed_special="all")
-    assert not (tmp_path / "meta.pkl").exists()  # nanoGPT then takes 50304
+    assert not (tmp_path / "meta.pkl").exists()  # nor that of before: nanoGPT takes 50304
 
 
 def test_openwebtext_is_gpt2s_tokens_and_500_million_of_them(prepare):
