@@ -13,9 +13,11 @@
 #   PY=python        that has requirements.txt; default: .venv, made by make
 # Killed? The same command goes on: train.py from its last evaluation, all else from where it was.
 set -euo pipefail
-DATA=${DATA:+$(realpath -m "$DATA")}
-NANOGPT=${NANOGPT:+$(realpath -m "$NANOGPT")}
+from=$PWD
 cd "$(dirname "$0")/.."
+absolute() { case $1 in /* | "") echo "$1" ;; *) echo "$from/$1" ;; esac; }
+DATA=$(absolute "${DATA:-}")
+NANOGPT=$(absolute "${NANOGPT:-}")
 commit=3adf61e154c3fe3fca428ad6bc3818b27a3b8291 # 2025-11-12, with which these files were tried
 name=${1:-supertiny}
 options=("${@:2}")
