@@ -3,7 +3,7 @@
 #
 #   bash nanogpt_config/train.sh              supertiny on 500M tokens of OpenWebText, on one GPU
 #   GPUS=4 bash nanogpt_config/train.sh supertiny
-#   bash nanogpt_config/train.sh demo_cpu     the demo model on Python's library: 7 to 14 minutes on a CPU
+#   bash nanogpt_config/train.sh demo_cpu     the demo model on Python's library: 8 minutes on a CPU
 #   bash nanogpt_config/train.sh supertiny --batch_size=16 --gradient_accumulation_steps=32
 #
 # NAME is a file of this folder without .py; what follows it are options of train.py. Settings:
