@@ -33,7 +33,7 @@ lint: .venv/installed-tests
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/installed-tests: .venv/installed tests/requirements.txt
+.venv/installed-tests: .venv/installed tests/requirements.txt requirements-vast.txt
 	$(PY) -m pip install --quiet --requirement tests/requirements.txt
 	touch $@
 

@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
     if cfg.fresh or not planned.exists:
         plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
         require_free_disk(folder, recipe.disk([cell.n_dict for cell in cells]))
-    planned.open(fresh=cfg.fresh)
+    planned.open(cells, fresh=cfg.fresh)
     with locked(folder, shard.suffix):
         if planned.done:
             return last_lines(cfg, read_csv(folder / "results.csv"), folder)

@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     )
     choice = pick(lm_results.ShowChoice, cfg)
     if planned.done and not cfg.fresh and lm_results.is_shown(planned.folder, choice):
-        planned.open(fresh=False)  # refuses other constants
+        planned.open([], fresh=False)  # refuses other constants
         return last_lines(cfg, read_csv(planned.folder / "results.csv"), planned.folder)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     subject, recipe = open_subject_of(cfg, device)
@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
     if cfg.fresh or not planned.exists:  # refused before the harvest, or a deletion
         plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
         require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
-    planned.open(fresh=cfg.fresh)
+    planned.open(cells, fresh=cfg.fresh)
     with locked(planned.folder, shard.suffix):
         options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)
         recipe = with_activations(recipe, subject, **options)

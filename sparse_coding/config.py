@@ -102,9 +102,14 @@ def parse_flags(default: C, argv: list[str], *, description: str) -> C:
 
 def _unknown_flag(flag: str, default: object) -> str:
     names = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(default)]
-    nearest = difflib.get_close_matches(flag.split("=")[0].replace("_", "-"), names, 1, 0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+    hint = nearest(flag.split("=")[0].replace("_", "-"), names) or "see --help"
     return f"unknown flag {flag}: {hint}"
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """The question whether the nearest of the names was meant; empty if none is near."""
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _one_line(message: str) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def require_free_disk(folder: Path, n_bytes: int) -> None:
         f"disk full: {n_bytes / 1e6:.0f} MB to write under {folder}, {free / 1e6:.0f} MB free: "
         "free some space or choose another --output-dir, then run it again",
     )
+
+
+def require_private(path: Path) -> None:
+    """Raises UserError if others may read the file."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    require(not mode & 0o077, f"{path} can be read by others (mode {mode:04o}): chmod 600 {path}")
 
 
 def content_stamp(paths: list[Path]) -> str:

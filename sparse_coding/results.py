@@ -35,6 +35,8 @@ PACKAGES = (
     "datasets",
     "tiktoken",
 )  # named in config.json
+MACHINE = {"device_type", "precision"}  # constants that matter while something is trained
+GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
 
 class CheckpointStore:
@@ -110,13 +112,17 @@ def locked(folder: Path, shard_suffix: str = "") -> Iterator[None]:
         yield
 
 
-def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) -> None:
+def open_run_folder(
+    folder: Path, *, constants: dict, about: dict, fresh: bool, complete: bool = False
+) -> None:
     """Makes the folder or checks that it belongs to the same constants; writes config.json.
 
     Args:
         constants: what the numbers depend on; a folder with other constants is refused
         about: the rest of config.json (command, versions, ...)
         fresh: forget what the folder holds, if it is one of ours
+        complete: nothing is left to train there, so the kind of machine does not matter: what GPUs
+            have trained is merged and shown on a laptop
     Raises:
         UserError: it is a file, can't be written, or belongs to something else.
     """
@@ -125,7 +131,7 @@ def open_run_folder(folder: Path, *, constants: dict, about: dict, fresh: bool) 
     config_path = folder / "config.json"
     # a process killed before it wrote config.json leaves a temporary file at most
     if os.path.isdir(folder) and any(not is_temporary(path) for path in folder.iterdir()):
-        _require_same_constants(folder, constants, fresh)
+        _require_same_constants(folder, constants, fresh, besides=MACHINE if complete else set())
         if fresh:
             with locked(folder):
                 shutil.rmtree(folder.resolve())  # resolved: a link stays, what it names goes
@@ -170,7 +176,9 @@ def close_run_folder(folder: Path) -> None:
     write_atomic(folder / "DONE", "")
 
 
-def _require_same_constants(folder: Path, constants: dict, fresh: bool) -> None:
+def _require_same_constants(
+    folder: Path, constants: dict, fresh: bool, *, besides: set[str]
+) -> None:
     try:
         stored = json.loads((folder / "config.json").read_text())["constants"]
         keys = sorted(stored.keys() | constants.keys())
@@ -181,7 +189,7 @@ def _require_same_constants(folder: Path, constants: dict, fresh: bool) -> None:
             "choose another one"
         ) from None
     as_stored = json.loads(json.dumps(constants))  # tuples become lists, as in the file
-    differing = [k for k in keys if stored.get(k) != as_stored.get(k)]
+    differing = [k for k in keys if stored.get(k) != as_stored.get(k) and k not in besides]
     shown = ", ".join(f"{k} {stored.get(k)} there, {as_stored.get(k)} here" for k in differing[:6])
     require(
         not differing or fresh,
@@ -197,11 +205,13 @@ def about_this_run(device: str) -> dict:
         with contextlib.suppress(metadata.PackageNotFoundError):  # wandb may be left out
             versions[name] = metadata.version(name)
     command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    return {"command": command, **_git_state(), "versions": versions, "device": device}
+    return {"command": command, **git_state(), "versions": versions, "device": device}
 
 
-def _git_state() -> dict:
-    """Commit and whether tracked files differ from it; nulls outside a git checkout."""
+def git_state() -> dict:
+    """Commit, and whether tracked files differ from it; nulls outside a git checkout."""
+    if GIT_STATE in os.environ:
+        return json.loads(os.environ[GIT_STATE])
     root = Path(__file__).parent.parent
 
     def git(*args: str) -> str | None:

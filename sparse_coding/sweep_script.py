@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_coding.cells import may_merge
+from sparse_coding.cells import may_merge, missing_cells
 from sparse_coding.config import fingerprint, require_flag
 from sparse_coding.distributed import Shard
 from sparse_coding.files import write_csv
@@ -54,9 +54,13 @@ class PlannedRun:
     def done(self) -> bool:
         return os.path.exists(self.folder / "DONE")  # False for a name that is too long
 
-    def open(self, *, fresh: bool) -> None:
+    def open(self, cells: list[Cell], *, fresh: bool) -> None:
         """See open_run_folder."""
-        open_run_folder(self.folder, constants=self.constants, about=self.about, fresh=fresh)
+        complete = not fresh and not missing_cells(self.folder, cells)
+        constants, about = self.constants, self.about
+        open_run_folder(
+            self.folder, constants=constants, about=about, fresh=fresh, complete=complete
+        )
 
     def tracker(self, mode: str, config: dict, shard: Shard) -> Tracker:
         """Of the shard's time series; config: all constants, for W&B."""

@@ -17,14 +17,17 @@ FILES = (
     ]
 )
 FLOORS = [
-    {"config", "files"},
+    {"config", "files", "remote_job"},
     {"sweep", "results", "distributed", "hardware", "toy_data", "metrics", "members", "ensemble",
      "plotting", "tracking", "progress", "autoencoder", "documents", "vocabulary", "tokenizer",
      "corpus", "text_size", "token_bin", "packing", "pretrained", "nanogpt", "language_model",
-     "feature_data", "lm_grid"},
+     "feature_data", "lm_grid", "rental_terms", "rental_records", "rental_preflight", "remote",
+     "vast"},
     {"cells", "evaluation", "training", "toy_cells", "report", "replication", "bin_writer",
      "subject", "activations", "activation_store", "reader", "lm_evaluation", "lm_cells",
-     "lm_results", "frontier", "run_figures", "feature_page", "export", "sweep_script"},
+     "lm_results", "frontier", "run_figures", "feature_page", "export", "sweep_script",
+     "rental_desk", "rental_machine", "rental_results", "rental_shard"},
+    {"rental", "rental_round", "rental_commands"},
 ]  # fmt: skip
 # arrows within a floor: none but these
 ARROWS = {
@@ -38,6 +41,14 @@ ARROWS = {
     "text_size": {"documents", "tokenizer"},
     "language_model": {"nanogpt", "pretrained"},
     "progress": {"tracking"},
+    "vast": {"rental_terms"},
+    "rental_records": {"rental_terms"},
+    "rental_preflight": {"results"},
+    "rental_machine": {"rental_desk"},
+    "rental_results": {"rental_machine"},
+    "rental_shard": {"rental_desk", "rental_machine", "rental_results"},
+    "rental_round": {"rental"},
+    "rental_commands": {"rental", "rental_round"},
     "training": {"cells"},
     "sweep_script": {"cells", "training"},
     "toy_cells": {"cells", "evaluation", "training"},

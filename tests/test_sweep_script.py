@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_coding.cells import row_path
 from sparse_coding.config import UserError
 from sparse_coding.distributed import Shard
+from sparse_coding.files import write_json
 from sparse_coding.sweep import make_grid
 from sparse_coding.sweep_script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy_cells import COLUMNS, ToyRecipe
@@ -63,14 +65,14 @@ def test_the_name_of_the_run_says_which_shard_it_is_and_the_device_is_on_record(
 
 def test_a_run_is_done_when_its_folder_says_so(tmp_path):
     run = planned(output_dir=str(tmp_path / "out"))
-    run.open(fresh=False)
+    run.open(CELLS, fresh=False)
     assert not run.done
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["constants"] == run.constants
     (tmp_path / "out" / "DONE").touch()
     assert run.done
     with pytest.raises(UserError, match=r"lr 0\.1 there, 0\.2 here"):
-        planned(output_dir=str(tmp_path / "out"), lr=0.2).open(fresh=False)
+        planned(output_dir=str(tmp_path / "out"), lr=0.2).open(CELLS, fresh=False)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_constants_out_of_range_are_refused_by_their_flag(change, flag):
 
 def train(folder: Path, shard: Shard = Shard(), present=lambda rows: {}) -> list[dict]:  # noqa: B008
     run = planned(output_dir=str(folder), suffix=shard.suffix)
-    run.open(fresh=False)
+    run.open(CELLS, fresh=False)
     return train_planned(
         RECIPE, CELLS, run, shard=shard, options=OPTIONS, config=CONFIG, present=present
     )
@@ -144,3 +146,17 @@ def test_if_presenting_fails_the_run_is_not_done_and_the_same_command_finishes(t
     assert len(train(tmp_path)) == 4
     assert (tmp_path / "DONE").exists()
     assert table(tmp_path) == first
+
+
+def test_what_a_gpu_has_trained_is_merged_on_a_laptop_but_not_gone_on_with(tmp_path):
+    there = planned(output_dir=str(tmp_path), more={"device_type": "cuda"})
+    here = planned(output_dir=str(tmp_path), more={"device_type": "cpu"})
+    there.open(CELLS, fresh=False)
+    with pytest.raises(UserError, match="device_type cuda there, cpu here"):
+        here.open(CELLS, fresh=False)
+    for cell in CELLS:
+        write_json(tmp_path / row_path(cell), {})
+    here.open(CELLS, fresh=False)  # all cells are there
+    other = planned(output_dir=str(tmp_path), lr=0.2)
+    with pytest.raises(UserError, match=r"lr 0\.1 there, 0\.2 here"):
+        other.open(CELLS, fresh=False)
