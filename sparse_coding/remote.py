@@ -4,6 +4,7 @@ The other side belongs to a stranger: nothing of it is executed here, links and 
 taken, its host key is kept per instance, and a changed one ends the acquaintance.
 """
 
+import errno
 import os
 import re
 import shlex
@@ -15,8 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparse_coding.config import UserError, require
-from sparse_coding.files import require_free_disk, require_private, write_atomic
+from sparse_coding.config import require
+from sparse_coding.files import require_private, write_atomic
 
 USER = "root"  # in vast.ai's containers
 REMOTE_DIR = "sparse_coding"  # below the login directory; never that itself, which ssh guards
@@ -189,12 +190,11 @@ def _ssh_kind(code: int, err: str) -> str:
 
 
 def _check_disk(code: int, err: str, into: Path | None) -> None:
-    """Raises UserError where our disk is full, RemoteError where theirs is."""
+    """Raises OSError (ENOSPC) where our disk is full, RemoteError where theirs is."""
     if code != 11 and "No space left on device" not in err:
         return
     if into is not None:
-        require_free_disk(into, 0)  # says so, if little is left
-        raise UserError(f"disk full at {into}: free some space, then give the same command again")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(into))
     raise RemoteError("disk", f"the instance's disk is full: {_last(err)}")
 
 

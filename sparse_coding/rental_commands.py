@@ -20,6 +20,7 @@ from sparse_coding.rental_results import merge
 from sparse_coding.rental_round import Round, open_market, open_round, terms_of
 from sparse_coding.rental_shard import Shard
 from sparse_coding.rental_terms import Instance
+from sparse_coding.results import locked
 from sparse_coding.vast import Unavailable
 
 # --- looking ---
@@ -109,6 +110,11 @@ def _status_line(instance: Instance) -> str:
 def sweep(cfg: object, command: list[str], root: Path) -> int:
     """Rents, trains, fetches, ends, merges."""
     round_ = open_round(cfg, command, root, renting=True)
+    with locked(round_.desk.records.folder):
+        return _sweep(cfg, command, round_)
+
+
+def _sweep(cfg: object, command: list[str], round_: Round) -> int:
     output_dir, say = round_.output_dir, round_.reporter.say
     if (output_dir / "DONE").exists() and all(s.record.done for s in round_.shards):
         print(f"done before: {output_dir / 'report.html'}; {rental.left_over(round_.desk)}")
@@ -120,7 +126,7 @@ def sweep(cfg: object, command: list[str], root: Path) -> int:
     cost = spent([shard.record for shard in round_.shards])
     code = 1 if wrong else rental.merge_at_home(round_.shards, command, output_dir, say)
     say(f"this sweep cost about {cost}")
-    bad_input = [error for error in wrong.values() if isinstance(error, UserError)]
+    bad_input = [error for error in wrong.values() if isinstance(error, (UserError, OSError))]
     if bad_input:
         raise bad_input[0]
     if wrong:
@@ -134,15 +140,16 @@ def sweep(cfg: object, command: list[str], root: Path) -> int:
 def launch(cfg: object, command: list[str], root: Path) -> int:
     """Machines, reached and set up, for `run`. They end themselves after --max-hours."""
     round_ = open_round(cfg, command, root, renting=True)
-    if not round_.agree(cfg):
-        return 0
-    for shard in round_.shards:
+    with locked(round_.desk.records.folder):
+        if not round_.agree(cfg):
+            return 0
         try:
-            shard.machine.rent()
-            shard.machine.set_up(root, shard.job.files, need_gpu=cfg.need_gpu)
+            for shard in round_.shards:
+                shard.machine.rent()
+                shard.machine.set_up(root, shard.job.files, need_gpu=cfg.need_gpu)
         except BaseException:
-            for other in round_.shards:
-                round_.desk.end(other.record, "launch failed")
+            for shard in round_.shards:
+                round_.desk.end(shard.record, "launch failed")
             raise
     print(f"ready: python vastai_utils.py run --run {round_.desk.run} -- python ...")
     return 0

@@ -15,6 +15,7 @@ from sparse_coding.rental_terms import Instance, Label, Offer, Rates, Terms
 from sparse_coding.vast import Market, Unavailable
 
 LOST_ORDER = 60.0  # seconds for which an order without an answer is looked for in the list
+OFFERS_LAST = 60.0  # seconds for which a search counts: there is a daily quota of them
 ENDING = 600.0  # seconds after which a machine that is listed in spite of its end is given up
 BID_FACTOR = 1.2  # a bid over the lowest that wins now; SkyPilot and vast.ai's examples do alike
 LOST = "the answer to the order was lost, and no instance appeared"
@@ -50,8 +51,10 @@ class Desk:
     scale: float
     stop: threading.Event
     say: Callable[[str], None]
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the list
     listed: tuple[float, list[Instance]] = (float("-inf"), [])
+    buying: threading.Lock = field(default_factory=threading.Lock)  # one shard at a time
+    offered: tuple[float, list[Offer]] = (float("-inf"), [])
 
     def instances(self, *, fresh: bool = False) -> list[Instance]:
         """Of this run, at most poll_seconds old unless fresh.
@@ -86,18 +89,17 @@ class Desk:
         if record.current:
             record.current.written_off(time.time())
             self.records.save(record)
-        why = ""
-        for offer in self.suitable():
-            rental, sure, why = self._order(record, offer)
-            if rental.id is not None:
+        tried: set[int] = set()
+        why = "none is left that fits the caps and minimums"
+        while True:
+            with self.buying:
+                offer = next((o for o in self.suitable() if o.id not in tried), None)
+                if offer is None:
+                    raise UserError(f"no machine to be had for shard {record.shard}: {why}")
+                tried.add(offer.id)
+                rental, sure, why = self._order(record, offer)
+            if rental.id is not None or (not sure and self._find_order(record, rental)):
                 return rental
-            if not sure:
-                found = self._look_for(record, rental)
-                if found:
-                    return found
-        raise UserError(
-            f"no machine could be bought for shard {record.shard}: {why or 'none left'}"
-        )
 
     def _adopt(self, record: ShardRecord, living: list[Instance]) -> Rental:
         known = record.current
@@ -121,15 +123,17 @@ class Desk:
 
     def suitable(self) -> list[Offer]:
         """Offers within the caps on machines that no other shard has and that never failed."""
-        offers = self.market.offers(
-            self.terms.query(), disk_gb=self.terms.disk_gb, interruptible=self.terms.interruptible
-        )
+        terms, (when, offers) = self.terms, self.offered
+        if time.monotonic() - when > OFFERS_LAST * self.scale:
+            options = dict(disk_gb=terms.disk_gb, interruptible=terms.interruptible)
+            offers = self.market.offers(terms.query(), **options)
+            self.offered = (time.monotonic(), offers)
         taken = {i.machine_id for i in self.instances()}
         for other in self.budget.records:
             taken |= set(other.avoid)
             taken |= {other.current.machine_id} if other.current else set()
         fit = [o for o in offers if o.machine_id not in taken]
-        return [o for o in fit if self.price(o) <= self.terms.max_dph]
+        return [o for o in fit if self.price(o) <= terms.max_dph]
 
     def price(self, offer: Offer) -> float:
         """$/h that it will cost: of an interruptible one, with our bid."""
@@ -181,24 +185,26 @@ class Desk:
             )
         return rental, bought.sure, bought.why
 
-    def _look_for(self, record: ShardRecord, rental: Rental) -> Rental | None:
-        """The machine of an order whose answer was lost, if the service has it after all."""
+    def _find_order(self, record: ShardRecord, rental: Rental) -> bool:
+        """Whether the service has the machine of an order whose answer was lost."""
         end = time.monotonic() + LOST_ORDER * self.scale
         while True:
             for instance in self.of_shard(record.shard, fresh=True):
                 if instance.label.attempt == rental.attempt:
                     rental.id = instance.id
                     self.records.save(record)
-                    self.say(f"shard {record.shard}: the order's answer was lost; found it as "
-                             f"instance {instance.id}")  # fmt: skip
-                    return rental
+                    self.say(
+                        f"shard {record.shard}: the answer to the order was lost; it is instance "
+                        f"{instance.id}"
+                    )
+                    return True
             if time.monotonic() > end:
                 break
             self.stop.wait(self.poll_seconds)
         # it may still show up: then it is a stray, and is ended as one
         rental.never_was(LOST)
         self.records.save(record)
-        return None
+        return False
 
     def check_price(self, record: ShardRecord, instance: Instance) -> None:
         """Raises Lost if the machine costs more than the caps allow."""
@@ -216,12 +222,29 @@ class Desk:
     # --- ending ---
 
     def end_strays(self, record: ShardRecord) -> None:
-        """Ends what lives for the shard beside the machine that it works on."""
+        """Ends what lives for the shard, by an order of ours, beside the machine it works on.
+
+        Raises:
+            UserError: another machine was there before, and is none of ours: the run is led from
+                elsewhere too. Of two leaders the later one yields.
+        """
         known = record.current.id if record.current else None
         for instance in self.of_shard(record.shard):
-            if instance.id != known:
+            if instance.id == known:
+                continue
+            if self._is_ours(record, instance) or (known and instance.id > known):
                 self.say(f"shard {record.shard}: ends the stray instance {instance.id}")
                 self._end_stray(record, instance)
+            elif known:
+                raise UserError(
+                    f"instance {instance.id} works on shard {record.shard} already, led by another "
+                    "command elsewhere: leave it to that one, or give --run another name"
+                )
+
+    def _is_ours(self, record: ShardRecord, instance: Instance) -> bool:
+        """Whether an order of ours made it: one with its number, or one whose answer was lost."""
+        orders = {r.attempt for r in record.rentals if r.id is None}
+        return instance.id in {r.id for r in record.rentals} or instance.label.attempt in orders
 
     def _end_stray(self, record: ShardRecord, instance: Instance) -> None:
         self.market.destroy(instance.id)
@@ -231,7 +254,8 @@ class Desk:
         self.records.save(record)
 
     def end(self, record: ShardRecord, why: str) -> None:
-        """Ends all machines of a shard, and returns when the service lists none of them.
+        """Ends all machines of a shard that orders of ours made, and returns when the service lists
+        none of them.
 
         Raises:
             Unavailable: it does not say so.
@@ -243,7 +267,11 @@ class Desk:
         lost = [r.ordered for r in record.rentals if r.id is None and r.why in ("", LOST)]
         until = max(lost, default=0) + LOST_ORDER * self.scale  # it may yet show up
         give_up = time.monotonic() + ENDING * self.scale
-        while (living := self.of_shard(record.shard, fresh=True)) or time.time() < until:
+        while True:
+            listed = self.of_shard(record.shard, fresh=True)
+            living = [i for i in listed if self._is_ours(record, i)]
+            if not living and time.time() >= until:
+                break
             for instance in living:
                 self._end_stray(record, instance)
             if living and time.monotonic() > give_up:

@@ -41,7 +41,7 @@ class Results:
 
         Raises:
             RemoteError: it could not be fetched, or does not become what its sums say.
-            UserError: our disk is full.
+            OSError: our disk is full.
         """
         state = json.loads(remote.run(f"{JOB} snapshot", timeout=600))["state"]
         if state == self.state:

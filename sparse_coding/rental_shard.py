@@ -3,6 +3,7 @@ Floor 2, without torch.
 """
 
 import contextlib
+import errno
 import json
 import shlex
 import threading
@@ -10,7 +11,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparse_coding.config import UserError
 from sparse_coding.remote import REMOTE_DIR, RemoteError
 from sparse_coding.rental_desk import Desk, Lost
 from sparse_coding.rental_machine import Machine, Patience, Stopped, Watch
@@ -20,6 +20,7 @@ from sparse_coding.vast import Unavailable
 
 RESTARTS = 3  # of a job whose keeper was killed, on one machine
 LAST_PULL = 120.0  # seconds for what can still be saved when a run is stopped
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MARGIN = 120.0  # seconds before the end of its lifetime in which a machine is emptied, at most
 
 
@@ -61,8 +62,9 @@ class Shard:
         """All of it.
 
         Raises:
-            Stopped, Failed, OverBudget, UserError, Unavailable: in each case no machine is left,
-                but where the results have no room here.
+            Stopped, Failed, OverBudget, UserError, Unavailable: no machine is left, or the message
+                says that one may be.
+            OSError: our disk is full; the machine is kept, with results that have no room here.
         """
         if self.record.done:
             return
@@ -73,6 +75,12 @@ class Shard:
         except Stopped:
             why = "stopped"
             self.save_what_can_be()
+            raise
+        except OSError as error:
+            self.keep = error.errno in DISK_FULL and self.record.current is not None
+            if self.keep:
+                until = time.strftime("%H:%M", time.localtime(self.record.current.expires))
+                self.machine.say(f"keeps instance {self.record.current.id}, billing, until {until}")
             raise
         finally:
             if not self.keep:
@@ -95,7 +103,9 @@ class Shard:
             except RemoteError as error:
                 if error.kind == "stopped":
                     raise Stopped from None
-                lost = Lost(str(error), avoid=error.kind != "unreachable")
+                lost = Lost(str(error), avoid=error.kind not in ("unreachable", "cut"))
+            # a machine that was bid for may be taken away: that is no failure
+            lost.avoid = lost.avoid or not self.record.current.bid
             self.machine.give_up(lost)
             failures, why = failures + lost.avoid, str(lost)
         raise Failed(f"{failures} machines failed, the last: {why}")
@@ -128,37 +138,43 @@ class Shard:
         Raises:
             Failed: it ended with an error, or its time is up. Lost: the machine did not hold.
         """
-        watch, pulled, restarts = Watch(self.patience), time.monotonic(), 0
+        watch = Watch(self.patience)
+        self.pulled, self.restarts = time.monotonic(), 0
         while True:
             self.machine.check_stop()
             with contextlib.suppress(Unavailable):  # the job does without the service
                 self.machine.keep_alive(watch)
-            status = self.status()
-            if status:
+            try:
+                if self.attend():
+                    return
                 watch.heard()
-                self.line = status["line"]
-                if status["exit"] is not None:
-                    return self.finish(status)
-                if not status["running"]:
-                    restarts += 1
-                    if restarts > RESTARTS:
-                        raise Failed(f"the job was killed {restarts} times:\n{status['tail']}")
-                    self.submit()
-                elif time.monotonic() - pulled > 60 * self.patience.pull_minutes:
-                    self.pull()
-                    pulled = time.monotonic()
+            except RemoteError as error:  # if that lasts, the watch gives the machine up
+                if error.kind in ("host_key", "disk", "stopped"):
+                    raise
+                self.machine.remote.other_endpoint()
             self.check_time()
             self.desk.stop.wait(self.desk.poll_seconds)
 
-    def status(self) -> dict | None:
-        """Of the job; None while the machine can't be reached. Raises RemoteError if it is bad."""
-        try:
-            return self.machine.ask("status")
-        except RemoteError as error:
-            if error.kind != "unreachable":
-                raise
-            self.machine.remote.other_endpoint()
-            return None
+    def attend(self) -> bool:
+        """One look at the job, with what it calls for; whether its results are home.
+
+        Raises:
+            Failed: it ended with an error, or is killed again and again.
+        """
+        status = self.machine.ask("status")
+        self.line = status["line"]
+        if status["exit"] is not None:
+            self.finish(status)
+            return True
+        if not status["running"]:
+            self.restarts += 1
+            if self.restarts > RESTARTS:
+                raise Failed(f"the job was killed {self.restarts} times:\n{status['tail']}")
+            self.submit()
+        elif time.monotonic() - self.pulled > 60 * self.patience.pull_minutes:
+            self.pull()
+            self.pulled = time.monotonic()
+        return False
 
     def check_time(self) -> None:
         """Raises Failed, with the last state at home, shortly before the machine ends itself."""
@@ -185,14 +201,9 @@ class Shard:
         self.machine.say("results are home, verified")
 
     def pull(self) -> None:
-        """Fetches the present state; keeps the machine where that has no room here."""
+        """Fetches the present state."""
         try:
             self.results.pull(self.machine.remote)
-        except UserError:
-            self.keep = True
-            until = time.strftime("%H:%M", time.localtime(self.record.current.expires))
-            self.machine.say(f"keeps instance {self.record.current.id}, billing, until {until}")
-            raise
         finally:
             self.machine.note_traffic()
 

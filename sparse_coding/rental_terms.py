@@ -73,7 +73,7 @@ class Cost:
         return Cost(self.gpu + other.gpu, self.disk + other.disk, self.traffic + other.traffic)
 
     def __str__(self) -> str:
-        digits = 2 if self.total >= 1 else 3
+        digits = 2 if self.total >= 1 else 3 if self.total >= 0.02 else 4
         parts = f"GPU {self.gpu:.{digits}f}, disk {self.disk:.{digits}f}"
         return f"${self.total:.{digits}f} ({parts}, traffic {self.traffic:.{digits}f})"
 

@@ -17,7 +17,8 @@ from sparse_coding.config import UserError, require
 from sparse_coding.files import require_private
 from sparse_coding.rental_terms import PREFIX, BadAnswer, Instance, Offer
 
-# seconds between calls to one endpoint: x-rate-limit of vast.ai's OpenAPI files, August 2026
+# seconds between calls to one endpoint: x-rate-limit of vast.ai's OpenAPI files, August 2026, and
+# a fifth more, since answers to earlier calls take their time
 INTERVALS = {"create": 4.5, "destroy": 3.0, "list": 1.0, "show": 2.0, "search": 6.0, "bid": 5.5,
              "ssh": 1.0, "logs": 1.0, "user": 1.0}  # fmt: skip
 PENALTY = 12.0  # seconds, after a 429 on create: it was refused before it took effect
@@ -73,7 +74,8 @@ class Market:
             raise UserError(
                 "the vastai package is missing: pip install -r requirements-vast.txt"
             ) from None
-        self.sdk = VastAI(api_key=key, retry=1)  # with its default of 3 a purchase is sent again
+        # VAST_URL: another server, as for the SDK. With its default of 3 tries it buys twice
+        self.sdk = VastAI(api_key=key, server_url=os.environ.get("VAST_URL"), retry=1)
         self.sdk.client.timeout = TIMEOUT
         self.spacing = spacing
         self.locks = {name: threading.Lock() for name in INTERVALS}
@@ -213,7 +215,8 @@ class Market:
 
     def _wait_for_turn(self, endpoint: str) -> None:
         with self.locks[endpoint]:
-            pause = self.last[endpoint] + INTERVALS[endpoint] * self.spacing - time.monotonic()
+            interval = 1.2 * INTERVALS[endpoint] * self.spacing
+            pause = self.last[endpoint] + interval - time.monotonic()
             if pause > 0:
                 time.sleep(pause)
             self.last[endpoint] = time.monotonic()

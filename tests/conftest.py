@@ -35,12 +35,13 @@ SMALL = {  # for run.py: several shards and checkpoints, no figure but small den
     "sparse_coding.plotting.DPI": 20,
 }
 
+LOADED_LATE = ("safetensors.torch", "torch._dynamo")
 # Loaded once, forked per job. Jobs are JSON lines on stdin, answers JSON lines on stdout.
 SERVER = """
 import gc, importlib, json, os, runpy, sys, time
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)  # as for `python script`
-import safetensors.torch, torch._dynamo, tyro  # the script loads these when it needs them
+import tyro  # the script loads this, and the modules, when it needs them
 for name in sys.argv[2:]:
     importlib.import_module(name)
 tyro.cli(int, args=["1"])
@@ -62,6 +63,7 @@ while line := sys.stdin.readline():
 else:
     sys.exit()
 os.chdir(job["cwd"])
+os.environ.update(job["env"])
 for fd, path in ((1, job["stdout"]), (2, job["stderr"])):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -138,7 +140,9 @@ class Server:
     patch: see start; modules: that it has loaded too
     """
 
-    def __init__(self, script: Path, home: Path, *, patch: dict, modules: tuple[str, ...] = ()):
+    def __init__(
+        self, script: Path, home: Path, *, patch: dict, modules: tuple[str, ...] = LOADED_LATE
+    ):
         self.folder, self.patch, self.n_jobs = home, patch, 0
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER, script, *modules],
@@ -154,13 +158,19 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *flags: str, cwd: Path | None = None, patch: dict | None = None) -> Process:
+    def start(
+        self,
+        *flags: str,
+        cwd: Path | None = None,
+        patch: dict | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Process:
         """patch: {"module.NAME": value}, set before the script starts; else few or no figures."""
         self.n_jobs += 1
         path = str(self.folder / f"job-{self.n_jobs}")
         job = {"argv": [str(f) for f in flags], "cwd": str(cwd or self.folder)}
         job |= {"stdout": f"{path}.out", "stderr": f"{path}.err"}
-        job |= {"patch": self.patch if patch is None else patch}
+        job |= {"patch": self.patch if patch is None else patch, "env": env or {}}
         return Process(self, job)
 
     def run(
@@ -210,6 +220,7 @@ def run_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Forks run.py: `run_server.run("--model", folder, "--dataset", file)`."""
     of = "transformers.models"
     modules = (
+        *LOADED_LATE,
         *(f"{of}.{kind}.modeling_{kind}" for kind in ("gpt2", "gpt_neox", "llama")),
         f"{of}.auto.tokenization_auto",
         "pyarrow.parquet",
