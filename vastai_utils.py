@@ -24,6 +24,8 @@ from pathlib import Path
 
 from sparse_coding import rental_commands as commands
 from sparse_coding.config import UserError, nearest, parse_flags, require_flag, run_as_script
+from sparse_coding.rental import said
+from sparse_coding.vast import Unavailable
 
 DESCRIPTION = __doc__
 
@@ -83,7 +85,11 @@ def main(argv: list[str]) -> int:
         hint = nearest(name, list(verbs)) or f"choose {', '.join(verbs)}"
         raise UserError(f"no command {name}: {hint}" if name else f"which command? {hint}")
     check(cfg)
-    return verbs[name](cfg, command, Path(__file__).resolve().parent)
+    try:
+        return verbs[name](cfg, command, Path(__file__).resolve().parent)
+    except Unavailable as error:
+        print(f"vastai_utils.py: {said(error)}", file=sys.stderr)
+        return 1
 
 
 def check(cfg: Config) -> None:

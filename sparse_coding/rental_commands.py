@@ -109,6 +109,7 @@ def _status_line(instance: Instance) -> str:
 
 def sweep(cfg: object, command: list[str], root: Path) -> int:
     """Rents, trains, fetches, ends, merges."""
+    require_script(command, root, tracked_files(root))
     round_ = open_round(cfg, command, root, renting=True)
     with locked(round_.desk.records.folder):
         return _sweep(cfg, command, round_)

@@ -74,7 +74,7 @@ def require_script(command: list[str], root: Path, files: list[str]) -> None:
 def git_state(root: Path) -> dict:
     """Commit, and the changes since, for the record. No host name, no path."""
     diff = subprocess.run(["git", "-C", str(root), "diff", "HEAD"], capture_output=True, text=True)
-    return commit_of() | {"git_diff": diff.stdout}
+    return commit_of(root) | {"git_diff": diff.stdout}
 
 
 def secrets_for(names: tuple[str, ...], root: Path) -> bytes:

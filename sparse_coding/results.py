@@ -208,11 +208,10 @@ def about_this_run(device: str) -> dict:
     return {"command": command, **git_state(), "versions": versions, "device": device}
 
 
-def git_state() -> dict:
+def git_state(root: Path = Path(__file__).parent.parent) -> dict:
     """Commit, and whether tracked files differ from it; nulls outside a git checkout."""
     if GIT_STATE in os.environ:
         return json.loads(os.environ[GIT_STATE])
-    root = Path(__file__).parent.parent
 
     def git(*args: str) -> str | None:
         try:

@@ -181,7 +181,7 @@ class Market:
                 if status == 429:
                     time.sleep(PENALTY * self.spacing)
                     continue
-                if status in (401, 403):
+                if status in (401, 403) or "auth_error" in _said(error):
                     raise UserError(f"vast.ai refuses to sell ({status}): {_said(error)}") from None
                 taken = status is not None and 400 <= status < 500
                 return Purchase(None, sure=taken, why=_said(error))
@@ -240,7 +240,7 @@ class Market:
                 if not _is_of_the_line(error):
                     raise
                 status, why = _status(error), _said(error)
-                if status in (401, 403):
+                if status in (401, 403) or "auth_error" in why:
                     raise UserError(
                         f"vast.ai refuses the key ({status}): check it with `doctor`, or make a "
                         "new one on the account's page"

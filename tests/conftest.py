@@ -71,8 +71,8 @@ for name, value in job["patch"].items():
     module, attribute = name.rsplit(".", 1)
     getattr(importlib.import_module(module), attribute)  # a patch of nothing is an error
     setattr(sys.modules[module], attribute, value)
-sys.argv = [script, *job["argv"]]
-runpy.run_path(script, run_name="__main__")
+sys.argv = [job["script"], *job["argv"]]
+runpy.run_path(job["script"], run_name="__main__")
 """
 
 
@@ -143,7 +143,7 @@ class Server:
     def __init__(
         self, script: Path, home: Path, *, patch: dict, modules: tuple[str, ...] = LOADED_LATE
     ):
-        self.folder, self.patch, self.n_jobs = home, patch, 0
+        self.script, self.folder, self.patch, self.n_jobs = script, home, patch, 0
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER, script, *modules],
             stdin=subprocess.PIPE,
@@ -164,13 +164,17 @@ class Server:
         cwd: Path | None = None,
         patch: dict | None = None,
         env: dict[str, str] | None = None,
+        script: Path | None = None,
     ) -> Process:
-        """patch: {"module.NAME": value}, set before the script starts; else few or no figures."""
+        """patch: {"module.NAME": value}, set before the script starts; else few or no figures.
+        script: a copy of it to run instead, with the modules of the first
+        """
         self.n_jobs += 1
         path = str(self.folder / f"job-{self.n_jobs}")
         job = {"argv": [str(f) for f in flags], "cwd": str(cwd or self.folder)}
         job |= {"stdout": f"{path}.out", "stderr": f"{path}.err"}
         job |= {"patch": self.patch if patch is None else patch, "env": env or {}}
+        job["script"] = str(script or self.script)
         return Process(self, job)
 
     def run(

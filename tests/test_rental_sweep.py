@@ -1,9 +1,12 @@
 """Sweeps on a loopback market with real sshd and rsync, and everything that can go wrong there.
 
-A part of the matrix of faults and of the k-th calls runs here; all of it, and hundreds of random
-schedules, with `python tests/rental_schedules.py`.
+Of the kills at each call and of the random schedules of faults a few run here; all of them with
+    RENTAL_SCHEDULES=all python -m pytest tests/test_rental_sweep.py
 """
 
+import contextlib
+import os
+import random
 import shutil
 import signal
 import time
@@ -22,6 +25,9 @@ from vast_builders import (
     require_lab,
 )
 
+ALL = os.environ.get("RENTAL_SCHEDULES") == "all"
+KILLS = ["signal:KILL", "act+signal:KILL", "act+signal:INT"]
+N_CALLS = 24  # of a sweep of two shards before the job runs: the rest are lists, again and again
 QUICK = {"sparse_coding.vast.TIMEOUT": 1.5, "sparse_coding.remote.PAUSE": 0.2}
 
 
@@ -303,19 +309,67 @@ def test_a_lifetime_that_is_over_saves_the_state_and_the_same_command_goes_on(wo
 # --- the controller fails ---
 
 
-@pytest.mark.parametrize("call", [2, 5, 6, 7, 9, 12])
-@pytest.mark.parametrize("how", ["signal:KILL", "act+signal:KILL", "act+signal:INT"])
+def some(all_of_them: list, few: list) -> list:
+    return all_of_them if ALL else few
+
+
+EVERY_CALL = [(call, how) for call in range(1, N_CALLS + 1) for how in KILLS]
+FEW_CALLS = [
+    (2, KILLS[0]),
+    (6, KILLS[1]),
+    (7, KILLS[0]),
+    (8, KILLS[1]),
+    (9, KILLS[2]),
+    (12, KILLS[2]),
+]
+
+
+@pytest.mark.parametrize(("call", "how"), some(EVERY_CALL, FEW_CALLS))
 def test_killed_at_a_call_it_leaves_nothing_and_the_same_command_goes_on(world, call, how):
     world.lab.fault(path="", caller="account", nth=call, action=how)
     done = world.sweep()
     if how.endswith("INT"):
-        assert done.code in (0, 130)  # 0: it was over
+        assert done.code in (0, 130), done.out + done.err  # 0: it was over
         assert_nothing_lives(world)
     else:
         assert done.code == -signal.SIGKILL
     world.lab.clear_faults()
     assert_whole(world, world.sweep())
     assert len(world.lab.ledger()) <= 4
+
+
+@pytest.mark.parametrize("seed", some(list(range(200)), [1, 2, 3]))
+def test_a_random_schedule_of_faults_ends_with_the_same_table(server, tmp_path, seed):
+    draw = random.Random(seed)
+    calls = ["/asks/", "/api/v1/instances/", "/instances/", "/bundles/", "/ssh/", "/users/"]
+    answers = ["429", "500", "503", "504", "drop", "html", "null", "empty", "act+504", "act+drop",
+               "truncated", "delay:0.3"]  # fmt: skip
+    fates = [{"stuck": "loading"}, {"turns": "offline", "turns_after_s": 2.0}, {"ssh": "refused"},
+             {"vanishes_after_s": 3.0}, {"price_factor": 9.0}, {"outbid_after_s": 3.0},
+             {"cut_after_bytes": [9000, 30_000]}, {"label_after_s": 0.5}, {"listed_after_s": 0.7},
+             {"host_key_after": 4}, {"start_refused": True, "outbid_after_s": 2.5}]  # fmt: skip
+    with market(tmp_path, server) as world:
+        for _ in range(draw.randint(1, 3)):
+            rule = {"probability": draw.choice([0.1, 0.3]), "seed": draw.randrange(10**6)}
+            world.lab.fault(path=draw.choice(calls), action=draw.choice(answers), **rule)
+        for _ in range(draw.randint(0, 2)):
+            world.lab.behave(times=1, skip=draw.randint(0, 1), **draw.choice(fates))
+        if draw.random() < 0.4:
+            at = dict(path="", caller="account", nth=draw.randint(1, 40))
+            world.lab.fault(**at, action=draw.choice(KILLS))
+        flags = draw.choice([[], ["--interruptible"]])
+        outputs = []
+        for attempt in range(4):
+            if attempt == 2:
+                world.lab.clear_faults()
+            done = world.sweep(*flags, "--send-env", "HF_TOKEN", timeout_s=120)
+            outputs += [done.out, done.err]
+            if done.code != -signal.SIGKILL and attempt >= 2:
+                assert_nothing_lives(world)
+            if done.code == 0:
+                break
+        assert_whole(world, done)
+        assert_no_secret_shows(world, *outputs)
 
 
 def test_after_a_kill_the_machine_ends_itself_and_reap_finds_nothing(world):

@@ -100,14 +100,17 @@ def require_lab() -> None:
         pytest.skip(reason)
 
 
-def make_checkout(folder: Path) -> Path:
-    """A git checkout with vastai_utils.py, the package and tiny_job.py; a secret lies untracked."""
+def make_checkout(folder: Path, *more: str) -> Path:
+    """A git checkout with vastai_utils.py, the package and tiny_job.py; a secret lies untracked.
+
+    more: scripts of ours
+    """
     folder.mkdir()
-    for name in ("vastai_utils.py", ".gitignore"):
+    for name in ("vastai_utils.py", ".gitignore", *more):
         shutil.copy(ROOT / name, folder)
     package = folder / "sparse_coding"
     package.mkdir()
-    for pattern in ("*.py", "*.sh"):
+    for pattern in ("*.py", "*.sh", "*.html"):
         for path in (ROOT / "sparse_coding").glob(pattern):
             shutil.copy(path, package)
     (folder / "requirements.txt").write_text("")
@@ -144,8 +147,14 @@ class World:
             "no_proxy": "127.0.0.1",
         }
 
-    def start(self, *words: str) -> Process:
-        return self.server.start(*words, cwd=self.checkout, env=self.env)
+    @property
+    def script(self) -> Path:
+        return self.checkout / "vastai_utils.py"
+
+    def start(self, *words: str, env: dict[str, str] | None = None) -> Process:
+        return self.server.start(
+            *words, cwd=self.checkout, env=self.env | (env or {}), script=self.script
+        )
 
     def call(self, *words: str, timeout_s: float = 60) -> Done:
         return self.start(*words).wait(timeout_s)
