@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
     verbs = {"check": check, "install": install, "submit": submit, "start": start,
              "status": status, "snapshot": snapshot, "_run": run_job}  # fmt: skip
     HOME.mkdir(mode=0o700, exist_ok=True)
-    print(json.dumps(verbs[argv[0]](*argv[1:])), flush=True)
+    answer = verbs[argv[0]](*argv[1:])
+    if answer is not None:
+        print(json.dumps(answer), flush=True)
     return 0
 
 
@@ -146,11 +148,11 @@ def start() -> dict:
     return status()
 
 
-def run_job() -> dict:
+def run_job() -> None:
     """The job itself, in a process of its own that holds the lock while it lives."""
     lock = open(LOCK, "a")  # noqa: SIM115, held to the end
     if not locked(lock, seconds=2):  # is_running() holds it for an instant
-        return {}
+        return
     job = read(JOB)
     write(STATUS, {"started": time.time(), "pid": os.getpid()})
     environment = os.environ | job["env"] | secrets(Path(job["secrets"]))
@@ -163,7 +165,6 @@ def run_job() -> dict:
     )
     code = process.wait()
     write(STATUS, read(STATUS) | {"exit": code, "ended": time.time()})
-    return {}
 
 
 def die_with_parent() -> None:

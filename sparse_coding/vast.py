@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sparse_coding.config import UserError, require
 from sparse_coding.files import require_private
@@ -25,6 +26,9 @@ PENALTY = 12.0  # seconds, after a 429 on create: it was refused before it took 
 TRIES, PATIENCE, LONGEST_WAIT = 8, 1.0, 30.0  # of a read or destroy; waits double from PATIENCE
 TIMEOUT = 30.0  # seconds for one answer
 PAGE = 25  # instances per answer, the service's limit
+
+
+Answer = TypeVar("Answer")
 
 
 class Unavailable(Exception):
@@ -85,56 +89,58 @@ class Market:
 
     def credit(self) -> float:
         """Dollars left on the account."""
-        row = self._ask("user", self.sdk.show_user, _is_dict)
-        return float(row.get("credit") or 0.0)
+        return self._ask("user", lambda: float(_dict(self.sdk.show_user()).get("credit") or 0.0))
 
     def offers(self, query: dict, *, disk_gb: float, interruptible: bool) -> list[Offer]:
         """Offers that match, the cheapest first.
 
         query: raw (MB, seconds), see the API's search
         """
-        rows = self._ask(
-            "search",
-            lambda: self.sdk.search_offers(
+
+        def search() -> list[Offer]:
+            rows = self.sdk.search_offers(
                 query=dict(query),
                 type="bid" if interruptible else "on-demand",
                 order="dph_total",
                 limit=100,
                 storage=disk_gb,  # or the price is that for 5 GB
-            ),
-            _is_list,
-        )
-        found = [Offer.of_row(row, disk_gb=disk_gb, interruptible=interruptible) for row in rows]
+            )
+            options = dict(disk_gb=disk_gb, interruptible=interruptible)
+            return [Offer.of_row(row, **options) for row in _rows(rows)]
+
+        found = self._ask("search", search)
         return sorted(found, key=lambda offer: (offer.rates.hourly, offer.id))
 
     def instances(self) -> list[Instance]:
         """All of ours on the account: those with a label of ours."""
-        rows: list[dict] = []
+        found: list[Instance] = []
         params: dict = {"select_filters": {}, "limit": PAGE}
         params["order_by"] = [{"col": "id", "dir": "asc"}]
+
+        def page() -> tuple[list[Instance], str | None]:
+            answer = self.sdk.show_instances_v1(params)
+            rows = _rows(_dict(answer).get("instances"))
+            ours = [row for row in rows if (row.get("label") or "").startswith(f"{PREFIX}/")]
+            return [Instance.of_row(row) for row in ours], answer.get("next_token")
+
         while True:
-            page = self._ask("list", lambda: self.sdk.show_instances_v1(params), _has_instances)
-            rows += page["instances"]
-            if not page.get("next_token"):
-                break
-            params["after_token"] = page["next_token"]
-        ours = [row for row in rows if (row.get("label") or "").startswith(f"{PREFIX}/")]
-        return [Instance.of_row(row) for row in ours]
+            more, token = self._ask("list", page)
+            found += more
+            if not token:
+                return found
+            params["after_token"] = token
 
     def exists(self, id: int) -> bool:
         """Whether the instance is still there, asked by its number and not by a list."""
 
-        def row() -> dict | None:
+        def is_there() -> bool:
             answer = self.sdk.client.get(f"/instances/{id}/", query_args={"owner": "me"})
             if answer.status_code == 404:
-                return None
+                return False
             answer.raise_for_status()
-            body = answer.json()
-            if not isinstance(body, dict) or "instances" not in body:
-                raise BadAnswer(f"an instance's answer is {str(body)[:60]!r}")
-            return body["instances"]
+            return _dict(answer.json())["instances"] is not None
 
-        return self._ask("show", row, lambda row: row is None or _is_dict(row)) is not None
+        return self._ask("show", is_there)
 
     def log(self, id: int) -> str:
         """What the container and the daemon that starts it have printed, or why that is not known:
@@ -193,23 +199,22 @@ class Market:
     def destroy(self, id: int) -> None:
         """Asks until the service has taken the order, or says that there is no such instance."""
 
-        def order() -> bool:
+        def order() -> None:
             try:
                 self.sdk.destroy_instance(id)
             except Exception as error:
                 if _status(error) not in (404, 410):
                     raise
-            return True
 
-        self._ask("destroy", order, bool)
+        self._ask("destroy", order)
 
     def raise_bid(self, id: int, price: float) -> None:
         """price: $/h"""
-        self._ask("bid", lambda: self.sdk.change_bid(id, price=price), lambda answer: True)
+        self._ask("bid", lambda: self.sdk.change_bid(id, price=price))
 
     def attach_key(self, id: int, public_key: str) -> None:
         """Lets the ssh key into a running instance."""
-        self._ask("ssh", lambda: self.sdk.attach_ssh(id, public_key), lambda answer: True)
+        self._ask("ssh", lambda: self.sdk.attach_ssh(id, public_key))
 
     # --- how it is asked ---
 
@@ -221,8 +226,8 @@ class Market:
                 time.sleep(pause)
             self.last[endpoint] = time.monotonic()
 
-    def _ask(self, endpoint: str, call: Callable[[], object], sound: Callable[[object], bool]):
-        """The answer, once it has the documented shape.
+    def _ask(self, endpoint: str, call: Callable[[], Answer]) -> Answer:
+        """What the call makes of the answer, once that has the documented shape.
 
         Raises:
             UserError: the key is refused, or the daily quota of searches is used up.
@@ -235,7 +240,7 @@ class Market:
                 wait = min(2 * wait, LONGEST_WAIT)
             self._wait_for_turn(endpoint)
             try:
-                answer = call()
+                return call()
             except Exception as error:
                 if not _is_of_the_line(error):
                     raise
@@ -246,23 +251,19 @@ class Market:
                         "new one on the account's page"
                     ) from None
                 require("search_quota_exceeded" not in why, f"vast.ai: {why}: wait until tomorrow")
-                continue
-            if sound(answer):
-                return answer
-            why = f"it answered {str(answer)[:100]!r}"
         raise Unavailable(f"vast.ai gives no usable answer to {endpoint} ({why})")
 
 
-def _is_list(answer: object) -> bool:
-    return isinstance(answer, list) and all(map(_is_dict, answer))
+def _rows(answer: object) -> list[dict]:
+    if not isinstance(answer, list) or not all(isinstance(row, dict) for row in answer):
+        raise BadAnswer(f"{str(answer)[:100]!r} instead of a list")
+    return answer
 
 
-def _is_dict(answer: object) -> bool:
-    return isinstance(answer, dict)
-
-
-def _has_instances(answer: object) -> bool:
-    return _is_dict(answer) and _is_list(answer.get("instances"))
+def _dict(answer: object) -> dict:
+    if not isinstance(answer, dict):
+        raise BadAnswer(f"{str(answer)[:100]!r} instead of an object")
+    return answer
 
 
 def _is_of_the_line(error: Exception) -> bool:
@@ -282,5 +283,5 @@ def _said(error: Exception) -> str:
     """What the service said, in a line. Never the request, whose headers hold the key."""
     response = getattr(error, "response", None)
     if response is None:
-        return type(error).__name__
+        return str(error) if isinstance(error, BadAnswer) else type(error).__name__
     return f"{response.status_code} {' '.join(response.text.split())[:150]}".strip()
