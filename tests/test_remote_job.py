@@ -192,8 +192,9 @@ def test_a_snapshot_is_whole_verified_by_its_sums_and_holds_still(machine):
     first = machine.ask("snapshot")
     folder = machine.home / ".sae" / "snapshot"
     sums = (folder / "SHA256SUMS").read_text().splitlines()
-    assert dict(line.split("  ")[::-1] for line in sums) == {"cells/a.json": hashlib.sha256(b"{}").hexdigest(),
-                     "metrics.jsonl": hashlib.sha256(b"one\n").hexdigest()}  # fmt: skip
+    digests = {"cells/a.json": b"{}", "metrics.jsonl": b"one\n"}
+    wanted = {name: hashlib.sha256(content).hexdigest() for name, content in digests.items()}
+    assert dict(line.split("  ")[::-1] for line in sums) == wanted
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
         "SHA256SUMS", "a.json", "metrics.jsonl",
     ]  # fmt: skip
