@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_coding.config import Interrupted, UserError, fingerprint, require
+from sparse_coding.config import UserError, fingerprint, require
 from sparse_coding.rental_desk import Desk
 from sparse_coding.rental_machine import Stopped
 from sparse_coding.rental_records import GRACE_H, OverBudget, spent
@@ -193,12 +193,10 @@ def signals_stop(stop: threading.Event, say: Say) -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def live_all(shards: list[Shard], desk: Desk, reporter: Reporter) -> dict[int, Exception]:
-    """Runs all shards to their ends; what went wrong, by shard.
-
-    Raises:
-        Interrupted: by a signal, after all machines are ended.
-    """
+def live_all(
+    shards: list[Shard], desk: Desk, reporter: Reporter
+) -> tuple[dict[int, Exception], int | None]:
+    """Runs all shards to their ends: what went wrong, by shard, and the signal that came."""
     wrong: dict[int, Exception] = {}
 
     def live(shard: Shard) -> None:
@@ -216,12 +214,7 @@ def live_all(shards: list[Shard], desk: Desk, reporter: Reporter) -> dict[int, E
         while any(thread.is_alive() for thread in threads):
             threads[0].join(0.2) if threads[0].is_alive() else time.sleep(0.2)
             reporter.progress([s for s in shards if not s.record.done])
-    if came and wrong:
-        kept = [e for e in wrong.values() if not isinstance(e, Stopped)]
-        for error in kept:
-            reporter.say(said(error))
-        raise Interrupted(came[0], f"stopped, {left_over(desk)}: the same command goes on")
-    return wrong
+    return wrong, came[0] if came else None
 
 
 def said(error: Exception) -> str:

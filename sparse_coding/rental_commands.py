@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from sparse_coding import rental
-from sparse_coding.config import UserError, require
+from sparse_coding.config import Interrupted, UserError, require
 from sparse_coding.remote import REMOTE_DIR, RemoteError, make_key
 from sparse_coding.rental_preflight import require_script, require_tools, tracked_files
 from sparse_coding.rental_records import Records, spent
@@ -122,14 +122,15 @@ def _sweep(cfg: object, command: list[str], round_: Round) -> int:
         return 0
     if not round_.agree(cfg):
         return 0
-    wrong = rental.live_all(round_.shards, round_.desk, round_.reporter)
-    say(rental.left_over(round_.desk))
-    cost = spent([shard.record for shard in round_.shards])
+    wrong, signum = rental.live_all(round_.shards, round_.desk, round_.reporter)
     code = 1 if wrong else rental.merge_at_home(round_.shards, command, output_dir, say)
-    say(f"this sweep cost about {cost}")
+    say(f"this sweep cost about {spent([shard.record for shard in round_.shards])}")
+    say(rental.left_over(round_.desk))
     bad_input = [error for error in wrong.values() if isinstance(error, (UserError, OSError))]
     if bad_input:
         raise bad_input[0]
+    if wrong and signum:
+        raise Interrupted(signum, "stopped: the same command goes on")
     if wrong:
         say(f"{len(wrong)} of {len(round_.shards)} shards are missing: the same command goes on")
     return code
