@@ -25,6 +25,7 @@ INTERVALS = {"create": 4.5, "destroy": 3.0, "list": 1.0, "show": 2.0, "search": 
 PENALTY = 12.0  # seconds, after a 429 on create: it was refused before it took effect
 TRIES, PATIENCE, LONGEST_WAIT = 8, 1.0, 30.0  # of a read or destroy; waits double from PATIENCE
 TIMEOUT = 30.0  # seconds for one answer
+AUTH = "auth_error"  # in the 404 that a wrong key gets: not every 404 means that nothing is there
 PAGE = 25  # instances per answer, the service's limit
 
 
@@ -135,7 +136,7 @@ class Market:
 
         def is_there() -> bool:
             answer = self.sdk.client.get(f"/instances/{id}/", query_args={"owner": "me"})
-            if answer.status_code == 404:
+            if answer.status_code == 404 and AUTH not in answer.text:
                 return False
             answer.raise_for_status()
             return _dict(answer.json())["instances"] is not None
@@ -187,7 +188,7 @@ class Market:
                 if status == 429:
                     time.sleep(PENALTY * self.spacing)
                     continue
-                if status in (401, 403) or "auth_error" in _said(error):
+                if status in (401, 403) or AUTH in _said(error):
                     raise UserError(f"vast.ai refuses to sell ({status}): {_said(error)}") from None
                 taken = status is not None and 400 <= status < 500
                 return Purchase(None, sure=taken, why=_said(error))
@@ -203,7 +204,7 @@ class Market:
             try:
                 self.sdk.destroy_instance(id)
             except Exception as error:
-                if _status(error) not in (404, 410):
+                if _status(error) not in (404, 410) or AUTH in _said(error):
                     raise
 
         self._ask("destroy", order)
@@ -245,7 +246,7 @@ class Market:
                 if not _is_of_the_line(error):
                     raise
                 status, why = _status(error), _said(error)
-                if status in (401, 403) or "auth_error" in why:
+                if status in (401, 403) or AUTH in why:
                     raise UserError(
                         f"vast.ai refuses the key ({status}): check it with `doctor`, or make a "
                         "new one on the account's page"

@@ -121,6 +121,15 @@ def test_a_destroy_is_repeated_until_it_is_taken_and_twice_is_no_error(lab, mark
     market.destroy(4711)
 
 
+def test_a_key_that_is_refused_does_not_mean_that_instances_are_gone(lab, market):
+    number = buy(market).id
+    market.sdk.client.api_key = "wrong"
+    for call in (market.exists, market.destroy):
+        with pytest.raises(UserError, match="refuses the key"):
+            call(number)
+    assert lab.live() == [number]
+
+
 def test_our_own_mistakes_are_not_taken_for_the_services(market):
     with pytest.raises(ZeroDivisionError):
         market._ask("list", lambda: 1 / 0)

@@ -29,6 +29,9 @@ class Behaviour:
     listed_after_s: float = 0.0  # after creation: absent from lists and show until then
     lingers_s: float = 0.0  # after its end: still shown, though it costs nothing any more
     label_after_s: float = 0.0  # after creation: label null until then
+    direct: bool = True  # False: no port of its own, only the proxy's
+    proxy: bool = True  # False: nobody listens at ssh_host:ssh_port
+    new_port: bool = False  # another port at each start
     ssh: str = "ok"  # or "refused", "hang" (SYN unanswered), "silent" (accepts, says nothing)
     ssh_after_s: float = 0.0  # after each start: refused until then
     account_keys: bool = True  # False: only keys attached to the instance may log in

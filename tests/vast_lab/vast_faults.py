@@ -7,7 +7,8 @@ and only the answer is spoiled:
     drop, close                   the connection is reset, or closed without an answer
     hang                          never answered
     html, empty, null, object     an answer of status 200 that is no answer
-    truncated                     the true answer, cut in the middle (always acts)
+    truncated                     the first half of the true answer (always acts)
+    short                         the same, and the connection ends before the promised length
     null-fields:a,b               the true answer, these fields of each row null (always acts)
     delay:0.3                     the true answer, this many seconds late (always acts)
     signal:KILL, signal:INT       the client's process gets the signal; without act+ the request is
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 WHAT = r"(\d{3}|drop|close|hang|html|empty|null|object|truncated|null-fields(:[\w,]+)?"
-WHAT += r"|delay:[\d.]+|signal:[A-Z]+)"
+WHAT += r"|short|delay:[\d.]+|signal:[A-Z]+)"
 GATEWAY = "<html>\r\n<head><title>{status} Bad Gateway</title></head>\r\n</html>\r\n"
 SPOILED = {"html": "<!doctype html><title>Vast.ai | Console</title>", "empty": "", "null": "null",
            "object": "{}"}  # fmt: skip
@@ -45,6 +46,8 @@ class Rule:
     probability: float | None = None
     seed: int = 0
     body: str | None = None  # of the spoiled answer, instead of the usual one
+    group: bool = False  # the signal goes to the caller's process group, as Ctrl-C does
+    headers: dict[str, str] = field(default_factory=dict)  # with it, as Retry-After
     seen: int = field(default=0, init=False)
     fired: int = field(default=0, init=False)
 
@@ -72,7 +75,7 @@ class Rule:
 
     @property
     def acts(self) -> bool:
-        always = self.what.startswith(("truncated", "null-fields", "delay"))
+        always = self.what.startswith(("truncated", "short", "null-fields", "delay"))
         return always or self.action.startswith("act+")
 
     @property
@@ -116,7 +119,7 @@ def spoil(rule: Rule, status: int, body: str) -> tuple[int, str, str]:
     if what.isdigit():
         text, kind = error_body(int(what))
         return int(what), text if rule.body is None else rule.body, kind
-    if what == "truncated":
+    if what in ("truncated", "short"):
         body = body[: len(body) // 2]
     elif what == "null-fields":
         body = without(json.loads(body), detail or "start_date,extra_env")
@@ -157,7 +160,12 @@ def client_process(port: int) -> int | None:
     return None
 
 
-def send_signal(name: str, port: int) -> None:
-    """Signals the process that made the request from this port."""
-    if (pid := client_process(port)) and pid != os.getpid():
-        os.kill(pid, getattr(signal, f"SIG{name}"))
+def send_signal(name: str, port: int, group: bool) -> None:
+    """Signals the process that made the request from this port, or its process group."""
+    pid, number = client_process(port), getattr(signal, f"SIG{name}")
+    if pid == os.getpid():
+        raise RuntimeError("the caller to be signalled is the lab's own process")
+    if pid and group and os.getpgid(pid) != os.getpgrp():
+        os.killpg(os.getpgid(pid), number)
+    elif pid:
+        os.kill(pid, number)

@@ -189,7 +189,7 @@ class Sandbox:
         self.orders.settimeout(START_S)
         with theirs, open(self.dir / "daemon.log", "a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", HERE / "vast_supervisor.py", self.dir / "spec.json"],
+                [sys.executable, "-EsS", HERE / "vast_supervisor.py", self.dir / "spec.json"],
                 stdin=theirs, stdout=log, stderr=log, env=self.marks, start_new_session=True,
             )  # fmt: skip
         self.port = self._answer()
@@ -232,11 +232,14 @@ class Sandbox:
             shutil.rmtree(self.dir, ignore_errors=True)
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes (in, out) of all finished ssh connections."""
-        with contextlib.suppress(FileNotFoundError), open(self.dir / "traffic") as file:
-            pairs = [tuple(map(int, line.split())) for line in file]
-            return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
-        return 0, 0
+        """Bytes (in, out) of all ssh connections so far."""
+        if self.process:
+            self.order(measure=True)  # writes of those that are open
+        pairs = [(0, 0)]
+        for name in ("traffic", "traffic.open") if self.process else ("traffic",):
+            with contextlib.suppress(FileNotFoundError), open(self.dir / name) as file:
+                pairs += [tuple(map(int, line.split())) for line in file]
+        return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
     def logs(self, daemon: bool = False) -> str:
         """The container's standard output, or what the host's daemon has to say."""

@@ -13,6 +13,7 @@ from vast_faults import Faults, Rule
 from vast_instance import can_use_namespaces
 from vast_ledger import GB, Ledger
 from vast_market import Market
+from vast_rows import new_offer
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Control:
         self.market.account_keys += config.ssh_keys
         self.api = Api(self.market, Settings(**config.settings))
         self.faults = Faults(config.faults)
-        self.log, self.limits = deque(), {}
+        self.log, self.limits = [], {}
         self.gate = threading.Lock()
         for offer in config.offers:
             self.add_offer(**offer)
@@ -83,6 +84,7 @@ class Control:
 
     def change_offer(self, id: int, **fields) -> dict:
         """Changes an offer; contracts that exist are not touched."""
+        new_offer(id, **fields)  # checks the names
         with self.market.lock:
             self.market.offers[id] |= fields
             return self.market.offers[id]

@@ -163,8 +163,9 @@ class Market:
             "CONTAINER_ID": number, "CONTAINER_API_KEY": rental.key, "VAST_URL": self.url,
             "VAST_CONTAINERLABEL": f"C.{number}", "PUBLIC_IPADDR": "127.0.0.1",
             "GPU_COUNT": str(rental.offer["num_gpus"]),
-            "SSH_PUBLIC_KEY": "\n".join(self.account_keys),
+            "SSH_PUBLIC_KEY": "\n".join(key.strip() for key in self.account_keys),
         }  # fmt: skip
+        rental.box.port = 0 if fate.new_port else rental.box.port
         rental.port = rental.box.start(
             rental.request.get("onstart"), env, ssh="refused" if fate.ssh_after_s else fate.ssh,
             cuts=fate.cut_after_bytes, host_key_after=fate.host_key_after,
@@ -177,9 +178,10 @@ class Market:
                 self.measure(rental)
 
     def measure(self, rental: Rental) -> None:
-        """Puts the traffic of its finished ssh connections on the bill."""
-        if rental.box:
-            self.ledger.accounts[rental.number].ssh_bytes = rental.box.traffic()
+        """Puts the traffic of its ssh connections on the bill."""
+        with rental.box_lock, contextlib.suppress(BrokenPipeError):
+            if rental.box:
+                self.ledger.accounts[rental.number].ssh_bytes = rental.box.traffic()
 
     def refresh_keys(self, rental: Rental) -> None:
         """Writes the keys that may log in: attached ones, and the account's unless barred."""
@@ -251,7 +253,7 @@ class Market:
 
     def recover(self, rental: Rental) -> None:
         self.order(rental, {"ssh": rental.fate.ssh})
-        self._set(rental, "running")
+        self._set(rental, rental.contract_state)
 
     def end(self, rental: Rental, how: str) -> None:
         """The contract is over: nothing of it lives or costs any more."""

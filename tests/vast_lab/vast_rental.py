@@ -37,6 +37,13 @@ class Rental:
     def shown_label(self, now: float) -> str | None:
         return self.label if now >= self.created + self.fate.label_after_s else None
 
+    def ports(self) -> dict | None:
+        """The direct ports: of a running container that was asked and able to have any."""
+        asked = "direc" in (self.request.get("runtype") or "")
+        if self.status != "running" or not asked or not self.fate.direct:
+            return None
+        return {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": str(self.port)}]}
+
     def message(self) -> str | None:
         """status_msg as the service words it."""
         image = self.request.get("image")

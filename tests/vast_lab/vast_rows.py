@@ -4,6 +4,7 @@ from vast_ledger import storage_per_hour
 from vast_rental import Rental
 
 DAY = 86400.0
+DEAD_PORT = 1  # nobody listens there
 
 # An offer as a test may leave it; everything that a query may name is here. MB, seconds, $/hour.
 OFFER = {
@@ -100,10 +101,9 @@ def instance_row(rental: Rental, now: float) -> dict:
         "template_id": None, "template_hash_id": request.get("template_hash_id"),
         "template_name": None, "public_ipaddr": "127.0.0.1" if rental.status else None,
         "local_ipaddrs": "127.0.0.1", "ssh_host": "127.0.0.1", "ssh_idx": "1",
-        "ssh_port": rental.port or None, "machine_dir_ssh_port": rental.port or None,
-        "direct_port_start": -1, "direct_port_end": -1,
-        "ports": {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": str(rental.port)}]} if up else None,
-        "start_date": rental.created, "end_date": rental.end_date,
+        "ssh_port": (rental.port if rental.fate.proxy else DEAD_PORT) or None,
+        "machine_dir_ssh_port": rental.port or None, "direct_port_start": -1, "direct_port_end": -1,
+        "ports": rental.ports(), "start_date": rental.created, "end_date": rental.end_date,
         "uptime_mins": (now - rental.since) / 60 if up else None,
         "duration": max(0.0, rental.end_date - now), "cpu_util": 0.0,
         "gpu_util": 0.0 if up else None,

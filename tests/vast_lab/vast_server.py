@@ -48,7 +48,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raw = self.rfile.read(length).decode(errors="replace")
         url = urlsplit(self.path)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if url.path.startswith("/lab/"):
+            if lab.stopping.is_set():
+                self.close_connection = True
+            elif url.path.startswith("/lab/"):
                 self.send(*lab.control_call(url.path.removeprefix("/lab/"), raw))
             elif url.path.startswith("/instance_logs/"):
                 self.send(*lab.result_file(url.path))
@@ -69,14 +71,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         entry = lab.note(request, raw, rule)
         status, body = (200, "") if rule and not rule.acts else lab.act_on(request, raw)
         entry["status"] = status
-        kind = "application/json" if body[:1] in "[{n" else "text/plain"
-        if rule:
-            answer = self.strike(rule, status, body)
-            if answer is None:
-                entry["status"] = None
-                return
-            entry["status"], body, kind = answer
-        self.send(entry["status"], body, kind)
+        if rule is None:
+            kind = "application/json" if body[:1] in ("[", "{", "n") else "text/plain"
+            self.send(status, body, kind)
+            return
+        answer = self.strike(rule, status, body)
+        entry["status"] = answer and answer[0]
+        if answer:
+            missing = len(body) - len(answer[1]) if rule.what == "short" else 0
+            self.send(*answer, rule.headers, missing)
 
     def strike(self, rule: Rule, status: int, body: str) -> tuple[int, str, str] | None:
         """The spoiled answer, or None where the client gets none."""
@@ -85,7 +88,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if what == "delay":
             self.server.lab.stopping.wait(float(detail))
         if what == "signal":
-            send_signal(detail, self.client_address[1])
+            send_signal(detail, self.client_address[1], rule.group)
         if what == "hang":
             self.wait_for_the_client()
         if what == "drop":
@@ -102,11 +105,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if not self.connection.recv(1):
                     return
 
-    def send(self, status: int, body: str, kind: str = "application/json") -> None:
+    def send(self, status: int, body: str, kind="application/json", more=(), missing=0) -> None:
+        """An answer; `missing` bytes of it are promised and never come."""
         data = body.encode()
         self.send_response(status)
+        for name, value in dict(more).items():
+            self.send_header(name, value)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + missing))
         self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
@@ -124,7 +130,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         """A client that went away is everyday; anything else is a fault of the lab."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
+            self.lab.market.clock.errors.append(traceback.format_exc())
 
 
 class FakeVast(Control):
@@ -133,15 +139,16 @@ class FakeVast(Control):
     def __init__(self, **config):
         """Starts at once. `config` holds vast_lab.Config's fields."""
         self.stopping = threading.Event()
+        self.server = Server(("127.0.0.1", config.pop("port", 0)), Handler)
+        self.server.lab = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.root = Path(tempfile.mkdtemp(prefix="vastlab-"))
         (self.root / "bin").mkdir()
         self.janitor = subprocess.Popen(
             [sys.executable, "-I", "-S", HERE / "vast_janitor.py", self.root],
-            stdin=subprocess.PIPE, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
-        self.server = Server(("127.0.0.1", config.pop("port", 0)), Handler)
-        self.server.lab = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
         try:
             self.set_up(config, self.root, self.url)
         except BaseException:
@@ -156,14 +163,19 @@ class FakeVast(Control):
         if self.stopping.is_set():
             return
         self.stopping.set()
-        if hasattr(self, "thread"):
-            self.server.shutdown()
-            self.thread.join()
-        self.server.server_close()
+        closing = threading.Thread(target=self.close_server)  # it takes a moment: meanwhile ...
+        closing.start()
         if hasattr(self, "market"):
             self.market.shut()
         self.janitor.stdin.close()
         self.janitor.wait()
+        closing.join()
+
+    def close_server(self) -> None:
+        if hasattr(self, "thread"):
+            self.server.shutdown()
+            self.thread.join()
+        self.server.server_close()
 
     def __enter__(self) -> "FakeVast":
         return self
@@ -239,10 +251,15 @@ def lab_process(config: dict | None = None) -> Iterator[Remote]:
         try:
             process.stdin.write(json.dumps(config or {}) + "\n")
             process.stdin.flush()
-            yield Remote(json.loads(process.stdout.readline()))
+            if not (hello := process.stdout.readline()):
+                raise RuntimeError("the lab did not start; it says why above")
+            yield Remote(json.loads(hello))
         finally:
             process.stdin.close()  # the lab reads that as the order to end
-            process.wait()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Process 1 of one lab instance: it owns every process that the instance starts, and ends them all.
 
-Run by vast_instance.py as `python -I -S vast_supervisor.py spec.json`, with one end of a socket
+Run by vast_instance.py as `python -E -s -S vast_supervisor.py spec.json`, with one end of a socket
 pair as standard input. It listens on the instance's ssh port, hands each connection to a fresh
 `sshd -i`, runs the onstart script, and obeys one-line JSON orders. When the other end of the socket
 pair closes (an order to end, or the death of the server, even by SIGKILL) it takes every process of
@@ -9,7 +9,6 @@ each orphan, so that neither setsid nor a double fork escapes.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
@@ -18,89 +17,11 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 
-CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
-MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+from vast_namespaces import end_everything, enter_namespaces, inherit_orphans
+
 CUT_BY_LAB = 7  # exit code of a pump that reached its limit
-LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def libc(name: str, *args) -> None:
-    """Calls a function of libc, strings as bytes, and raises OSError where it fails."""
-    args = [a.encode() if isinstance(a, str) else a for a in args]
-    if getattr(LIBC, name)(*args) != 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-
-
-# --- the instance's own view of the machine ---
-
-
-def enter_namespaces(spec: dict) -> None:
-    """Leaves the parent waiting outside and goes on as process 1 of fresh namespaces."""
-    libc("unshare", CLONE_NEWNS | CLONE_NEWPID)
-    child = os.fork()
-    if child:
-        os.close(0)  # only process 1 may hold the order line
-        os.waitpid(child, 0)  # returns when the kernel has ended the whole namespace
-        os._exit(0)
-    libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    libc("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
-    new_root = spec["dir"] + "/root"
-    os.makedirs(new_root, exist_ok=True)
-    libc("mount", "tmpfs", new_root, "tmpfs", 0, "size=1m,mode=755")
-    for name in os.listdir("/"):
-        mirror("/" + name, new_root + "/" + name)
-    libc("mount", "proc", new_root + "/proc", "proc", 0, None)
-    for path, source in spec["own"].items():  # /workspace, /dev/shm: this instance's alone
-        os.makedirs(new_root + path, exist_ok=True)
-        libc("mount", source, new_root + path, None, MS_BIND, None)
-    os.chroot(new_root)
-    os.chdir("/")
-
-
-def mirror(path: str, to: str) -> None:
-    """Shows a top-level entry of the machine at the same place below the new root."""
-    if os.path.islink(path):
-        os.symlink(os.readlink(path), to)
-    elif os.path.isdir(path):
-        os.mkdir(to)
-        if path != "/proc":
-            libc("mount", path, to, None, MS_BIND | MS_REC, None)
-
-
-# --- ending everything ---
-
-
-def descendants() -> list[int]:
-    """Every process below this one, by the parent's id in /proc/*/stat."""
-    children: dict[int, list[int]] = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as stat:
-            parent = int(stat.read().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(name))
-    found, todo = [], [os.getpid()]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def end_everything() -> None:
-    """Kills all that this process started, until nothing is left, and exits."""
-    if os.getpid() == 1:
-        os._exit(0)  # the kernel ends the namespace, and reports it only when all are gone
-    deadline = time.monotonic() + 5
-    while (alive := descendants()) and time.monotonic() < deadline:
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.002)
-    os._exit(0)
 
 
 # --- one ssh connection ---
@@ -130,6 +51,24 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
+def bind(listener: socket.socket, port: int) -> None:
+    """Takes the port, or after a while another one, as addresses change on the real service."""
+    for _ in range(50):  # a child that has just been forked may hold the old listener for a moment
+        with contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return
+        time.sleep(0.01)
+    listener.bind(("127.0.0.1", 0))
+
+
+def become(program: Callable[[], None]) -> None:
+    """Lets a forked child turn into a program, or end: never go on as a second supervisor."""
+    try:
+        program()
+    finally:
+        os._exit(127)
+
+
 def traffic(connection: socket.socket) -> tuple[int, int]:
     """Bytes (received, sent) by this end, from the kernel's TCP_INFO."""
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
@@ -144,7 +83,8 @@ class Supervisor:
         self.spec, self.orders = spec, socket.socket(fileno=0)
         self.sessions: dict[int, socket.socket] = {}
         self.held: list[socket.socket] = []  # accepted in silence
-        self.cuts, self.connections, self.onstart = list(spec["cuts"]), 0, 0
+        self.fillers: list[socket.socket] = []  # of a backlog that is to be full
+        self.cuts, self.connections = list(spec["cuts"]), 0
         self.buffer = b""
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.orders, selectors.EVENT_READ, self.obey)
@@ -162,13 +102,11 @@ class Supervisor:
             with contextlib.suppress(KeyError):
                 self.selector.unregister(self.listener)
             self.listener.close()
+        self.fillers = []
         self.mode, self.listener = mode, socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # 90 ms less a login
-        try:
-            self.listener.bind(("127.0.0.1", self.port))
-        except OSError:  # taken meanwhile: addresses are dynamic on the real service too
-            self.listener.bind(("127.0.0.1", 0))
+        bind(self.listener, self.port)
         self.port = self.listener.getsockname()[1]
         if mode in ("ok", "silent"):
             self.listener.listen(64)
@@ -176,7 +114,7 @@ class Supervisor:
         elif mode == "hang":
             self.listener.listen(0)
             for _ in range(2):
-                self.held.append(filler := socket.socket())
+                self.fillers.append(filler := socket.socket())
                 filler.setblocking(False)
                 filler.connect_ex(("127.0.0.1", self.port))
 
@@ -201,7 +139,7 @@ class Supervisor:
             self.sessions[pid] = connection
         pid = os.fork()
         if not pid:
-            self.become_sshd(end)
+            become(lambda: self.become_sshd(end))
         if end is connection:
             self.sessions[pid] = connection
         else:
@@ -218,9 +156,10 @@ class Supervisor:
 
     def start_onstart(self) -> None:
         """Runs the onstart script as the container does: with the container's variables."""
-        self.onstart = os.fork()
-        if self.onstart:
-            return
+        if not os.fork():
+            become(self.become_onstart)
+
+    def become_onstart(self) -> None:
         os.setsid()
         log = self.spec["dir"] + "/container.log"
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -235,20 +174,32 @@ class Supervisor:
     def obey(self) -> None:
         data = self.orders.recv(65536)
         if not data:
+            for connection in self.sessions.values():
+                self.measure(connection)
             end_everything()
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         for order in map(json.loads, lines):
+            if order.get("cut"):
+                self.cut()
             if "ssh" in order:
                 self.listen(order["ssh"])
             if "cuts" in order:
                 self.cuts = order["cuts"]
-            if order.get("cut"):
-                for pid, connection in self.sessions.items():
-                    os.kill(pid, signal.SIGKILL)
-                    reset(connection)
-                for connection in self.held:
-                    reset(connection)
+            if order.get("measure"):
+                with open(self.spec["dir"] + "/traffic.open", "w") as out:
+                    for connection in self.sessions.values():
+                        print(*traffic(connection), file=out)
             self.answer()
+
+    def cut(self) -> None:
+        """Breaks every connection that there is."""
+        for pid, connection in self.sessions.items():
+            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # whatever process of sshd still holds it
+                connection.shutdown(socket.SHUT_RDWR)
+        for connection in self.held:
+            reset(connection)
+        self.held = []
 
     def answer(self) -> None:
         self.orders.sendall(json.dumps({"port": self.port}).encode() + b"\n")
@@ -262,14 +213,16 @@ class Supervisor:
                 return
             if not pid:
                 return
-            if pid == self.onstart:
-                self.onstart = 0
             if os.waitstatus_to_exitcode(status) == CUT_BY_LAB and pid in self.sessions:
                 self.cuts = self.cuts[1:]
             if connection := self.sessions.pop(pid, None):
-                with contextlib.suppress(OSError), open(self.spec["dir"] + "/traffic", "a") as out:
-                    print(*traffic(connection), file=out)
+                self.measure(connection)
                 connection.close()
+
+    def measure(self, connection: socket.socket) -> None:
+        """Notes the traffic of a connection that is over."""
+        with contextlib.suppress(OSError), open(self.spec["dir"] + "/traffic", "a") as out:
+            print(*traffic(connection), file=out)
 
     def run(self) -> None:
         if self.spec["onstart"]:
@@ -287,7 +240,7 @@ def main() -> None:
     if spec["namespaces"]:
         enter_namespaces(spec)
     else:
-        libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        inherit_orphans()
     Supervisor(spec).run()
 
 
