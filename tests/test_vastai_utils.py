@@ -20,6 +20,8 @@ from vast_builders import (
     require_lab,
 )
 
+from sparse_coding.rental_preflight import tracked_files
+
 SCRIPT = ROOT / "vastai_utils.py"
 TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "60",
        "--dict-ratio-exp-high", "1", "--l1-exp-high", "0", "--wandb-mode", "offline"]  # fmt: skip
@@ -287,3 +289,7 @@ def test_without_the_package_the_command_that_installs_it_is_named(tmp_path):
     code += "Market('key')"
     done = run_script(["-c", f"import sys; sys.path.insert(0, '{ROOT}'); {code}"], cwd=tmp_path)
     assert "pip install -r requirements-vast.txt" in done.err
+
+
+def test_our_own_repository_may_be_pushed():
+    assert "vastai_utils.py" in tracked_files(ROOT)

@@ -83,7 +83,7 @@ FAST = ["--yes", "--no-need-gpu", "--poll-seconds", "0.2", "--api-spacing", "0.0
         "--max-dph", "0.5", "--max-total", "1", "--max-hours", "0.05", "--pull-minutes", "0.005",
         "--image-gb", "0", "--provisioning-minutes", "0.03", "--loading-minutes", "0.05",
         "--ssh-minutes", "0.05", "--grace-minutes", "0.02", "--outbid-minutes", "0.03"]  # fmt: skip
-SECRETS = {"HF_TOKEN": "hf_CanaryCanaryCanaryCanaryCanary0", "OTHER": "other-canary-1d6b"}
+SECRETS = {"HF_TOKEN": "hf_" + 6 * "Canary", "OTHER": "other-canary-1d6b"}
 API_KEY = "account-canary-52f0c1"
 OFFERS = [
     {"gpu_name": "RTX 3090", "dph_base": 0.1 + 0.01 * i, "machine_id": 10 + i, "min_bid": 0.05}
