@@ -160,12 +160,14 @@ class Reporter:
 
     def progress(self, shards: list[Shard]) -> None:
         """One line of all shards, when it is time for one."""
-        if time.monotonic() - self.last < (2 if self.watched else REPORT_SECONDS):
+        going = [shard for shard in shards if not shard.record.done]
+        due = time.monotonic() - self.last > (2 if self.watched else REPORT_SECONDS)
+        if not due or not going:
             return
         self.last = time.monotonic()
-        parts = [f"{s.record.shard} {s.phase}" for s in shards]
-        line = next((s.line for s in shards if s.line), "")
-        text = f"${spent([s.record for s in shards]).total:.3f} | {', '.join(parts)} | {line[-90:]}"
+        parts = ", ".join(f"{s.record.shard} {s.phase}" for s in going)
+        line = next((s.line for s in going if s.line), "")
+        text = f"${spent([s.record for s in shards]).total:.3f} | {parts} | {line[:90]}"
         if not self.watched:
             self.say(text)
             return
@@ -213,7 +215,7 @@ def live_all(
             thread.start()
         while any(thread.is_alive() for thread in threads):
             threads[0].join(0.2) if threads[0].is_alive() else time.sleep(0.2)
-            reporter.progress([s for s in shards if not s.record.done])
+            reporter.progress(shards)
     return wrong, came[0] if came else None
 
 
