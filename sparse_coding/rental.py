@@ -250,6 +250,7 @@ def merge_at_home(shards: list[Shard], command: list[str], output_dir: Path, say
         words = [*command[1:], "--output-dir", str(output_dir.resolve())]
         if importlib.util.find_spec("torch") is None:
             say(f"torch is missing here. Where it is, this merges: python {shlex.join(words)}")
+            code = 1
         else:
             code = subprocess.run([sys.executable, *words], cwd=shards[0].job.root).returncode
     runs = sorted((output_dir / "wandb").glob("offline-run-*"))
