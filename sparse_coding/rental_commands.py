@@ -117,8 +117,9 @@ def sweep(cfg: object, command: list[str], root: Path) -> int:
 
 def _sweep(cfg: object, command: list[str], round_: Round) -> int:
     output_dir, say = round_.output_dir, round_.reporter.say
-    if (output_dir / "DONE").exists() and all(s.record.done for s in round_.shards):
-        print(f"done before: {output_dir / 'report.html'}; {rental.left_over(round_.desk)}")
+    living = round_.desk.instances(fresh=True)
+    if (output_dir / "DONE").exists() and all(s.record.done for s in round_.shards) and not living:
+        print(f"done before: {output_dir / 'report.html'}; no machine of it is left")
         return 0
     if not round_.agree(cfg):
         return 0

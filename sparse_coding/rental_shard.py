@@ -66,11 +66,10 @@ class Shard:
                 says that one may be.
             OSError: our disk is full; the machine is kept, with results that have no room here.
         """
-        if self.record.done:
-            return
         why = "the command failed"
         try:
-            self.work()
+            if not self.record.done:  # else a killed command may have left its machine
+                self.work()
             why = "done"
         except Stopped:
             why = "stopped"

@@ -341,6 +341,15 @@ def test_killed_at_a_call_it_leaves_nothing_and_the_same_command_goes_on(world, 
     assert len(world.lab.ledger()) <= 4
 
 
+@pytest.mark.parametrize("how", ["signal:KILL", "act+signal:KILL"])
+def test_killed_when_results_are_home_it_ends_the_machine_the_next_time(world, how):
+    world.lab.fault(method="DELETE", path="/instances/", caller="account", nth=1, action=how)
+    assert world.sweep(instances=1).code == -signal.SIGKILL
+    assert_whole(world, world.sweep(instances=1))
+    assert len(world.lab.ledger()) == 1
+    assert "done before" in world.sweep(instances=1).out
+
+
 @pytest.mark.parametrize("seed", some(list(range(200)), [1, 2]))
 def test_a_random_schedule_of_faults_ends_with_the_same_table(server, tmp_path, seed):
     draw = random.Random(seed)
