@@ -5,6 +5,7 @@ the same folder, or into folders that are copied together: the merge reads files
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def row_path(cell: Cell) -> str:
 
 def missing_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
     """Cells that still have to be trained."""
-    return [cell for cell in cells if not (folder / row_path(cell)).exists()]
+    # os.path: False for a name that is too long
+    return [cell for cell in cells if not os.path.exists(folder / row_path(cell))]
 
 
 def checkpoints_of(folder: Path, group: list[Cell]) -> CheckpointStore:

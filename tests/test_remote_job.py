@@ -94,6 +94,9 @@ def test_a_job_whose_keeper_is_killed_dies_with_it_and_is_started_again(machine)
     status = machine.ask("status")
     assert (status["running"], status["exit"]) == (False, None)
     assert machine.ask("start")["running"]
+    end = time.monotonic() + 10
+    while (machine.code / "starts").read_text() != "xx" and time.monotonic() < end:
+        time.sleep(0.1)
     assert (machine.code / "starts").read_text() == "xx"
     os.kill(machine.pid, signal.SIGKILL)
 
