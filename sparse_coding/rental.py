@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_coding.config import UserError, fingerprint, require
-from sparse_coding.rental_desk import Desk
-from sparse_coding.rental_machine import Stopped
+from sparse_coding.rental_desk import Desk, Stopped
 from sparse_coding.rental_records import GRACE_H, OverBudget, spent
 from sparse_coding.rental_results import merge
 from sparse_coding.rental_shard import Failed, Shard

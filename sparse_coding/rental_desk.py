@@ -22,6 +22,10 @@ LOST = "the answer to the order was lost, and no instance appeared"
 SHORTEST_H = 0.1  # hours of life below which a machine is not worth its start
 
 
+class Stopped(Exception):
+    """By a signal."""
+
+
 class Lost(Exception):
     """The machine is of no use any more; another one may be.
 
@@ -81,7 +85,7 @@ class Desk:
 
         Raises:
             OverBudget: what is left does not pay for one. UserError: nothing suitable is offered.
-            Lost: the one bought costs more than it was offered for.
+            Stopped: before one was bought.
         """
         living = self.of_shard(record.shard, fresh=True)
         if living:
@@ -93,6 +97,8 @@ class Desk:
         why = "none is left that fits the caps and minimums"
         while True:
             with self.buying:
+                if self.stop.is_set():
+                    raise Stopped
                 offer = next((o for o in self.suitable() if o.id not in tried), None)
                 if offer is None:
                     raise UserError(f"no machine to be had for shard {record.shard}: {why}")
@@ -209,7 +215,7 @@ class Desk:
     def check_price(self, record: ShardRecord, instance: Instance) -> None:
         """Raises Lost if the machine costs more than the caps allow."""
         rental = record.current
-        if instance.dph_total > rental.rates.hourly:
+        if instance.dph_total > rental.rates.hourly + 1e-9:
             rental.rates = replace(rental.rates, gpu=instance.dph_total - rental.rates.disk)
             self.records.save(record)
         price = instance.dph_total

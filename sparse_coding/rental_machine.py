@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_coding.remote import REMOTE_DIR, Remote, RemoteError
-from sparse_coding.rental_desk import Desk, Lost
+from sparse_coding.rental_desk import Desk, Lost, Stopped
 from sparse_coding.rental_records import Rental, ShardRecord
 from sparse_coding.rental_terms import Instance
 
@@ -20,10 +20,6 @@ HAVE_RSYNC = (
     "(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq rsync)"
 )
 HOPELESS = ("no such", "manifest unknown", "not found", "access denied")  # in status_msg
-
-
-class Stopped(Exception):
-    """By a signal."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +193,9 @@ class Machine:
         watch.note(instance)
         self.meet(instance)
         cap = self.desk.terms.max_dph - rental.rates.disk
-        if instance.status == "stopped" and 0 < rental.bid < cap:
-            self.say(f"is outbid: bids ${cap:.3f}/h, all that --max-dph allows")
+        cap = min(cap, rental.bid + self.desk.budget.spare_rate(rental))
+        if instance.status == "stopped" and 0 < rental.bid < cap - 1e-4:
+            self.say(f"is outbid: bids ${cap:.3f}/h, all that the caps allow")
             rental.bid = cap
             self.desk.market.raise_bid(rental.id, cap)
 

@@ -172,6 +172,11 @@ class Budget:
         left = self.max_total - self.committed() - traffic
         return max(0.0, left / rates.hourly - GRACE_H) if rates.hourly else float("inf")
 
+    def spare_rate(self, rental: Rental) -> float:
+        """$/h that this machine may cost more, to its deadline."""
+        hours = (rental.expires - rental.ordered) / 3600 + GRACE_H
+        return max(0.0, self.max_total - self.committed()) / hours
+
     def order(self, record: ShardRecord, rental: Rental) -> None:
         """Enters a machine that is about to be bought.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def open_round(cfg: object, command: list[str], root: Path, *, renting: bool) ->
     files = tracked_files(root)
     if command:
         require_script(command, root, files)
-    name = cfg.run or (rental.run_name(command, cfg.instances) if command else newest_run(renting))
+    name = _name_of(cfg, command, renting=renting)
     records = Records(rental.RENTALS / name)
     secrets = secrets_for(cfg.send_env, root)
     market = open_market(cfg)
@@ -111,6 +112,14 @@ def open_round(cfg: object, command: list[str], root: Path, *, renting: bool) ->
         )  # fmt: skip
         shards.append(Shard(desk, record, job, pick(Patience, cfg), key=Path(cfg.ssh_key)))
     return Round(desk, shards, reporter, Path("outputs") / name)
+
+
+def _name_of(cfg: object, command: list[str], *, renting: bool) -> str:
+    """--run, or the name that the command has, or that of the run opened last."""
+    name = cfg.run or (rental.run_name(command, cfg.instances) if command else newest_run(renting))
+    good = re.fullmatch(r"[\w.-]{1,100}", name)  # it becomes a part of labels
+    require(bool(good), f"--run {name} must be letters, digits, - _ and . only, 100 at most")
+    return name
 
 
 def _words(plan: dict, shard: int, name: str) -> list[str]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparse_coding.remote import REMOTE_DIR, RemoteError
-from sparse_coding.rental_desk import Desk, Lost
-from sparse_coding.rental_machine import Machine, Patience, Stopped, Watch
+from sparse_coding.rental_desk import Desk, Lost, Stopped
+from sparse_coding.rental_machine import Machine, Patience, Watch
 from sparse_coding.rental_records import ShardRecord
 from sparse_coding.rental_results import Results
 from sparse_coding.vast import Unavailable

@@ -128,6 +128,14 @@ def test_a_machine_counts_with_its_worst_until_it_is_gone():
     budget.order(record, rental())
 
 
+def test_a_bid_may_rise_as_far_as_the_budget_pays_to_the_deadline():
+    record = ShardRecord(1)
+    budget = Budget(2.0, [record])
+    budget.order(record, rental())
+    hours = 2 + 2 / 60
+    assert budget.spare_rate(record.rentals[0]) == pytest.approx((2.0 - 0.5 * hours) / hours)
+
+
 def test_what_is_left_is_said_in_hours():
     budget = Budget(1.0, [ShardRecord(1)])
     assert budget.hours_left(RATES, traffic=0.25) == pytest.approx(0.75 / 0.5 - 2 / 60)

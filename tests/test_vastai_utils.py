@@ -199,6 +199,7 @@ def test_a_wrong_key_is_refused_in_one_line(world):
         (["--max-dph", "0"], "--max-dph 0.0 must be above 0"),
         (["--instances", "0"], "--instances 0 must be at least 1"),
         (["--gpus", "x"], "did you mean --n-gpus?"),
+        (["--run", "a/b"], "--run a/b must be letters, digits"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
