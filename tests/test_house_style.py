@@ -21,7 +21,8 @@ FLOORS = [
     {"sweep", "results", "distributed", "hardware", "toy_data", "metrics", "members", "ensemble",
      "plotting", "tracking", "progress", "autoencoder", "documents", "vocabulary", "tokenizer",
      "corpus", "text_size", "token_bin", "packing", "pretrained", "nanogpt", "language_model",
-     "feature_data", "lm_grid"},
+     "feature_data", "lm_grid", "cpu_engine", "row_kernels", "sparse_kernels", "batches",
+     "stack"},
     {"cells", "evaluation", "training", "toy_cells", "report", "replication", "bin_writer",
      "subject", "activations", "activation_store", "reader", "lm_evaluation", "lm_cells",
      "lm_results", "frontier", "run_figures", "feature_page", "export", "sweep_script"},
@@ -29,7 +30,12 @@ FLOORS = [
 # arrows within a floor: none but these
 ARROWS = {
     "files": {"config"},
-    "ensemble": {"members"},
+    "row_kernels": {"members"},
+    "sparse_kernels": {"members", "row_kernels"},
+    "cpu_engine": {"members", "row_kernels", "sparse_kernels"},
+    "stack": {"members"},
+    "ensemble": {"cpu_engine", "members", "stack"},
+    "batches": {"cpu_engine"},
     "tokenizer": {"pretrained", "vocabulary"},
     "corpus": {"documents", "tokenizer"},
     "token_bin": {"corpus", "tokenizer", "vocabulary"},
