@@ -5,7 +5,7 @@ core's cache, no thread waits for another at a barrier, and no number depends on
 there are or which autoencoders share the ensemble. Where threads outnumber autoencoders, all share
 one at a time; its bits stay the same (sparse_kernels.py).
 
-Needs numba, and a torch built with MKL, whose sgemm the kernels call: usable() says what lacks.
+Needs numba, and a torch built with MKL, whose sgemm the kernels call: has_kernels() says so if not.
 """
 
 import contextlib
@@ -52,19 +52,29 @@ def has_kernels() -> bool:
     try:
         import llvmlite.binding
 
-        sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
-        one_thread = [libtorch().MKL_Set_Num_Threads_Local, libtorch().omp_set_num_threads]
         from sparse_coding import row_kernels
-    except (ImportError, OSError, AttributeError) as error:
-        print(f"no compiled kernels, so a CPU trains several times slower: {error}", flush=True)
+
+        needed = ("sgemm_", "omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+        missing = [name for name in needed if not hasattr(libtorch(), name)]
+    except (ImportError, OSError) as error:
+        missing = [str(error)]
+    if missing:
+        _say_slow(", ".join(missing))
         return False
+    sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
     llvmlite.binding.add_symbol(row_kernels.GEMM_SYMBOL, sgemm)
-    return all(one_thread)
+    return True
+
+
+def _say_slow(reason: str) -> None:
+    print(f"no compiled kernels, so a CPU trains several times slower: {reason}", flush=True)
 
 
 @functools.cache
-def compile_kernels() -> None:
-    """Compiles them, or loads what was compiled before. Says so, if it takes long."""
+def kernels_compile() -> bool:
+    """Compiles them, or loads what was compiled before. Says so, if it takes long or fails."""
+    from numba.core.errors import NumbaError
+
     from sparse_coding.row_kernels import Sae
     from sparse_coding.sparse_kernels import ALL, steps
 
@@ -72,9 +82,14 @@ def compile_kernels() -> None:
     idle, one = np.zeros(8, np.int32), np.zeros(1, np.float32)
     sae = Sae(W, b, W, none, W, W, b, b, W, W, none, none, idle, one, one)
     scratch, x = _Scratch(8, 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
-    with _said_if_slow("compiling the CPU kernels, once on this machine: some 15 s"):
-        pace = np.zeros((1, 6), np.float32)
-        steps(sae, scratch.work(8), scratch.gradients, x, pace, ALL, (0, 1))
+    pace = np.zeros((1, 6), np.float32)
+    try:
+        with _said_if_slow("compiling the CPU kernels, once on this machine: some 15 s"):
+            steps(sae, scratch.work(8), scratch.gradients, x, pace, ALL, (0, 1))
+    except NumbaError as error:
+        _say_slow(str(error).splitlines()[0])
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -170,7 +185,6 @@ class CpuEngine:
     def __init__(self, stacks: list, *, n_threads: int, density: float = DENSITY):
         from sparse_coding import sparse_kernels
 
-        compile_kernels()
         self.kernels, self.stacks, self.density = sparse_kernels, stacks, density
         self.saes = [sae for stack in stacks for sae in views(stack)]
         self.sizes = [len(sae.b_enc) for sae in self.saes]

@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparse_coding.cpu_engine import CpuEngine, engine_bytes, has_kernels
+from sparse_coding.cpu_engine import CpuEngine, engine_bytes, has_kernels, kernels_compile
 from sparse_coding.members import Member, Schedule
 from sparse_coding.stack import PARAMETERS, DenseEngine, Scratch, Stack
 
@@ -56,7 +56,8 @@ class Ensemble:
                 lr=lr, eps=schedule.eps, scratch=self.scratch, b_dec=b_dec, project=project
             )
             self.stacks.append(Stack(stack_members, activation_dim, **options))
-        if device.type == "cpu" and dtype == torch.float32 and has_kernels():
+        compiled = device.type == "cpu" and dtype == torch.float32 and has_kernels()
+        if compiled and kernels_compile():
             self.engine = CpuEngine(self.stacks, n_threads=torch.get_num_threads())
         else:
             self.engine = DenseEngine(self.stacks)

@@ -83,7 +83,8 @@ class Sae(NamedTuple):
 
 @intrinsic
 def _sgemm(context, letters, shape, b, a, out, strides):
-    """Fortran's sgemm of column-major matrices, out = b a: all arguments by reference."""
+    """Fortran's sgemm of column-major matrices, out = b a: all arguments by reference; integers of
+    64 bits, of which a BLAS of 32 bits reads the lower half."""
     signature = types.void(letters, shape, b, a, out, strides)
 
     def generate(context, builder, signature, arguments):
@@ -105,9 +106,8 @@ def gemm(a_transposed, b_transposed, a, b, out):
     """out = a b or its transposed variants; rows contiguous. To column-major BLAS it is b a."""
     k = a.shape[0] if a_transposed else a.shape[1]
     letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
-    shape = np.int32(out.shape[1]), np.int32(out.shape[0]), np.int32(k)
-    ld_b, ld_a, ld_out = b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4  # float32
-    strides = np.int32(ld_b), np.int32(ld_a), np.int32(ld_out)
+    shape = out.shape[1], out.shape[0], k
+    strides = b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4  # of 4 bytes
     _sgemm(letters, shape, b.ctypes.data, a.ctypes.data, out.ctypes.data, strides)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparse_coding import cpu_engine
-from sparse_coding.cpu_engine import CpuEngine
+from sparse_coding.cpu_engine import CpuEngine, kernels_compile
 from sparse_coding.ensemble import Ensemble
 from sparse_coding.members import BETAS, DORMANT, Member, Schedule
 from sparse_coding.stack import PARAMETERS, DenseEngine
@@ -297,6 +297,23 @@ def test_without_numba_training_is_dense_and_one_line_says_so(missing, tmp_path:
     assert missing in line
     assert engine == "DenseEngine"
     assert done.stderr == ""
+
+
+def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
+    from numba.core.errors import TypingError
+
+    from sparse_coding import sparse_kernels
+
+    def steps(*arguments: object) -> None:
+        raise TypingError("no such type\nin detail")
+
+    monkeypatch.setattr(sparse_kernels, "steps", steps)
+    monkeypatch.setattr("sparse_coding.ensemble.kernels_compile", kernels_compile.__wrapped__)
+    ensemble = Ensemble(members(), H, lr=LR, device=CPU)
+    assert isinstance(ensemble.engine, DenseEngine)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "several times slower" in line
+    assert "no such type" in line
 
 
 def test_compiling_is_said_if_it_takes_long(capsys, monkeypatch):
