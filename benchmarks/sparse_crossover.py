@@ -1,9 +1,9 @@
 """From which share of codes above 0 on is a dense step faster than a sparse one?
 
 For each n_dict and share, one autoencoder per thread at h = 256, batch 256, its weights held (lr 0)
-and its biases set so that this share of the codes is above 0: microseconds of a step with only
-sparse and with only dense kernels, and as it chooses by itself (cpu_engine.DENSITY), interleaved,
-medians. The last column must stay below 1.05.
+and its biases set so that this share of the codes is above 0: microseconds of a core (other work on
+the machine counts little) for a step with only sparse and with only dense kernels, and as it
+chooses by itself (cpu_engine.DENSITY), interleaved, medians. The last column must stay below 1.05.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/sparse_crossover.py
 
@@ -48,12 +48,12 @@ def with_share_(ensemble: Ensemble, x: Tensor, share: float) -> None:
 
 
 def seconds(ensemble: Ensemble, engine: CpuEngine, xs: Tensor, n: int) -> float:
-    """Per step."""
+    """Of a core, per step of one autoencoder."""
     ensemble.engine = engine
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(n):
         ensemble.steps_(xs)
-    return (time.perf_counter() - start) / (n * len(xs))
+    return (time.process_time() - start) / (n * len(xs) * len(ensemble.members))
 
 
 def main(argv: list[str]) -> int:
