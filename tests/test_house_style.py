@@ -34,6 +34,7 @@ ARROWS = {
     "sparse_kernels": {"members", "row_kernels"},
     "cpu_engine": {"members", "row_kernels", "sparse_kernels"},
     "stack": {"members"},
+    "hardware": {"cpu_engine"},
     "ensemble": {"cpu_engine", "members", "stack"},
     "batches": {"cpu_engine"},
     "tokenizer": {"pretrained", "vocabulary"},
