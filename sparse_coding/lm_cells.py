@@ -125,7 +125,7 @@ class LanguageRecipe:
         tokens = self.held_out.lm_batch_size * self.held_out.text.context_length
         one_evaluated = 4 * tokens * (4 * max(n_dicts) + 2 * self.held_out.lm.vocab_size)
         saved = sum(8 * n * self.width for n in n_dicts)
-        ensemble = ensemble_bytes(n_dicts, self.width, o.batch_size)
+        ensemble = ensemble_bytes(n_dicts, self.width, o.batch_size, self.device)
         return ensemble + rows + one_evaluated + saved
 
     def disk(self, n_dicts: list[int]) -> int:

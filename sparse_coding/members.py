@@ -1,12 +1,18 @@
 """What the autoencoders of an ensemble are: their sizes, starts and schedule. Floor 1."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
+BETAS = 0.9, 0.999  # of Adam
+DORMANT = 200  # steps without firing, after which a feature's moments move it no more (row_kernels)
+# Of the controller that finds l1 for a wished l0, per step; ours, LOG.md
+L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
+L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,14 @@ class Member:
     seed: int
     tied: bool = False
     target_l0: float = 0.0
+
+
+class Factors(NamedTuple):
+    """What a Schedule says of one step."""
+
+    lr: float
+    l1: float
+    seek_l0: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,9 @@ class Schedule:
 
     def seeks_l0(self, step: int) -> bool:
         return step >= self.l1_warmup
+
+    def at(self, step: int) -> Factors:
+        return Factors(self.lr_factor(step), self.l1_factor(step), self.seeks_l0(step))
 
 
 def initial_autoencoder(

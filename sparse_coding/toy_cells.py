@@ -50,7 +50,7 @@ class ToyRecipe:
     def memory(self, n_dicts: list[int]) -> int:
         world = 3 * 8 * self.data.n_true_features**2  # A, Σ and one more while they are made
         batch_size = max(self.data.batch_size, EVALUATION["batch_size"])
-        return world + ensemble_bytes(n_dicts, self.data.activation_dim, batch_size)
+        return world + ensemble_bytes(n_dicts, self.data.activation_dim, batch_size, self.device)
 
     def disk(self, n_dicts: list[int]) -> int:
         """Bytes of a run folder at its largest: dictionaries and three checkpoints (one half

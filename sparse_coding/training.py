@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparse_coding.batches import chunks, in_chunks, prefetched
 from sparse_coding.cells import checkpoints_of, group_id, groups_to_train, row_path
 from sparse_coding.config import Interrupted
 from sparse_coding.ensemble import Ensemble
@@ -161,21 +162,24 @@ def train_(
     first, seconds_before = _restore_(ensemble, checkpoints)
     progress.resumed(first)
     started, clock = time.monotonic(), CheckpointClock()
-    for step in range(first, n_steps):
-        x = batch_at(step)
-        ensemble.step_(x)
-        done = step + 1
-        progress.bar.update(1)
-        if done % progress.log_every == 0 or done == n_steps:
-            progress.log(done, x)
-        if stop.signum or clock.due() or done == n_steps:
-            seconds = seconds_before + time.monotonic() - started
-            began = time.monotonic()
-            checkpoints.save(done, ensemble.state(), info={**info, "seconds": seconds})
-            clock.written(time.monotonic() - began)
-        if stop.signum:
-            message = f"stopped and saved at step {done} of {n_steps}: the same command goes on"
-            raise Interrupted(stop.signum, message)
+    length = ensemble.engine.steps_at_a_time
+    ranges = chunks(first, n_steps, length=length, stop_every=progress.log_every)
+    batches = prefetched(batch_at, ranges) if length > 1 else in_chunks(batch_at, ranges)
+    with contextlib.closing(batches):
+        for steps, xs in batches:
+            ensemble.steps_(xs)
+            done = steps.stop
+            progress.bar.update(len(steps))
+            if done % progress.log_every == 0 or done == n_steps:
+                progress.log(done, xs[-1])
+            if stop.signum or clock.due() or done == n_steps:
+                seconds = seconds_before + time.monotonic() - started
+                began = time.monotonic()
+                checkpoints.save(done, ensemble.state(), info={**info, "seconds": seconds})
+                clock.written(time.monotonic() - began)
+            if stop.signum:
+                message = f"stopped and saved at step {done} of {n_steps}: the same command goes on"
+                raise Interrupted(stop.signum, message)
     return seconds_before + time.monotonic() - started
 
 

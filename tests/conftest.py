@@ -45,6 +45,9 @@ import tyro  # the script loads this, and the modules, when it needs them
 for name in sys.argv[2:]:
     importlib.import_module(name)
 tyro.cli(int, args=["1"])
+from sparse_coding import cpu_engine
+if cpu_engine.has_kernels():
+    cpu_engine.kernels_compile()
 runpy.run_path(script, run_name="preload")
 gc.freeze()  # else every fork walks, and so copies, all of torch's objects when it ends
 while line := sys.stdin.readline():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sparse_coding.config import named_seed
+from sparse_coding.cpu_engine import DENSITY, _Scratch
 from sparse_coding.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.members import Member, Schedule, initial_autoencoder
 from sparse_coding.toy_data import ToyData, ToyStream, make_world
@@ -159,13 +160,25 @@ def test_state_loaded_into_a_new_ensemble_continues_with_the_same_bits(members):
         assert torch.equal(tensor, resumed.state()[name]), name
 
 
-def test_memory_plan_covers_what_the_ensemble_allocates(members):
-    ensemble = trained(members, n_steps=1)
+@pytest.mark.parametrize("engine", ["compiled", "dense"])
+@pytest.mark.parametrize("n_dicts", [[64] * 3, [512, 2048], [64, 512, 512, 1024]])
+def test_memory_plan_covers_what_the_ensemble_allocates(n_dicts, engine, monkeypatch):
+    if engine == "dense":
+        monkeypatch.setattr("sparse_coding.ensemble.has_kernels", lambda: False)
+    ensemble = Ensemble([member(n, 0.3) for n in n_dicts], H, lr=LR, device=CPU)
     x = batches(1)[0]
-    state = sum(t.numel() * 4 for name, t in ensemble.state().items() if "step" not in name)
-    scratch = sum(t.numel() * 4 for t in ensemble.scratch.flat.values())
-    planned = ensemble_bytes([m.n_dict for m in members], H, len(x))
-    assert state + scratch == planned
+    ensemble.step_(x)
+    for stack in ensemble.stacks:  # as evaluations do
+        stack.forward(x)
+    held = [t for name, t in ensemble.state().items() if "step" not in name]
+    held += ensemble.scratch.flat.values()
+    allocated = sum(t.numel() * t.element_size() for t in held)
+    if engine == "compiled":
+        scratch = _Scratch(max(n_dicts), len(x), H, density=DENSITY)
+        scratch.work(max(n_dicts))
+        allocated += scratch.n_bytes * min(torch.get_num_threads(), len(n_dicts))
+        allocated += 3 * 4 * x.numel() * ensemble.engine.steps_at_a_time
+    assert allocated == ensemble_bytes(n_dicts, H, len(x), CPU)
 
 
 class FullReference(nn.Module):

@@ -374,7 +374,8 @@ def test_the_memory_plan_covers_training_and_evaluation(root):
     with PeakMemory() as evaluation:
         task.evaluate()
     planned = recipe.memory(n_dicts)
-    held = ensemble_bytes(n_dicts, WIDTH, o.batch_size) + 2 * buffer  # while it is evaluated
+    # while it is evaluated
+    held = ensemble_bytes(n_dicts, WIDTH, o.batch_size, recipe.device) + 2 * buffer
     assert training.peak + buffer <= planned  # one buffer is filled by the reader's thread
     assert held + evaluation.peak <= planned
     assert planned < 1.6 * (held + evaluation.peak)

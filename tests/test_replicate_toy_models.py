@@ -35,7 +35,7 @@ TINY = (
     "--dict-ratio-exp-low -1 --dict-ratio-exp-high 2 --wandb-mode disabled --log-every 20 "
     f"--n-steps {N_STEPS} --n-seeds 2 --device cpu"
 ).split()
-SMALL_MEMORY = ("--max-memory-gb", "0.0002")  # two or more groups of cells per seed
+SMALL_MEMORY = ("--max-memory-gb", "0.0007")  # two or more groups of cells per seed
 # figures take most of a tiny run: smaller here, and left out by most runs
 COARSE = {"sparse_coding.plotting.DPI": 20}
 # a checkpoint every few steps, no figures

@@ -1,0 +1,43 @@
+"""Batches for the training loop, several steps at a time, made while others train. Floor 1."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from sparse_coding.cpu_engine import one_thread_here
+
+Batches = Iterator[tuple[range, Tensor]]
+
+
+def chunks(first: int, n_steps: int, *, length: int, stop_every: int) -> Iterator[range]:
+    """Steps first .. n_steps in ranges of at most `length`, none across a multiple of stop_every.
+
+    They begin at multiples of `length` after those, wherever `first` is.
+    """
+    while first < n_steps:
+        since = first % stop_every
+        end = first - since + min(since - since % length + length, stop_every)
+        end = min(end, n_steps)
+        yield range(first, end)
+        first = end
+
+
+def in_chunks(batch_at: Callable[[int], Tensor], ranges: Iterator[range]) -> Batches:
+    """(steps, their batches (n, batch_size, activation_dim)) for each range."""
+    for steps in ranges:
+        yield steps, torch.stack([batch_at(step) for step in steps])
+
+
+def prefetched(batch_at: Callable[[int], Tensor], ranges: Iterator[range]) -> Batches:
+    """The same; the next one is made in a thread meanwhile.
+
+    It computes alone, whatever OMP_NUM_THREADS says, so a batch is the same bits for any.
+    """
+    made = in_chunks(batch_at, ranges)
+    with ThreadPoolExecutor(1, initializer=one_thread_here) as thread:
+        coming = thread.submit(next, made, None)
+        while (chunk := coming.result()) is not None:
+            coming = thread.submit(next, made, None)
+            yield chunk

@@ -1,0 +1,285 @@
+"""Trains stacks of autoencoders on the CPU with compiled kernels, one per thread. Floor 1.
+
+A thread takes an autoencoder through several steps, alone: its weights and moments stay in that
+core's cache, no thread waits for another at a barrier, and no number depends on how many threads
+there are or which autoencoders share the ensemble. Where threads outnumber autoencoders, all share
+one at a time; its bits stay the same (sparse_kernels.py).
+
+Needs numba, and a torch built with MKL, whose sgemm the kernels call: has_kernels() says so if not.
+"""
+
+import contextlib
+import ctypes
+import functools
+import math
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_coding.members import BETAS, Factors
+
+# Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.40 to 0.45)
+DENSITY = 0.4
+NO_END = 2**40  # of tiles
+SAID_AFTER = 3.0  # seconds
+MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 holds; not tuned
+MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then signals are seen
+
+
+@functools.cache
+def libtorch() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+def one_thread_here() -> None:
+    """Limits MKL and OpenMP to one thread in the calling thread; denormals are flushed in it."""
+    torch.get_num_threads()  # torch's own start-up of a thread, which would undo the next line
+    libtorch().omp_set_num_threads(1)
+    libtorch().MKL_Set_Num_Threads_Local(1)
+    torch.set_flush_denormal(True)
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Whether what the kernels need is there; says so, once, if it isn't."""
+    try:
+        import llvmlite.binding
+
+        from sparse_coding import row_kernels
+
+        needed = ("sgemm_", "omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+        missing = [name for name in needed if not hasattr(libtorch(), name)]
+    except (ImportError, OSError) as error:
+        missing = [str(error)]
+    if missing:
+        _say_slow(", ".join(missing))
+        return False
+    sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(row_kernels.GEMM_SYMBOL, sgemm)
+    return True
+
+
+def _say_slow(reason: str) -> None:
+    print(f"no compiled kernels, so a CPU trains several times slower: {reason}", flush=True)
+
+
+@functools.cache
+def kernels_compile() -> bool:
+    """Compiles them, or loads what was compiled before. Says so, if it takes long or fails."""
+    from numba.core.errors import NumbaError
+
+    from sparse_coding.row_kernels import Sae
+    from sparse_coding.sparse_kernels import ALL, steps
+
+    W, b, none = np.zeros((8, 8), np.float32), np.zeros(8, np.float32), np.zeros(0, np.float32)
+    idle, one = np.zeros(8, np.int32), np.zeros(1, np.float32)
+    sae = Sae(W, b, W, none, W, W, b, b, W, W, none, none, idle, one, one)
+    scratch, x = _Scratch(8, 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
+    pace = np.zeros((1, 6), np.float32)
+    try:
+        with _said_if_slow("compiling the CPU kernels, once on this machine: some 15 s"):
+            steps(sae, scratch.work(8), scratch.gradients, x, pace, ALL, (0, 1))
+    except NumbaError as error:
+        _say_slow(str(error).splitlines()[0])
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _said_if_slow(message: str) -> Iterator[None]:
+    timer = threading.Timer(SAID_AFTER, print, [message], {"flush": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def work_shapes(n_dict: int, batch: int, h: int, *, density: float) -> dict[str, tuple]:
+    """(shape, dtype) of each field of Work."""
+    from sparse_coding.sparse_kernels import TILE
+
+    f32, i32 = torch.float32, torch.int32
+    sample = torch.uint16 if batch < 2**16 else i32
+    most = int(max(density, 0) * n_dict * batch)
+    return {
+        "codes": ((n_dict, batch), f32),
+        "where": ((n_dict, batch), sample),
+        "count": ((n_dict,), i32),
+        "listed": ((n_dict,), torch.bool),
+        "sparse": ((1,), torch.bool),
+        "g": ((batch, h), f32),
+        "off": ((-(-n_dict // TILE), h), f32),
+        "start": ((batch + 2,), torch.int64),
+        "feature": ((most,), i32),
+        "value": ((most,), f32),
+    }
+
+
+def gradient_shapes(batch: int, h: int) -> list[tuple]:
+    """Shape of each field of Gradients."""
+    from sparse_coding.sparse_kernels import TILE
+
+    return [(TILE, batch), (TILE,), (TILE, h), (TILE, h)]
+
+
+def engine_bytes(n_dicts: list[int], h: int, batch: int, *, n_threads: int) -> int:
+    """Scratch of an engine's threads, each of which may step the largest autoencoder, and the
+    batches that are stepped, waiting and being made."""
+    work = work_shapes(max(n_dicts), batch, h, density=DENSITY).values()
+    work = sum(math.prod(shape) * dtype.itemsize for shape, dtype in work)
+    gradients = 4 * sum(map(math.prod, gradient_shapes(batch, h)))
+    batches = 3 * steps_at_a_time(n_dicts, h) * 4 * batch * h
+    return min(n_threads, len(n_dicts)) * (work + gradients) + batches
+
+
+def steps_at_a_time(n_dicts: list[int], h: int) -> int:
+    return int(max(1, min(MOST_STEPS, MOST_WEIGHTS / (sum(n_dicts) * h))))
+
+
+class _Scratch:
+    """Work and Gradients of a thread, for dictionaries of up to n_dict features."""
+
+    def __init__(self, n_dict: int, batch: int, h: int, *, density: float):
+        from sparse_coding import sparse_kernels
+
+        self.kernels, self.batch, self.h, self.density = sparse_kernels, batch, h, density
+        self.n_dict = n_dict
+        self.flat: dict[str, Tensor] = {}
+        self.gradients = sparse_kernels.Gradients(
+            *(torch.empty(shape).numpy() for shape in gradient_shapes(batch, h))
+        )
+        self.of_size: dict[int, object] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        flat = sum(t.numel() * t.element_size() for t in self.flat.values())
+        return flat + sum(array.nbytes for array in self.gradients)
+
+    def work(self, n_dict: int) -> object:
+        """The Work of a dictionary of that size; valid until the next one's."""
+        if not self.flat:
+            # torch's memory begins at multiples of 64 bytes, as fast vector loads want it
+            largest = work_shapes(self.n_dict, self.batch, self.h, density=self.density)
+            self.flat = {k: torch.empty(math.prod(s), dtype=t) for k, (s, t) in largest.items()}
+        if n_dict not in self.of_size:
+            shapes = work_shapes(n_dict, self.batch, self.h, density=self.density)
+            self.of_size[n_dict] = self.kernels.Work(
+                *(self.flat[k][: math.prod(s)].view(s).numpy() for k, (s, _) in shapes.items())
+            )
+        return self.of_size[n_dict]
+
+
+class CpuEngine:
+    """Steps the stacks of one ensemble, whose tensors stay where they are.
+
+    density: share of codes above 0 up to which a step is sparse; 0 never, 1 always
+    """
+
+    def __init__(self, stacks: list, *, n_threads: int, density: float = DENSITY):
+        from sparse_coding import sparse_kernels
+
+        self.kernels, self.stacks, self.density = sparse_kernels, stacks, density
+        self.saes = [sae for stack in stacks for sae in views(stack)]
+        self.sizes = [len(sae.b_enc) for sae in self.saes]
+        n_tiles = max(self.sizes) / sparse_kernels.TILE
+        self.shared = min(n_threads, n_tiles) > len(self.saes)
+        self.n_threads = n_threads if self.shared else min(n_threads, len(self.saes))
+        self.steps_at_a_time = steps_at_a_time(self.sizes, stacks[0].W_dec.shape[2])
+        self.pool = ThreadPoolExecutor(self.n_threads, initializer=one_thread_here)
+        self.scratch = threading.local()
+        self.seconds = [float(n) for n in self.sizes]  # of the last steps; at first by size
+
+    def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
+        """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
+        pace, x = paces(self.stacks[0], n_done, factors), xs.numpy()
+        if self.shared:
+            for i in range(len(self.saes)):
+                self._together(i, x, pace)
+        else:
+            order = sorted(range(len(self.saes)), key=lambda i: -self.seconds[i])  # ends even
+            list(self.pool.map(lambda i: self._alone(i, x, pace), order))
+        for stack in self.stacks:
+            for state in stack.adam.state.values():
+                state["step"] += len(xs)
+
+    def _alone(self, i: int, xs: np.ndarray, pace: np.ndarray) -> None:
+        """All steps of autoencoder i in this thread."""
+        start, scratch, k = time.perf_counter(), self._scratch_for(xs), self.kernels
+        work = scratch.work(self.sizes[i])
+        k.steps(self.saes[i], work, scratch.gradients, xs, pace, k.ALL, (0, NO_END))
+        self.seconds[i] = time.perf_counter() - start
+
+    def _together(self, i: int, xs: np.ndarray, pace: np.ndarray) -> None:
+        """All steps of autoencoder i by all threads, phase after phase."""
+        k, work = self.kernels, self._scratch_for(xs).work(self.sizes[i])
+        n_tiles, n_blocks = len(work.off), -(-xs.shape[1] // k.BLOCK)
+
+        def run(step: int, todo: int, n: int) -> None:
+            def share(span: tuple[int, int]) -> None:
+                grads, now = self._scratch_for(xs).gradients, slice(step, step + 1)
+                k.steps(self.saes[i], work, grads, xs[now], pace[now], todo, span)
+
+            n_shares = min(n, self.n_threads)
+            ends = [n * j // n_shares for j in range(n_shares + 1)]
+            list(self.pool.map(share, pairwise(ends)))
+
+        for step in range(len(xs)):
+            for todo, n in (
+                (k.ENCODE, n_tiles),
+                (k.CHOOSE, 1),
+                (k.DECODE, n_blocks),
+                (k.UPDATE, n_tiles),
+                (k.FINISH, 1),
+            ):
+                run(step, todo, n)
+
+    def _scratch_for(self, xs: np.ndarray) -> _Scratch:
+        """This thread's, allocated at its first steps and when the batch size changes."""
+        _, batch, h = xs.shape
+        found = getattr(self.scratch, "value", None)
+        if found is None or found.batch != batch:
+            found = _Scratch(max(self.sizes), batch, h, density=self.density)
+            self.scratch.value = found
+        return found
+
+
+def views(stack: object) -> list:
+    """A stack's autoencoders as the kernels take them: views, stepping one changes the stack."""
+    from sparse_coding.row_kernels import Sae
+
+    none = torch.zeros(len(stack.members), 0)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    state = [stack.adam.state.get(stack.parameters.get(name)) for name in names]
+    tensors = [stack.parameters.get(name, none) for name in names]
+    for of_one in state:
+        tensors += [of_one[k] if of_one else none for k in ("exp_avg", "exp_avg_sq")]
+    tensors += [stack.idle, stack.l1.flatten(1), stack.target_l0.flatten(1)]
+    arrays = [t.detach().numpy() for t in tensors]
+    return [Sae(*(a[i] for a in arrays)) for i in range(len(stack.members))]
+
+
+def paces(stack: object, n_done: int, factors: list[Factors]) -> np.ndarray:
+    """(n, 6) float32: for each step the numbers that row_kernels.py names."""
+    group = stack.adam.param_groups[0]
+    return np.array(
+        [
+            (
+                stack.lr * f.lr / (1 - BETAS[0] ** t),
+                (1 - BETAS[1] ** t) ** -0.5,
+                group["eps"],
+                f.l1,
+                f.seek_l0,
+                stack.project,
+            )
+            for t, f in enumerate(factors, start=n_done + 1)
+        ],
+        np.float32,
+    )
