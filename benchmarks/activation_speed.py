@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import run
 from sparse_coding.activation_store import open_store
 from sparse_coding.activations import Harvester
+from sparse_coding.batches import chunks, prefetched
 from sparse_coding.config import parse_flags, pick, run_as_script
 from sparse_coding.hardware import describe, pick_device, set_precision
 from sparse_coding.language_model import activations
@@ -31,6 +32,7 @@ from sparse_coding.lm_cells import LanguageRecipe
 from sparse_coding.lm_grid import Grid
 from sparse_coding.members import initial_autoencoder
 from sparse_coding.sweep import Cell
+from sparse_coding.training import Task
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,17 @@ def train(recipe: LanguageRecipe, groups: list[list[Cell]], n_steps: int) -> flo
     for group in groups:
         task = recipe.prepare(group)
         task.ensemble.step_(task.batch_at(0))  # loads the first rows
-        total += seconds(
-            lambda t=task: [t.ensemble.step_(t.batch_at(i)) for i in range(1, n_steps + 1)]
-        )
+        total += seconds(lambda t=task: train_ahead(t, n_steps))
         task.close()
     return total
+
+
+def train_ahead(task: Task, n_steps: int) -> None:
+    """Steps 1 to n_steps, as the training loop takes them."""
+    length = task.ensemble.engine.steps_at_a_time
+    steps = chunks(1, n_steps + 1, length=length, stop_every=n_steps + 1)
+    for _, xs in prefetched(task.batch_at, steps):
+        task.ensemble.steps_(xs)
 
 
 def train_plain(recipe: LanguageRecipe, cells: list[Cell], n_steps: int) -> float:

@@ -12,7 +12,6 @@ Each run is kept in the folder, so the same command goes on. 40 minutes on two q
 """
 
 import dataclasses
-import os
 import statistics
 import sys
 import time
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a run per core
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -77,7 +75,10 @@ def run_missing(folder: Path, cfg: Config) -> list[dict]:
         for engine in ("dense", "sparse")
     }
     missing = [run for run, path in runs.items() if not path.exists()]
-    with ProcessPoolExecutor(cfg.n_processes, mp_context=get_context("spawn")) as pool:
+    one_thread = dict(initializer=torch.set_num_threads, initargs=(1,))
+    with ProcessPoolExecutor(
+        cfg.n_processes, mp_context=get_context("spawn"), **one_thread
+    ) as pool:
         futures = {pool.submit(train, *run, cfg.n_steps): run for run in missing}
         for future in as_completed(futures):
             write_csv(runs[futures[future]], future.result())

@@ -10,8 +10,9 @@ many steps, extrapolated, its data given for free.
     .venv-peers/bin/python benchmarks/toy_speed.py --output-dir results/DATE_toy_speed
 
 Whoever isn't installed is left out. 35 minutes on two cores; --row-sizes leaves out part 2. Run it
-alone on a quiet machine. The others are faster with spinning threads (OMP_WAIT_POLICY unset) on a
-quiet machine; what ours gets does not depend on it.
+alone on a quiet machine: the others are faster with spinning threads there (OMP_WAIT_POLICY unset),
+ours doesn't depend on it. Where other work can't be kept away, set OMP_WAIT_POLICY=PASSIVE and look
+at the times per core-second: what the work costs, as if the others' threads never waited.
 """
 
 import importlib.util
@@ -19,13 +20,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from peers import BATCH, OTHERS, H
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.batches import chunks, prefetched
@@ -39,10 +41,8 @@ from sparse_coding.toy_cells import ToyRecipe
 from sparse_coding.toy_data import ToyData
 from sparse_coding.training import Task
 
-H, BATCH = 256, 256
 CPU = torch.device("cpu")
 DATA = ToyData("post", H, 512, n_active=5, feature_prob_decay=0.99, noise_std=0.0, batch_size=BATCH)
-MIDDLE = 10**-1.0  # l1_alpha of the others; what they do does not depend on how sparse it gets
 
 
 @dataclass(frozen=True)
@@ -54,78 +54,6 @@ class Config:
     warm_steps: int = 3000  # of ours before the second measurement
     n_repeats: int = 5  # interleaved
     seconds: float = 2.0  # of each repeat
-
-
-class Loop2023(nn.Module):
-    """Per batch what the replication of June 2023 does: unit columns before the forward pass, an
-    unfused Adam, two losses fetched as numbers."""
-
-    def __init__(self, n_dict: int):
-        super().__init__()
-        self.encode = nn.Sequential(nn.Linear(H, n_dict), nn.ReLU())
-        self.decode = nn.Linear(n_dict, H, bias=False)
-        nn.init.orthogonal_(self.decode.weight)
-        self.adam = torch.optim.Adam(self.parameters(), lr=1e-3)
-        self.seen = 0.0
-
-    def step_(self, x: Tensor) -> None:
-        codes = self.encode(x)
-        self.decode.weight.data = nn.functional.normalize(self.decode.weight.data, dim=0)
-        mse = nn.functional.mse_loss(self.decode(codes), x)
-        l1 = MIDDLE / codes.shape[1] * codes.abs().sum(dim=1).mean()
-        self.adam.zero_grad()
-        (mse + l1).backward()
-        self.adam.step()
-        self.seen += mse.item() + l1.item()
-
-
-def loop_2023(n_dict: int, xs: Iterator[Tensor]) -> Callable[[int], None]:
-    loop = Loop2023(n_dict)
-    return lambda n: [loop.step_(next(xs)) for _ in range(n)]
-
-
-def dictionary_learning(n_dict: int, xs: Iterator[Tensor]) -> Callable[[int], None]:
-    from dictionary_learning.trainers.standard import StandardTrainer
-
-    trainer = StandardTrainer(
-        steps=10**6, activation_dim=H, dict_size=n_dict, layer=0, lm_name="toy", device="cpu"
-    )
-    count = iter(range(10**6))
-    return lambda n: [trainer.update(next(count), next(xs)) for _ in range(n)]
-
-
-def sae_lens(n_dict: int, xs: Iterator[Tensor]) -> Callable[[int], None]:
-    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
-    from sae_lens.training import sae_trainer
-
-    sae_trainer.tqdm = lambda *args, **options: _Quiet()
-    sae = StandardTrainingSAE(
-        StandardTrainingSAEConfig(d_in=H, d_sae=n_dict, l1_coefficient=MIDDLE)
-    )
-
-    def run(n: int) -> None:
-        settings = SAETrainerConfig(
-            total_training_samples=n * BATCH,
-            train_batch_size_samples=BATCH,
-            lr=1e-3,
-            lr_end=1e-4,
-            logger=LoggingConfig(log_to_wandb=False),
-        )
-        sae_trainer.SAETrainer(settings, sae, xs).fit()
-
-    return run
-
-
-class _Quiet:
-    """A progress bar that shows nothing."""
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *args, **options: None
-
-
-OTHERS = {"loop of 2023": loop_2023, "dictionary_learning": dictionary_learning,
-          "sae_lens": sae_lens}  # fmt: skip
 
 
 def row_of(n_dict: int, n_steps: int) -> Task:
@@ -146,13 +74,34 @@ def trainer_of(ensemble: Ensemble, xs: Tensor) -> Callable[[int], None]:
     return run
 
 
-def rate(run: Callable[[int], None], seconds: float) -> float:
-    """Steps per second, in runs of 16 (the steps that we take at a time)."""
-    n, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        run(16)
+class Stopwatch:
+    """Adds up seconds on the clock and seconds of all cores while it is entered."""
+
+    def __init__(self) -> None:
+        self.clock = self.cores = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self.started = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.clock += time.perf_counter() - self.started[0]
+        self.cores += time.process_time() - self.started[1]
+
+
+def rates_of(run: Callable[[int], None], seconds: float) -> tuple[float, float]:
+    """Steps per second and per second of a core, in runs of 16 (what we take at a time)."""
+    n, watch = 0, Stopwatch()
+    while watch.clock < seconds:
+        with watch:
+            run(16)
         n += 16
-    return n / (time.perf_counter() - start)
+    return n / watch.clock, n / watch.cores
+
+
+def medians_of(measured: list[tuple]) -> list[float]:
+    """Of each column."""
+    return [statistics.median(column) for column in zip(*measured, strict=True)]
 
 
 def contestants(n_dict: int, warm_steps: int, found: list[str]) -> dict:
@@ -178,22 +127,27 @@ def contestants(n_dict: int, warm_steps: int, found: list[str]) -> dict:
 
 
 def compare(n_dict: int, cfg: Config, found: list[str]) -> list[dict]:
-    """A row per contestant: median, least and most SAE-steps/s."""
+    """A row per contestant: median, least and most SAE-steps/s, and the median per core."""
     run = contestants(n_dict, cfg.warm_steps, found)
-    rates: dict[str, list[float]] = {name: [] for name in run}
+    rates: dict[str, list] = {name: [] for name in run}
     for _ in range(cfg.n_repeats):
         for name, (steps, n_saes) in run.items():
-            rates[name].append(n_saes * rate(steps, cfg.seconds))
-    best = max(statistics.median(rates[name]) for name in found)
+            rates[name].append([n_saes * r for r in rates_of(steps, cfg.seconds)])
+    medians = {
+        name: list(map(statistics.median, zip(*r, strict=True))) for name, r in rates.items()
+    }
+    best = [max(medians[name][i] for name in found) for i in (0, 1)]
     table = []
-    for name, of_one in rates.items():
-        median = statistics.median(of_one)
-        line = {"n_dict": n_dict, "who": name, "sae_steps_per_s": round(median, 1)}
-        line |= {"least": round(min(of_one), 1), "most": round(max(of_one), 1)}
-        table.append(line | {"to_the_best_of_the_others": round(median / best, 2)})
+    for name, (per_second, per_core) in medians.items():
+        clock = [r for r, _ in rates[name]]
+        line = {"n_dict": n_dict, "who": name, "sae_steps_per_s": round(per_second, 1)}
+        line |= {"least": round(min(clock), 1), "most": round(max(clock), 1)}
+        line |= {"to_the_best_other": round(per_second / best[0], 2)}
+        line |= {"per_core_second": round(per_core, 1)}
+        table.append(line | {"to_the_best_other_per_core": round(per_core / best[1], 2)})
         print(
-            f"{n_dict:6d}  {name:26} {median:8,.0f}  ({min(of_one):,.0f}-{max(of_one):,.0f})"
-            f"  {median / best:5.2f}",
+            f"{n_dict:6d}  {name:24} {per_second:8,.0f}  ({min(clock):,.0f}-{max(clock):,.0f})"
+            f"  {per_second / best[0]:5.2f}   {per_core:8,.0f}  {per_core / best[1]:5.2f}",
             flush=True,
         )
     return table
@@ -205,32 +159,36 @@ def full_row(n_dict: int, cfg: Config, found: list[str]) -> dict:
     task = row_of(n_dict, cfg.n_steps)
     xs = torch.stack([task.batch_at(step) for step in range(64)])
     others = {name: OTHERS[name](n_dict, cycle(xs)) for name in found}
-    rates: dict[str, list[float]] = {name: [] for name in found}
+    rates: dict[str, list] = {name: [] for name in found}
     length, part = task.ensemble.engine.steps_at_a_time, -(-cfg.n_steps // 5)
-    seconds, series = 0.0, []
+    watch, series = Stopwatch(), []
     for first in range(0, cfg.n_steps, part):
         for name, steps in others.items():
-            rates[name].append(rate(steps, cfg.seconds))
-        start, last = time.perf_counter(), min(first + part, cfg.n_steps)
-        for _, batch in prefetched(
-            task.batch_at, chunks(first, last, length=length, stop_every=cfg.n_steps)
-        ):
-            task.ensemble.steps_(batch)
-        took = time.perf_counter() - start
-        seconds += took
-        series.append({"step": last, "sae_steps_per_s": round(17 * (last - first) / took, 1)})
-        print(f"{n_dict:6d}  {last:6d} steps: {series[-1]['sae_steps_per_s']:,} SAE-steps/s")
-    medians = {name: statistics.median(of_one) for name, of_one in rates.items()}
-    best = max(medians, key=medians.get)
-    theirs = 17 * cfg.n_steps / medians[best]
-    print(
-        f"{n_dict:6d}  row of 17 x {cfg.n_steps} steps: {seconds:.0f} s, data included; {best} "
-        f"{theirs:.0f} s, data for free: {theirs / seconds:.2f} times\n",
-        flush=True,
-    )
-    line = {"n_dict": n_dict, "seconds": round(seconds, 1), "best_of_the_others": best}
-    line |= {"its_seconds": round(theirs), "times_faster": round(theirs / seconds, 2)}
-    return {"line": line, "series": series, "others": medians}
+            rates[name].append(rates_of(steps, cfg.seconds))
+        before, last = watch.clock, min(first + part, cfg.n_steps)
+        with watch:
+            for _, batch in prefetched(
+                task.batch_at, chunks(first, last, length=length, stop_every=cfg.n_steps)
+            ):
+                task.ensemble.steps_(batch)
+        speed = 17 * (last - first) / (watch.clock - before)
+        series.append({"step": last, "sae_steps_per_s": round(speed, 1)})
+        print(f"{n_dict:6d}  {last:6d} steps: {speed:,.0f} SAE-steps/s", flush=True)
+    medians = {
+        name: list(map(statistics.median, zip(*r, strict=True))) for name, r in rates.items()
+    }
+    line: dict = {"n_dict": n_dict, "n_steps": cfg.n_steps}
+    for i, (unit, ours) in enumerate((("seconds", watch.clock), ("core_seconds", watch.cores))):
+        best = max(found, key=lambda name, i=i: medians[name][i])
+        theirs = 17 * cfg.n_steps / medians[best][i]
+        line |= {unit: round(ours, 1), f"best_other_by_{unit}": best}
+        line |= {f"its_{unit}": round(theirs, 1), f"times_fewer_{unit}": round(theirs / ours, 2)}
+        print(
+            f"{n_dict:6d}  row of 17 x {cfg.n_steps} steps: {ours:.0f} {unit}, data included; "
+            f"{best} {theirs:.0f}, data for free: {theirs / ours:.2f} times",
+            flush=True,
+        )
+    return {"line": line, "series": series, "others": {k: m[0] for k, m in medians.items()}}
 
 
 def draw(table: list[dict], rows: dict[int, dict], path: Path) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from sparse_coding.members import BETAS, Factors
 
-# Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.4 to 0.5)
-DENSITY = 0.35
+# Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.40 to 0.45)
+DENSITY = 0.4
 NO_END = 2**40  # of tiles
 SAID_AFTER = 3.0  # seconds
 MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 holds; not tuned
@@ -113,6 +113,7 @@ def work_shapes(n_dict: int, batch: int, h: int, *, density: float) -> dict[str,
         "codes": ((n_dict, batch), f32),
         "where": ((n_dict, batch), sample),
         "count": ((n_dict,), i32),
+        "listed": ((n_dict,), torch.bool),
         "sparse": ((1,), torch.bool),
         "g": ((batch, h), f32),
         "off": ((-(-n_dict // TILE), h), f32),

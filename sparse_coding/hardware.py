@@ -7,12 +7,14 @@ import psutil
 import torch
 
 from sparse_coding.config import require
+from sparse_coding.cpu_engine import has_kernels
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
 # Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are
-# 76 % of a step at n_dict 512 (LOG.md), less for small dictionaries
+# 76 % of a dense step at n_dict 512 (LOG.md), less for small dictionaries
 TRAINING_EFFICIENCY = 0.6
 PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # ours -> torch's
+SPARSE_EFFICIENCY = 2.5  # the same where zeros are left out: of a full-length row (LOG.md)
 
 
 def pick_device(flag: str) -> torch.device:
@@ -98,7 +100,9 @@ def step_seconds(
     Five GEMMs (forward: encoder, decoder; backward: both weights, codes) of 2 · batch · h · n FLOP.
     """
     flop = 10 * batch_size * activation_dim * n_features
-    return flop / (gemm_flops(activation_dim, batch_size, device) * TRAINING_EFFICIENCY)
+    leaves_out_zeros = device.type == "cpu" and has_kernels()
+    efficiency = SPARSE_EFFICIENCY if leaves_out_zeros else TRAINING_EFFICIENCY
+    return flop / (gemm_flops(activation_dim, batch_size, device) * efficiency)
 
 
 def rough_time(seconds: float) -> str:

@@ -55,6 +55,7 @@ class Work(NamedTuple):
     codes: ndarray  # (n_dict, batch)
     where: ndarray  # (n_dict, batch): samples that a feature fires on, ascending
     count: ndarray  # (n_dict,) int32: how many
+    listed: ndarray  # (n_dict,) bool: whether `where` has them
     sparse: ndarray  # (1,) bool
     g: ndarray  # (batch, h)
     off: ndarray  # (tiles, h)
@@ -106,8 +107,8 @@ def list_(codes, where):
 @kernel
 def encode(sae, work, x, span):
     """Codes of a span of tiles."""
-    n_dict, total = sae.b_enc.shape[0], 0
-    for t in range(span[0] * TILE, min(span[1] * TILE, n_dict), TILE):
+    n_dict, start, total = sae.b_enc.shape[0], span[0] * TILE, 0
+    for t in range(start, min(span[1] * TILE, n_dict), TILE):
         e = min(t + TILE, n_dict)
         gemm(False, True, sae.W_enc[t:e], x, work.codes[t:e])
         for f in range(t, e):
@@ -116,7 +117,9 @@ def encode(sae, work, x, span):
                 bias -= dot(sae.W_enc[f], sae.b_dec)
             work.count[f] = relu_(work.codes[f], bias)
             total += work.count[f]
-            if work.count[f] and total <= work.value.shape[0]:  # else it will be dense anyway
+            # listed while in the cache, but not where it looks as if the step will be dense
+            work.listed[f] = total * n_dict <= work.value.shape[0] * (f - start + 1)
+            if work.listed[f] and work.count[f]:
                 list_(work.codes[f], work.where[f])
 
 
@@ -135,6 +138,8 @@ def choose(sae, work, pace):
     start = work.start
     fill_(start, 0)
     for f in range(work.count.shape[0]):
+        if not work.listed[f]:
+            list_(work.codes[f], work.where[f])
         for k in range(work.count[f]):
             start[work.where[f, k] + 2] += 1
     for b in range(2, batch + 2):

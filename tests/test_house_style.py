@@ -34,6 +34,7 @@ ARROWS = {
     "sparse_kernels": {"members", "row_kernels"},
     "cpu_engine": {"members", "row_kernels", "sparse_kernels"},
     "stack": {"members"},
+    "hardware": {"cpu_engine"},
     "gpu_kernels": {"members"},
     "gpu_updates": {"gpu_kernels", "members"},
     "gpu_engine": {"cpu_engine", "gpu_kernels", "gpu_updates", "members", "stack"},

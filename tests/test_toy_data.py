@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_coding.toy_data import LAWS, ToyData, ToyStream, make_world
+from sparse_coding.toy_data import LAWS, ToyData, ToyStream, _up_to, make_world
 
 CPU = torch.device("cpu")
 POST = ToyData("post", 256, 512, n_active=5, feature_prob_decay=0.99, noise_std=0.0, batch_size=256)
@@ -138,3 +138,10 @@ def test_probabilities_are_clamped_to_one():
     values = amplitudes(data, 20)
     assert values.max() < 1
     assert (values[:, 0] > 0).float().mean() > 0.95  # all but the samples of small u
+
+
+def test_uniforms_below_p_are_stretched_to_0_1_and_others_are_0_for_any_p():
+    p = torch.tensor([0.0, 1e-38, 1e-30, 1e-7, 0.3, 1.0]).repeat(4, 1)
+    v = torch.tensor([0.0, 2**-24, 0.29, 1 - 2**-24]).view(4, 1).expand(4, 6)
+    assert torch.equal(_up_to(v, p), torch.where(v < p, v / p, 0))
+    assert _up_to(torch.tensor([0.29]), torch.tensor([0.3])) == pytest.approx(0.29 / 0.3)

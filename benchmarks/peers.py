@@ -1,0 +1,81 @@
+"""Training loops of others, for toy_speed.py: each returns a function that makes n steps on xs."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+H, BATCH = 256, 256
+MIDDLE = 10**-1.0  # l1_alpha; what they do does not depend on how sparse it gets
+
+
+class Loop2023(nn.Module):
+    """Per batch what the replication of June 2023 does: unit columns before the forward pass, an
+    unfused Adam, two losses fetched as numbers."""
+
+    def __init__(self, n_dict: int):
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(H, n_dict), nn.ReLU())
+        self.decode = nn.Linear(n_dict, H, bias=False)
+        nn.init.orthogonal_(self.decode.weight)
+        self.adam = torch.optim.Adam(self.parameters(), lr=1e-3)
+        self.seen = 0.0
+
+    def step_(self, x: Tensor) -> None:
+        codes = self.encode(x)
+        self.decode.weight.data = nn.functional.normalize(self.decode.weight.data, dim=0)
+        mse = nn.functional.mse_loss(self.decode(codes), x)
+        l1 = MIDDLE / codes.shape[1] * codes.abs().sum(dim=1).mean()
+        self.adam.zero_grad()
+        (mse + l1).backward()
+        self.adam.step()
+        self.seen += mse.item() + l1.item()
+
+
+def loop_2023(n_dict: int, xs: Iterator[Tensor]) -> Callable[[int], None]:
+    loop = Loop2023(n_dict)
+    return lambda n: [loop.step_(next(xs)) for _ in range(n)]
+
+
+def dictionary_learning(n_dict: int, xs: Iterator[Tensor]) -> Callable[[int], None]:
+    from dictionary_learning.trainers.standard import StandardTrainer
+
+    trainer = StandardTrainer(
+        steps=10**6, activation_dim=H, dict_size=n_dict, layer=0, lm_name="toy", device="cpu"
+    )
+    count = iter(range(10**6))
+    return lambda n: [trainer.update(next(count), next(xs)) for _ in range(n)]
+
+
+def sae_lens(n_dict: int, xs: Iterator[Tensor]) -> Callable[[int], None]:
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training import sae_trainer
+
+    sae_trainer.tqdm = lambda *args, **options: _Quiet()
+    sae = StandardTrainingSAE(
+        StandardTrainingSAEConfig(d_in=H, d_sae=n_dict, l1_coefficient=MIDDLE)
+    )
+
+    def run(n: int) -> None:
+        settings = SAETrainerConfig(
+            total_training_samples=n * BATCH,
+            train_batch_size_samples=BATCH,
+            lr=1e-3,
+            lr_end=1e-4,
+            logger=LoggingConfig(log_to_wandb=False),
+        )
+        sae_trainer.SAETrainer(settings, sae, xs).fit()
+
+    return run
+
+
+class _Quiet:
+    """A progress bar that shows nothing."""
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args, **options: None
+
+
+OTHERS = {"loop of 2023": loop_2023, "dictionary_learning": dictionary_learning,
+          "sae_lens": sae_lens}  # fmt: skip
