@@ -70,7 +70,7 @@ class Config:
 
     # the machine: rounding only, but for the device, which draws random numbers of its own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
-    precision: Literal["auto", "float32", "tf32"] = "auto"  # of GEMMs; auto: tf32 on CUDA
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # of GEMMs; auto: tf32 on CUDA
     max_memory_gb: float = 0.0  # for training, in GB; 0: 80 % of what is free
     shard: str = ""  # i/N: train only this part; the same command without it merges
 

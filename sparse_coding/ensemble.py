@@ -1,8 +1,9 @@
 """Many sparse autoencoders trained at once on one stream of batches. Floor 1.
 
 Autoencoders of one width form a Stack (stack.py has the formulas); all stacks see the same x. An
-engine steps them: on a CPU with compiled kernels, which leave out the zeros (cpu_engine.py), else
-densely with torch, which is the reference. State and results are the same but for rounding.
+engine steps them: with kernels that leave out the zeros, compiled for the CPU (cpu_engine.py) or a
+GPU (gpu_engine.py), else densely with torch, which is the reference. State and results are the same
+but for rounding.
 
 On a CPU an autoencoder's numbers are the same bits whatever else is in the ensemble: each is
 stepped alone, and each batched GEMM of the dense steps has the shape of a single autoencoder (if
@@ -15,6 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from sparse_coding import gpu_engine
 from sparse_coding.cpu_engine import CpuEngine, engine_bytes, has_kernels, kernels_compile
 from sparse_coding.members import Member, Schedule
 from sparse_coding.stack import PARAMETERS, DenseEngine, Scratch, Stack
@@ -56,11 +58,7 @@ class Ensemble:
                 lr=lr, eps=schedule.eps, scratch=self.scratch, b_dec=b_dec, project=project
             )
             self.stacks.append(Stack(stack_members, activation_dim, **options))
-        compiled = device.type == "cpu" and dtype == torch.float32 and has_kernels()
-        if compiled and kernels_compile():
-            self.engine = CpuEngine(self.stacks, n_threads=torch.get_num_threads())
-        else:
-            self.engine = DenseEngine(self.stacks)
+        self.engine = engine_of(self.stacks)
 
     def step_(self, x: Tensor) -> None:
         """One training step of every autoencoder on x (batch, activation_dim)."""
@@ -114,6 +112,16 @@ class Ensemble:
                 tensor.copy_(tensors[name])
 
 
+def engine_of(stacks: list[Stack]) -> CpuEngine | gpu_engine.GpuEngine | DenseEngine:
+    """The fastest that this machine has for the stacks' device and precision."""
+    on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
+    if on == "cpu" and dtype == torch.float32 and has_kernels() and kernels_compile():
+        return CpuEngine(stacks, n_threads=torch.get_num_threads())
+    if on == "cuda" and dtype == torch.float32 and gpu_engine.has_triton():
+        return gpu_engine.GpuEngine(stacks)
+    return DenseEngine(stacks)
+
+
 def ensemble_bytes(
     n_dicts: list[int], activation_dim: int, batch_size: int, device: torch.device
 ) -> int:
@@ -121,13 +129,16 @@ def ensemble_bytes(
 
     With Adam's moments the state is 12 (2 n_dict h + n_dict) bytes per autoencoder, h =
     activation_dim. Scratch of a stack: codes (n_dict x batch), x_hat, and for dense steps δ and two
-    gradients (n_dict x h); an engine of the CPU has its own.
+    gradients (n_dict x h); engines with kernels have their own.
     """
     h = activation_dim
     state = sum(12 * (2 * n * h + n) + 4 * n for n in n_dicts)
     compiled = device.type == "cpu" and has_kernels()
-    per_feature = batch_size if compiled else 2 * (batch_size + h)
+    on_gpu = device.type == "cuda" and gpu_engine.has_triton()
+    per_feature = batch_size if compiled or on_gpu else 2 * (batch_size + h)
     scratch = max(n_dicts.count(n) * 4 * (n * per_feature + batch_size * h) for n in set(n_dicts))
     if compiled:
         scratch += engine_bytes(n_dicts, h, batch_size, n_threads=torch.get_num_threads())
+    if on_gpu:
+        scratch += gpu_engine.engine_bytes(n_dicts, h, batch_size)
     return state + scratch

@@ -13,6 +13,7 @@ MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room f
 # Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are
 # 76 % of a dense step at n_dict 512 (LOG.md), less for small dictionaries
 TRAINING_EFFICIENCY = 0.6
+PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # ours -> torch's
 SPARSE_EFFICIENCY = 2.5  # the same where zeros are left out: of a full-length row (LOG.md)
 
 
@@ -38,19 +39,21 @@ def pick_device(flag: str) -> torch.device:
 
 
 def set_precision(flag: str, device: torch.device) -> str:
-    """Sets and returns the precision of float32 GEMMs: float32 or tf32 (auto: tf32 on CUDA).
+    """Sets and returns the precision of float32 GEMMs: float32, tf32 or bf16 (auto: tf32 on CUDA).
 
-    To be called before the first parallel region of the process.
+    It is that of their factors; sums and what is kept are float32. bf16 is for the kernels of
+    gpu_engine.py, torch takes tf32 in its place. To be called before the first parallel region of
+    the process.
 
     Raises:
-        UserError: tf32 on a device without it.
+        UserError: tf32 or bf16 on a device without it.
     """
     precision = ("tf32" if device.type == "cuda" else "float32") if flag == "auto" else flag
     require(
         precision == "float32" or device.type == "cuda",
-        "--precision tf32 needs CUDA: use float32 on the CPU",
+        f"--precision {precision} needs CUDA: use float32 on the CPU",
     )
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision(PRECISIONS[precision])
     # Adam's moments of dead features decay into denormals, on which a CPU is many times slower.
     # Zero in their place changes no parameter (LOG.md). Threads made later inherit it.
     torch.set_flush_denormal(True)

@@ -63,6 +63,8 @@ class Reader:
         if self.current is None or self.current[0] != segment:
             self._enter(segment)
         _, rows, order = self.current
+        if rows.is_cuda:  # the stream that reads them may be another than they were made on
+            rows.record_stream(torch.cuda.current_stream())
         first = (step - segment.first) * self.batch_size
         chosen = order[first : first + self.batch_size]
         return rows.index_select(0, chosen).float().mul_(self.scale)

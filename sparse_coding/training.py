@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparse_coding.batches import chunks, in_chunks, prefetched
+from sparse_coding.batches import ahead_on, chunks, in_chunks
 from sparse_coding.cells import checkpoints_of, group_id, groups_to_train, row_path
 from sparse_coding.config import Interrupted
 from sparse_coding.ensemble import Ensemble
@@ -164,7 +164,8 @@ def train_(
     started, clock = time.monotonic(), CheckpointClock()
     length = ensemble.engine.steps_at_a_time
     ranges = chunks(first, n_steps, length=length, stop_every=progress.log_every)
-    batches = prefetched(batch_at, ranges) if length > 1 else in_chunks(batch_at, ranges)
+    make = ahead_on(ensemble.scratch.device) if length > 1 else in_chunks
+    batches = make(batch_at, ranges)
     with contextlib.closing(batches):
         for steps, xs in batches:
             ensemble.steps_(xs)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
+from sparse_coding.gpu_engine import DOT
 from sparse_coding.hardware import (
     free_memory,
     pick_device,
@@ -18,11 +19,13 @@ CPU = torch.device("cpu")
 def test_precision_is_float32_on_the_cpu_and_tf32_by_default_on_cuda():
     assert set_precision("auto", CPU) == "float32"
     assert torch.get_float32_matmul_precision() == "highest"
-    with pytest.raises(UserError, match="needs CUDA"):
-        set_precision("tf32", CPU)
+    for flag in ("tf32", "bf16"):
+        with pytest.raises(UserError, match=f"{flag} needs CUDA"):
+            set_precision(flag, CPU)
     try:
-        assert set_precision("auto", torch.device("cuda")) == "tf32"
-        assert torch.get_float32_matmul_precision() == "high"
+        for flag, name in (("auto", "tf32"), ("tf32", "tf32"), ("bf16", "bf16")):
+            assert set_precision(flag, torch.device("cuda")) == name
+            assert DOT[torch.get_float32_matmul_precision()] == name
     finally:
         set_precision("float32", CPU)
 
