@@ -126,7 +126,9 @@ class Process:
             self.signal(signal.SIGKILL)
             self.server.ask({"wait": self.pid, "timeout_s": 10})
             pytest.fail(f"{self.job['argv']} did not end within {timeout_s} s: {self.err()}")
-        return Done(code, Path(self.job["stdout"]).read_text(), self.err())
+        path = Path(self.job["stdout"])
+        out = path.read_text() if path.exists() else ""  # killed before it could be made
+        return Done(code, out, self.err())
 
     def err(self) -> str:
         path = Path(self.job["stderr"])
