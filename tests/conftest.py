@@ -43,17 +43,19 @@ SMALL = {  # for run.py: several shards and checkpoints, no figure but small den
 LOADED_LATE = ("safetensors.torch", "torch._dynamo")
 # Loaded once, forked per job. Jobs are JSON lines on stdin, answers JSON lines on stdout.
 SERVER = """
-import gc, importlib, json, os, runpy, sys, time
+import contextlib, gc, importlib, json, os, runpy, sys, time
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)  # as for `python script`
 import tyro  # the script loads this, and the modules, when it needs them
 for name in sys.argv[2:]:
     importlib.import_module(name)
 tyro.cli(int, args=["1"])
-from sparse_coding import cpu_engine
-if cpu_engine.has_kernels():
-    cpu_engine.kernels_compile()
 runpy.run_path(script, run_name="preload")
+if "torch" in sys.modules:
+    from sparse_coding import cpu_engine
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+        if cpu_engine.has_kernels():
+            cpu_engine.kernels_compile()
 gc.freeze()  # else every fork walks, and so copies, all of torch's objects when it ends
 while line := sys.stdin.readline():
     job = json.loads(line)
