@@ -189,7 +189,8 @@ def market(tmp_path: Path, server: Server, **config: object) -> Iterator[World]:
         bin_folder = Path(lab.root) / "bin"
         bin_folder.mkdir(exist_ok=True)
         python = bin_folder / "python3"
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        one_thread = "OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE"  # as here: the same last bits
+        python.write_text(f'#!/bin/sh\n{one_thread} exec {sys.executable} "$@"\n')
         python.chmod(0o755)
         world = World(lab, checkout, server)
         with watched_commands(world.commands):
