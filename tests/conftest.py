@@ -26,6 +26,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
+# the lab of rented machines is tested with what is long about them: see test_rental_sweep.py
+collect_ignore_glob = (
+    [] if os.environ.get("RENTAL_SCHEDULES") == "all" else ["vast_lab/test_vast_lab*.py"]
+)
 TIMEOUT_S = 120  # of one run; a tiny one takes 1 to 5 s
 
 NO_FIGURES = {"sparse_coding.replication.FIGURES": []}  # they take most of a tiny run

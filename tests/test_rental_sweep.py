@@ -1,7 +1,7 @@
 """Sweeps on a loopback market with real sshd and rsync, and everything that can go wrong there.
 
-Of the kills at each call and of the random schedules of faults a few run here; all of them with
-    RENTAL_SCHEDULES=all python -m pytest tests/test_rental_sweep.py
+Of the faults, of the kills at each call and of the random schedules a part runs here; all with
+    RENTAL_SCHEDULES=all python -m pytest tests/test_rental_sweep.py tests/vast_lab
 """
 
 import contextlib
@@ -29,6 +29,9 @@ ALL = os.environ.get("RENTAL_SCHEDULES") == "all"
 KILLS = ["signal:KILL", "act+signal:KILL", "act+signal:INT"]
 N_CALLS = 24  # of a sweep of two shards before the job runs: the rest are lists, again and again
 QUICK = {"sparse_coding.vast.TIMEOUT": 1.5, "sparse_coding.remote.PAUSE": 0.2}
+
+
+long = pytest.mark.skipif(not ALL, reason="RENTAL_SCHEDULES=all, for minutes more")
 
 
 def some(all_of_them: list, few: list) -> list:
@@ -94,6 +97,7 @@ def test_the_cost_is_that_of_the_services_ledger(server, tmp_path):
         assert ours == pytest.approx(row["total"], rel=0.01)
 
 
+@long
 def test_the_calls_keep_the_documented_intervals(server, tmp_path):
     with market(tmp_path, server, rate_limits=0.2) as world:
         done = world.sweep("--api-spacing", "0.2")
@@ -126,7 +130,14 @@ FATES = [
 ]
 
 
-@pytest.mark.parametrize("action", some(LOST, ["act+hang", "504"]))
+OUTBID = [
+    ({}, "0.5", 1),  # it comes back once more is bid
+    ({"returns_after_s": 1.0}, "0.066", 1),  # nothing more may be bid, but it comes back
+    ({"start_refused": True}, "0.066", 2),
+]
+
+
+@pytest.mark.parametrize("action", some(LOST, ["act+hang"]))
 def test_a_lost_answer_to_an_order_buys_nothing_twice(world, action):
     world.lab.fault(method="PUT", path="/asks/", action=action, nth=1)
     done = world.sweep(instances=1)
@@ -135,6 +146,7 @@ def test_a_lost_answer_to_an_order_buys_nothing_twice(world, action):
     assert ("answer to the order was lost" in done.out) == action.startswith("act+")
 
 
+@long
 def test_an_order_that_shows_up_too_late_is_ended_as_a_stray(world):
     world.lab.fault(method="PUT", path="/asks/", action="act+504", nth=1)
     world.lab.behave(times=1, listed_after_s=2.5)
@@ -144,7 +156,7 @@ def test_an_order_that_shows_up_too_late_is_ended_as_a_stray(world):
     assert "ends the stray instance" in done.out
 
 
-@pytest.mark.parametrize("answer", some(ODD, ["null", "410"]))
+@pytest.mark.parametrize("answer", some(ODD, ["null"]))
 def test_an_odd_list_is_an_error_and_never_no_instances(world, answer):
     world.lab.fault(path="/api/v1/instances/", action=answer, nth=[1, 4, 5, 9, 10])
     world.lab.fault(method="DELETE", path="/instances/", action="503", first=2)
@@ -168,11 +180,13 @@ def test_a_list_that_never_answers_soundly_stops_with_the_way_on(world):
     assert_nothing_lives(world)
 
 
+@long
 def test_many_429_are_waited_out(world):
     world.lab.fault(path="", action="429", every=3)
     assert_whole(world, world.sweep(instances=1))
 
 
+@long
 def test_null_fields_of_a_row_hurt_nothing(world):
     fields = "start_date,extra_env,status_msg,gpu_util"
     world.lab.fault(path="/instances/", action=f"null-fields:{fields}")
@@ -193,7 +207,7 @@ def test_a_machine_dearer_than_offered_is_ended_at_once(world):
 
 
 @pytest.mark.parametrize(
-    "fate", some(FATES, FATES[:3]), ids=lambda fate: "-".join(map(str, fate.values()))
+    "fate", some(FATES, FATES[:2]), ids=lambda fate: "-".join(map(str, fate.values()))
 )
 def test_a_machine_that_does_not_come_up_is_replaced_avoided_and_its_log_kept(world, fate):
     world.lab.behave(times=1, **fate)
@@ -209,12 +223,8 @@ def test_a_machine_that_does_not_come_up_is_replaced_avoided_and_its_log_kept(wo
 
 @pytest.mark.parametrize(
     ("fate", "max_dph", "n_machines"),
-    [
-        ({}, "0.5", 1),  # it comes back once more is bid
-        ({"returns_after_s": 1.0}, "0.066", 1),  # nothing more may be bid, but it comes back
-        ({"start_refused": True}, "0.066", 2),
-    ],
-    ids=["bids more", "waits", "replaced"],
+    some(OUTBID, OUTBID[2:]),
+    ids=some(["bids more", "waits", "replaced"], ["replaced"]),
 )
 def test_an_outbid_machine_goes_on_or_is_replaced_from_the_last_checkpoint(
     world, fate, max_dph, n_machines
@@ -241,12 +251,14 @@ def test_a_machine_that_vanishes_is_replaced_and_what_was_fetched_is_not_done_ag
     assert len(log) == 6, "cells of the first machine were trained again"
 
 
+@long
 def test_cut_connections_are_taken_up_again(world):
     world.lab.behave(times=1, cut_after_bytes=[20_000, 60_000, 3_000, 9_000])
     done = world.sweep(instances=1)
     assert_whole(world, done)
 
 
+@long
 def test_a_full_disk_there_is_said_and_another_machine_taken(world):
     world.lab.behave(times=1, disk_mb=3)
     done = world.sweep(instances=1)
@@ -273,6 +285,7 @@ def test_a_full_disk_here_keeps_the_machine_and_the_same_command_fetches(world):
         assert len(world.lab.ledger()) == 1
 
 
+@long
 def test_a_clock_that_is_an_hour_wrong_ends_a_machine_by_its_lifetime_at_the_latest(world):
     world.lab.behave(times=1, clock_skew_s=-3600)
     process = world.start_sweep("--max-hours", "0.003", instances=1, job=[*JOB, "--seconds", "9"])
@@ -300,6 +313,7 @@ def test_a_job_that_fails_is_reported_with_its_last_lines_and_not_tried_again(wo
     assert_nothing_lives(world)
 
 
+@long
 def test_a_lifetime_that_is_over_saves_the_state_and_the_same_command_goes_on(world):
     job = [*JOB, "--seconds", "1.5"]
     done = world.sweep("--max-hours", "0.0025", "--pull-minutes", "1", instances=1, job=job)
@@ -350,7 +364,7 @@ def test_killed_when_results_are_home_it_ends_the_machine_the_next_time(world, h
     assert "done before" in world.sweep(instances=1).out
 
 
-@pytest.mark.parametrize("seed", some(list(range(200)), [1, 2]))
+@pytest.mark.parametrize("seed", some(list(range(200)), [1]))
 def test_a_random_schedule_of_faults_ends_with_the_same_table(server, tmp_path, seed):
     draw = random.Random(seed)
     calls = ["/asks/", "/api/v1/instances/", "/instances/", "/bundles/", "/ssh/", "/users/"]
@@ -421,6 +435,7 @@ def test_two_commands_for_one_run_here_exclude_one_another(world):
     assert len(world.lab.ledger()) == 1
 
 
+@long
 def test_of_two_commands_on_different_machines_the_later_yields(world, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(world.checkout, elsewhere)
