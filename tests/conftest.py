@@ -283,3 +283,21 @@ def mounted_tmpfs(folder: Path, options: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def quick_interpreter():
+    """The interpreter patches Triton's whole language at each call of each function, though it is
+    patched already: most of its time."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    def once(function, real=interpreter._patch_lang):
+        known = (language, language.core)
+        modules = [m for m in function.__globals__.values() if any(m is k for k in known)]
+        patched = not any(language.core.is_builtin(module.load) for module in modules)
+        return interpreter._LangPatchScope() if patched else real(function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield

@@ -20,6 +20,7 @@ from sparse_coding.sweep import make_grid
 from sparse_coding.toy_data import ToyData, ToyStream, make_world
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 H, BATCH, LR = 24, 40, 1e-3  # multiples of no tile
@@ -30,24 +31,6 @@ SMALL = dict(encode_f=32, encode_b=32, encode_k=16, choose_f=32, list_f=16, deco
 WHOLE = dict(list_f=64)  # an autoencoder of 48 features per tile: fast in the interpreter
 RUN = dict(b_dec=torch.full((H,), 0.02), project=True)  # as run.py trains
 CONSTANT = Factors(1.0, 1.0, True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_interpreter():
-    """The interpreter patches Triton's whole language at each call of each function, though it is
-    patched already: most of its time."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    def once(function, real=interpreter._patch_lang):
-        known = (language, language.core)
-        modules = [m for m in function.__globals__.values() if any(m is k for k in known)]
-        patched = not any(language.core.is_builtin(module.load) for module in modules)
-        return interpreter._LangPatchScope() if patched else real(function)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", once)
-        yield
 
 
 @pytest.fixture(scope="module")
