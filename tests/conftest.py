@@ -288,9 +288,13 @@ def mounted_tmpfs(folder: Path, options: str) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def quick_interpreter():
     """The interpreter patches Triton's whole language at each call of each function, though it is
-    patched already: most of its time."""
+    patched already: most of its time. (Before Triton 3.6 or so it did so in another way.)"""
     from triton import language
     from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        yield
+        return
 
     def once(function, real=interpreter._patch_lang):
         known = (language, language.core)

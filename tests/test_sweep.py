@@ -42,6 +42,28 @@ def test_shards_are_disjoint_complete_and_balanced(n_shards):
     assert shards == split_by_cost(cells, n_shards)
 
 
+COSTS = {  # of a cell, by what it is trained with; and how unequal 2, 4 and 8 shards may end
+    "dense": (lambda c: c.n_dict, (1.001, 1.001, 1.001)),
+    # ns of a step on a GPU, by arithmetic (LOG.md): 4.2 a feature at the lowest l1_alpha, where most
+    # features fire, 2.3 at the highest; and some for each autoencoder
+    "GPU": (lambda c: c.n_dict * (4.2 - 1.9 * (c.l1_exp + 8) / 16) + 500, (1.02, 1.02, 1.06)),
+    # us of a core, measured at n_dict 512 (LOG.md): 2 350 at e = -6, 1 300 at -4, 1 000 from 0 on
+    "CPU": (
+        lambda c: c.n_dict * max(2, 2 - c.l1_exp * (0.2 if c.l1_exp > -5 else 0.43)) + 50,
+        (1.05, 1.05, 1.18),
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", COSTS)
+def test_shards_of_the_full_grid_end_together_whatever_trains_them(engine):
+    """The slowest to the mean is what several GPUs or hosts lose: they are dealt by n_dict alone."""
+    cost, most = COSTS[engine]
+    for n_shards, limit in zip((2, 4, 8), most, strict=True):
+        loads = [sum(map(cost, shard)) for shard in split_by_cost(full_grid(), n_shards)]
+        assert max(loads) / (sum(loads) / n_shards) < limit, n_shards
+
+
 def test_groups_hold_one_seed_and_fit_the_budget():
     cells = full_grid(2)
     groups = plan_groups(cells, budget=100_000, memory_of=sum)
