@@ -44,8 +44,8 @@ def test_shards_are_disjoint_complete_and_balanced(n_shards):
 
 COSTS = {  # of a cell, by what it is trained with; and how unequal 2, 4 and 8 shards may end
     "dense": (lambda c: c.n_dict, (1.001, 1.001, 1.001)),
-    # ns of a step on a GPU, by arithmetic (LOG.md): 4.2 a feature at the lowest l1_alpha, where most
-    # features fire, 2.3 at the highest; and some for each autoencoder
+    # ns of a step on a GPU, by arithmetic (LOG.md): 4.2 a feature at the lowest l1_alpha, where
+    # most features fire, 2.3 at the highest; and some for each autoencoder
     "GPU": (lambda c: c.n_dict * (4.2 - 1.9 * (c.l1_exp + 8) / 16) + 500, (1.02, 1.02, 1.06)),
     # us of a core, measured at n_dict 512 (LOG.md): 2 350 at e = -6, 1 300 at -4, 1 000 from 0 on
     "CPU": (
@@ -57,7 +57,7 @@ COSTS = {  # of a cell, by what it is trained with; and how unequal 2, 4 and 8 s
 
 @pytest.mark.parametrize("engine", COSTS)
 def test_shards_of_the_full_grid_end_together_whatever_trains_them(engine):
-    """The slowest to the mean is what several GPUs or hosts lose: they are dealt by n_dict alone."""
+    """The slowest to the mean is what several GPUs or hosts lose; cells are dealt by n_dict."""
     cost, most = COSTS[engine]
     for n_shards, limit in zip((2, 4, 8), most, strict=True):
         loads = [sum(map(cost, shard)) for shard in split_by_cost(full_grid(), n_shards)]
