@@ -7,7 +7,7 @@ the precision at hand); time per step of a row of the figure at each size, with 
 and after --warm-steps, and dense; the loop of 2023 at each size; the whole grid at once, its data
 included: with --full to the end, else --warm-steps, and the rest at the speed of the last of them.
 
-Some ten minutes with --full. Without a GPU it ends with exit code 2, with 1 where numbers disagree.
+Ten minutes with --full. Exit code 2 without a GPU, 1 where numbers disagree.
 """
 
 import datetime
@@ -39,7 +39,9 @@ from sparse_coding.toy_data import ToyData
 from sparse_coding.training import Task
 
 DATA = ToyData("post", H, 512, n_active=5, feature_prob_decay=0.99, noise_std=0.0, batch_size=BATCH)
-WORSE = 3.0  # times the error of torch's own steps at the same precision: what kernels may have
+# Relative distance from float64 after 50 steps: some times what shorter factors cause (LOG.md). A
+# step that is wrong in any part moves parameters by 0.1 and more
+MOST_OFF = {"float32": 2e-3, "tf32": 0.02, "bf16": 0.04}
 TILES = (  # other than the default ones, for --tune
     dict(encode_b=256), dict(encode_f=64), dict(encode_k=64), dict(decode_b=128, decode_h=64),
     dict(decode_k=64), dict(list_f=16), dict(list_f=64, update_h=128), dict(backward_b=128),
@@ -150,8 +152,8 @@ def batches(task: Task, n: int) -> Tensor:
     return torch.stack([task.batch_at(step) for step in range(n)])
 
 
-def check(cfg: Config, device: torch.device, say: Report) -> bool:
-    """Whether kernels are as near to dense steps in float64 as torch's own at this precision."""
+def check(cfg: Config, device: torch.device, precision: str, say: Report) -> bool:
+    """Whether kernels give the numbers of dense steps in float64."""
     n = cfg.check_dict
     members = [Member(n, 10**e / n, seed=i) for i, e in enumerate((-1.5, -0.5, 0.5))]
     xs = batches(task_of(cfg, range(1), device), cfg.check_steps)
@@ -163,24 +165,23 @@ def check(cfg: Config, device: torch.device, say: Report) -> bool:
         found.append([p.double() for p in ensemble.stacks[0].parameters.values()])
     if ensemble.engine.ready is None:
         return False  # a line has said why
-    say(f"against dense float64 after {cfg.check_steps} steps, relative, W_enc b_enc W_dec:")
-    off = []
+    say(f"distance from float64 after {cfg.check_steps} steps, relative, W_enc b_enc W_dec:")
     for name, values in zip(("torch", "kernels"), found[1:], strict=True):
         pairs = zip(values, found[0], strict=True)
-        off.append([float((a - b).norm() / b.norm()) for a, b in pairs])
-        say(f"  {name:8}" + "".join(f"  {value:.1e}" for value in off[-1]))
-    agrees = all(ours <= max(WORSE * theirs, 1e-4) for theirs, ours in zip(*off, strict=True))
+        off = [float((a - b).norm() / b.norm()) for a, b in pairs]
+        say(f"  {name:8}" + "".join(f"  {value:.1e}" for value in off))
+    agrees = all(value <= MOST_OFF[precision] for value in off)  # of the kernels
     say(f"kernels {'agree' if agrees else 'DISAGREE'}\n")
     return agrees
 
 
 def needs(ensemble: Ensemble) -> tuple[float, float]:
-    """Bytes and FLOP that the last step could not do without, by what fired and moved in it."""
+    """Bytes and FLOP of the last step: W_enc, six matrices read and written where rows moved, codes
+    and δ written and read where features fired."""
     _, work, _ = ensemble.engine.ready
-    n, fired = sum(ensemble.engine.sizes), int(work.n_fired.sum())
-    moved = fired + int(work.n_resting.sum())
-    # W_enc; six matrices read and written where rows move; codes and δ, written and read
-    n_bytes = 4 * H * n + 2 * 6 * 4 * H * moved + 4 * 4 * BATCH * fired
+    n = sum(ensemble.engine.sizes)
+    fired, resting = int(work.n_fired.sum()), int(work.n_resting.sum())
+    n_bytes = 4 * H * n + 2 * 6 * 4 * H * (fired + resting) + 4 * 4 * BATCH * fired
     return n_bytes, 2 * BATCH * H * (n + 4 * fired)
 
 
@@ -231,9 +232,8 @@ def rows(cfg: Config, device: torch.device, say: Report) -> float:
 
 def grid(cfg: Config, device: torch.device, say: Report, peak: tuple[float, float]) -> float:
     """The whole grid at once; returns the seconds of the figure, data included."""
-    began = time.perf_counter()
     task = task_of(cfg, all_sizes(cfg), device)
-    say(f"the grid: {len(task.ensemble.members)} SAEs, made in {time.perf_counter() - began:.1f} s")
+    say(f"the grid: {len(task.ensemble.members)} SAEs")
     say("    step  us a step   GB  GFLOP  of the copy's GB/s, of the GEMM's FLOP/s")
     last = cfg.n_steps if cfg.full else cfg.warm_steps
     part, seconds = -(-last // 10), 0.0
@@ -283,7 +283,7 @@ def main(argv: list[str]) -> int:
     precision = set_precision(cfg.precision, device)
     say = Report(cfg.output)
     about(cfg, device, precision, say)
-    if not check(cfg, device, say):
+    if not check(cfg, device, precision, say):
         return 1
     peak = limits(cfg, device, say)
     theirs = rows(cfg, device, say)

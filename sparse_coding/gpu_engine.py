@@ -3,7 +3,7 @@
 The stacks' tensors become parts of one matrix with a row per feature (gpu_kernels.py), so a step of
 all autoencoders is six launches, or eight where b_dec is trained and rows don't fit a tile.
 
-Kernels are tried once for each shape, against a dense step in float64 on the CPU. Where they don't
+Kernels are tried once for each shape, against dense steps in float64. Where they don't
 compile or give other numbers, training is dense, and a line says so.
 """
 
@@ -21,7 +21,7 @@ from sparse_coding.stack import DenseEngine, Scratch, Stack
 
 MOST_STEPS = 16  # at a time; their batches are made while others train
 DOT = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # torch's names for float32 GEMMs
-# (programs at once of 32 threads, stages of the pipeline): no kernel spills registers at h 256 and
+# (warps, stages of the pipeline): no kernel spills registers at h 256 and
 # 3 072 for compute capabilities 8.0, 8.6 and 9.0 (a test compiles them); not tuned
 LAUNCH = {
     "encode": (8, 3),
@@ -33,7 +33,7 @@ LAUNCH = {
     "normalise": (8, 1),
     "update_b_dec": (4, 1),
 }
-TRIAL_ERROR = 0.05  # of a parameter's movement, relative; bfloat16 is within 0.01
+TRIAL_ERROR = 0.1  # of a movement, relative; factors cut to tf32 give 0.02, to bf16 0.04 (LOG.md)
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def has_triton() -> bool:
 
 
 def _say_dense(reason: str) -> None:
-    print(f"no Triton kernels, so a GPU trains densely, several times slower: {reason}", flush=True)
+    print(f"Triton kernels can't be used, so the GPU trains densely, slower: {reason}", flush=True)
 
 
 def shape_of(h: int, batch: int, *, b_dec: bool, project: bool, dot: str, **tiles: int) -> object:
@@ -264,11 +264,11 @@ def trial_error(shape: object, device: torch.device) -> float:
     """Distance of the kernels' steps from dense ones in float64, relative; of the worst parameter.
 
     Adam with an eps of 1 takes steps in proportion to the gradient, which are compared as such.
-    On the second batch, of zeros, some features fire and others rest.
+    On the second batch, of one vector many times, half of the features rest.
     """
     xs = torch.randn(3, shape.batch, shape.h, generator=torch.Generator().manual_seed(0))
+    xs[1] = xs[1, 0]
     xs, moved = (xs * shape.h**-0.5).to(device), []
-    xs[1] = 0
     members = [Member(n, 1e-3, seed=n, tied=True) for n in (shape.encode_f + 8, shape.list_f + 8)]
     for dtype in (torch.float32, torch.float64):
         options = dict(lr=shape.h / 4, eps=1.0, project=shape.project)

@@ -3,6 +3,8 @@
 Whatever needs a GPU itself (graphs, streams) is at the end and skipped without one.
 """
 
+import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from sparse_coding.gpu_engine import GpuEngine, launcher, make_work, shape_of, t
 from sparse_coding.members import DORMANT, Factors, Member, Schedule
 from sparse_coding.stack import PARAMETERS, DenseEngine
 from sparse_coding.sweep import make_grid
-from sparse_coding.toy_data import ToyData, ToyStream, make_world
+from sparse_coding.toy_data import LAWS, ToyData, ToyStream, make_world
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
@@ -130,7 +132,7 @@ def test_steps_move_parameters_as_dense_ones_in_float64(h, batch, run, tiles):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter multiplies bfloat16 as if it were integers")
-@pytest.mark.parametrize(("dot", "most"), [("tf32", 5e-3), ("tf32x3", 1e-4), ("bf16", 3e-2)])
+@pytest.mark.parametrize(("dot", "most"), [("tf32", 0.03), ("tf32x3", 1e-3), ("bf16", 0.06)])
 def test_steps_with_shorter_factors_move_them_less_exactly(dot, most):
     shape = shape_of(256, 256, b_dec=True, project=True, dot=dot)
     assert trial_error(shape, DEVICE) < most
@@ -431,7 +433,7 @@ def test_without_triton_a_line_says_that_a_gpu_trains_densely():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     line, planned = done.stdout.splitlines()
-    assert "no Triton kernels" in line
+    assert "Triton kernels can't be used" in line
     assert planned == str([12 * (2 * 64 + 8) + 4 * 8 + 4 * (8 * 2 * (4 + 8) + 4 * 8)] * 2)
     assert done.stderr == ""
 
@@ -489,8 +491,6 @@ for name, (warps, stages) in gpu_engine.LAUNCH.items():
 )
 def test_kernels_compile_for_gpus_without_spilled_registers(capability, h, batch, run, most_kb):
     """To machine code, on any machine: the compiler and the assembler come with Triton."""
-    import os
-
     root = Path(__file__).parent.parent
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
     numbers = [str(n) for n in (capability, h, batch, run, most_kb)]
@@ -539,8 +539,10 @@ def test_an_ensemble_on_a_gpu_takes_the_kernels_and_resumes_with_the_same_bits(x
 
 
 @needs_gpu
-def test_toy_batches_are_drawn_without_waiting_for_the_gpu():
-    stream = ToyStream(DATA, make_world(DATA, 0), batch_seed=1, device=DEVICE)
+@pytest.mark.parametrize("law", LAWS)
+def test_toy_batches_are_drawn_without_waiting_for_the_gpu(law):
+    data = dataclasses.replace(DATA, law=law)
+    stream = ToyStream(data, make_world(data, 0), batch_seed=1, device=DEVICE)
     first = stream.batch(0)
     torch.cuda.set_sync_debug_mode("error")
     try:
