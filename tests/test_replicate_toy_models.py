@@ -619,7 +619,9 @@ def test_no_heavy_package_is_imported_without_need(tmp_path: Path):
     assert done.code == 0, done.err
     modules = set(done.out.split())
     assert {"torch", "matplotlib"} <= modules
-    assert modules & {"transformers", "datasets", "wandb", "vastai", "pandas", "triton"} == set()
+    # torch._dynamo loads triton by itself where it is installed; our kernels for it are for CUDA
+    heavy = {"transformers", "datasets", "wandb", "vastai", "pandas", "sparse_coding.gpu_kernels"}
+    assert modules & heavy == set()
 
 
 def test_an_offline_wandb_run_holds_the_summary(tmp_path: Path):
