@@ -3,7 +3,7 @@
 For each n_dict and share, one autoencoder per thread at h = 256, batch 256, its weights held (lr 0)
 and its biases set so that this share of the codes is above 0: microseconds of a core (other work on
 the machine counts little) for a step with only sparse and with only dense kernels, and as it
-chooses by itself (cpu_engine.DENSITY), interleaved, medians. The last column must stay below 1.05.
+chooses by itself (cpu_setup.DENSITY), interleaved, medians. The last column must stay below 1.05.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/sparse_crossover.py
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
-from sparse_coding.cpu_engine import DENSITY, CpuEngine
+from sparse_coding.cpu_engine import CpuEngine
+from sparse_coding.cpu_setup import DENSITY
 from sparse_coding.ensemble import Ensemble
 from sparse_coding.hardware import describe, set_precision
 from sparse_coding.members import Member

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from sparse_coding.cpu_engine import one_thread_here
+from sparse_coding.cpu_setup import one_thread_here
 
 Batches = Iterator[tuple[range, Tensor]]
 

@@ -4,130 +4,30 @@ A thread takes an autoencoder through several steps, alone: its weights and mome
 core's cache, no thread waits for another at a barrier, and no number depends on how many threads
 there are or which autoencoders share the ensemble. Where threads outnumber autoencoders, all share
 one at a time; its bits stay the same (sparse_kernels.py).
-
-Needs numba, and a torch built with MKL, whose sgemm the kernels call: has_kernels() says so if not.
 """
 
-import contextlib
-import ctypes
-import functools
 import math
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_coding.cpu_setup import (
+    DENSITY,
+    Scratch,
+    gradient_shapes,
+    one_thread_here,
+    work_shapes,
+)
 from sparse_coding.members import BETAS, Factors
 
-# Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.40 to 0.45)
-DENSITY = 0.4
 NO_END = 2**40  # of tiles
-SAID_AFTER = 3.0  # seconds
 MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 holds; not tuned
 MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then signals are seen
-
-
-@functools.cache
-def libtorch() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-
-
-def one_thread_here() -> None:
-    """Limits MKL and OpenMP to one thread in the calling thread; denormals are flushed in it."""
-    torch.get_num_threads()  # torch's own start-up of a thread, which would undo the next line
-    libtorch().omp_set_num_threads(1)
-    libtorch().MKL_Set_Num_Threads_Local(1)
-    torch.set_flush_denormal(True)
-
-
-@functools.cache
-def has_kernels() -> bool:
-    """Whether what the kernels need is there; says so, once, if it isn't."""
-    try:
-        import llvmlite.binding
-
-        from sparse_coding import row_kernels
-
-        needed = ("sgemm_", "omp_set_num_threads", "MKL_Set_Num_Threads_Local")
-        missing = [name for name in needed if not hasattr(libtorch(), name)]
-    except (ImportError, OSError) as error:
-        missing = [str(error)]
-    if missing:
-        _say_slow(", ".join(missing))
-        return False
-    sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(row_kernels.GEMM_SYMBOL, sgemm)
-    return True
-
-
-def _say_slow(reason: str) -> None:
-    print(f"no compiled kernels, so a CPU trains several times slower: {reason}", flush=True)
-
-
-@functools.cache
-def kernels_compile() -> bool:
-    """Compiles them, or loads what was compiled before. Says so, if it takes long or fails."""
-    from numba.core.errors import NumbaError
-
-    from sparse_coding.row_kernels import Sae
-    from sparse_coding.sparse_kernels import ALL, steps
-
-    W, b, none = np.zeros((8, 8), np.float32), np.zeros(8, np.float32), np.zeros(0, np.float32)
-    idle, one = np.zeros(8, np.int32), np.zeros(1, np.float32)
-    sae = Sae(W, b, W, none, W, W, b, b, W, W, none, none, idle, one, one)
-    scratch, x = _Scratch(8, 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
-    pace = np.zeros((1, 6), np.float32)
-    try:
-        with _said_if_slow("compiling the CPU kernels, once on this machine: some 15 s"):
-            steps(sae, scratch.work(8), scratch.gradients, x, pace, ALL, (0, 1))
-    except NumbaError as error:
-        _say_slow(str(error).splitlines()[0])
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _said_if_slow(message: str) -> Iterator[None]:
-    timer = threading.Timer(SAID_AFTER, print, [message], {"flush": True})
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def work_shapes(n_dict: int, batch: int, h: int, *, density: float) -> dict[str, tuple]:
-    """(shape, dtype) of each field of Work."""
-    from sparse_coding.sparse_kernels import TILE
-
-    f32, i32 = torch.float32, torch.int32
-    sample = torch.uint16 if batch < 2**16 else i32
-    most = int(max(density, 0) * n_dict * batch)
-    return {
-        "codes": ((n_dict, batch), f32),
-        "where": ((n_dict, batch), sample),
-        "count": ((n_dict,), i32),
-        "listed": ((n_dict,), torch.bool),
-        "sparse": ((1,), torch.bool),
-        "g": ((batch, h), f32),
-        "off": ((-(-n_dict // TILE), h), f32),
-        "start": ((batch + 2,), torch.int64),
-        "feature": ((most,), i32),
-        "value": ((most,), f32),
-    }
-
-
-def gradient_shapes(batch: int, h: int) -> list[tuple]:
-    """Shape of each field of Gradients."""
-    from sparse_coding.sparse_kernels import TILE
-
-    return [(TILE, batch), (TILE,), (TILE, h), (TILE, h)]
 
 
 def engine_bytes(n_dicts: list[int], h: int, batch: int, *, n_threads: int) -> int:
@@ -142,39 +42,6 @@ def engine_bytes(n_dicts: list[int], h: int, batch: int, *, n_threads: int) -> i
 
 def steps_at_a_time(n_dicts: list[int], h: int) -> int:
     return int(max(1, min(MOST_STEPS, MOST_WEIGHTS / (sum(n_dicts) * h))))
-
-
-class _Scratch:
-    """Work and Gradients of a thread, for dictionaries of up to n_dict features."""
-
-    def __init__(self, n_dict: int, batch: int, h: int, *, density: float):
-        from sparse_coding import sparse_kernels
-
-        self.kernels, self.batch, self.h, self.density = sparse_kernels, batch, h, density
-        self.n_dict = n_dict
-        self.flat: dict[str, Tensor] = {}
-        self.gradients = sparse_kernels.Gradients(
-            *(torch.empty(shape).numpy() for shape in gradient_shapes(batch, h))
-        )
-        self.of_size: dict[int, object] = {}
-
-    @property
-    def n_bytes(self) -> int:
-        flat = sum(t.numel() * t.element_size() for t in self.flat.values())
-        return flat + sum(array.nbytes for array in self.gradients)
-
-    def work(self, n_dict: int) -> object:
-        """The Work of a dictionary of that size; valid until the next one's."""
-        if not self.flat:
-            # torch's memory begins at multiples of 64 bytes, as fast vector loads want it
-            largest = work_shapes(self.n_dict, self.batch, self.h, density=self.density)
-            self.flat = {k: torch.empty(math.prod(s), dtype=t) for k, (s, t) in largest.items()}
-        if n_dict not in self.of_size:
-            shapes = work_shapes(n_dict, self.batch, self.h, density=self.density)
-            self.of_size[n_dict] = self.kernels.Work(
-                *(self.flat[k][: math.prod(s)].view(s).numpy() for k, (s, _) in shapes.items())
-            )
-        return self.of_size[n_dict]
 
 
 class CpuEngine:
@@ -241,12 +108,12 @@ class CpuEngine:
             ):
                 run(step, todo, n)
 
-    def _scratch_for(self, xs: np.ndarray) -> _Scratch:
+    def _scratch_for(self, xs: np.ndarray) -> Scratch:
         """This thread's, allocated at its first steps and when the batch size changes."""
         _, batch, h = xs.shape
         found = getattr(self.scratch, "value", None)
         if found is None or found.batch != batch:
-            found = _Scratch(max(self.sizes), batch, h, density=self.density)
+            found = Scratch(max(self.sizes), batch, h, density=self.density)
             self.scratch.value = found
         return found
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sparse_coding import gpu_engine
-from sparse_coding.cpu_engine import CpuEngine, engine_bytes, has_kernels, kernels_compile
+from sparse_coding.cpu_engine import CpuEngine, engine_bytes
+from sparse_coding.cpu_setup import has_kernels, kernels_compile
 from sparse_coding.members import Member, Schedule
 from sparse_coding.stack import PARAMETERS, DenseEngine, Scratch, Stack
 

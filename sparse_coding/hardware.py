@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from sparse_coding.config import require
-from sparse_coding.cpu_engine import has_kernels
+from sparse_coding.cpu_setup import has_kernels
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
 # Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are

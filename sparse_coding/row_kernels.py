@@ -30,7 +30,7 @@ BETA1, BETA2 = BETAS
 F0, F1 = np.float32(0), np.float32(1)
 # Sums may be reordered, as in any GEMM; NaN and infinities keep their meaning
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-GEMM_SYMBOL = "sparse_coding_sgemm"  # bound to torch's sgemm by cpu_engine
+GEMM_SYMBOL = "sparse_coding_sgemm"  # bound to torch's sgemm by cpu_setup
 N, T = 78, 84  # the letters that it knows
 
 

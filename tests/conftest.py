@@ -56,10 +56,10 @@ for name in sys.argv[2:]:
 tyro.cli(int, args=["1"])
 runpy.run_path(script, run_name="preload")
 if "torch" in sys.modules:
-    from sparse_coding import cpu_engine
+    from sparse_coding import cpu_setup
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        if cpu_engine.has_kernels():
-            cpu_engine.kernels_compile()
+        if cpu_setup.has_kernels():
+            cpu_setup.kernels_compile()
 gc.freeze()  # else every fork walks, and so copies, all of torch's objects when it ends
 while line := sys.stdin.readline():
     job = json.loads(line)

@@ -1,5 +1,6 @@
 """Compiled kernels against the dense engine in float64, and against themselves in other threads."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_coding import cpu_engine
-from sparse_coding.cpu_engine import CpuEngine, kernels_compile
+from sparse_coding import cpu_setup
+from sparse_coding.cpu_engine import CpuEngine
+from sparse_coding.cpu_setup import kernels_compile
 from sparse_coding.ensemble import Ensemble
 from sparse_coding.members import BETAS, DORMANT, Member, Schedule
 from sparse_coding.stack import PARAMETERS, DenseEngine
@@ -26,7 +28,7 @@ OPTIONS = {  # of the toy replication, and of run.py
 ALWAYS, NEVER = 1.0, -1.0  # densities up to which steps are sparse
 
 pytestmark = pytest.mark.skipif(
-    not cpu_engine.has_kernels(), reason="needs numba and a torch built with MKL"
+    not cpu_setup.has_kernels(), reason="needs numba and a torch built with MKL"
 )
 
 
@@ -87,7 +89,7 @@ def in_float64(xs, options) -> dict[int, Ensemble]:
     return found
 
 
-@pytest.mark.parametrize("density", [None, ALWAYS, NEVER, cpu_engine.DENSITY])
+@pytest.mark.parametrize("density", [None, ALWAYS, NEVER, cpu_setup.DENSITY])
 def test_parameters_equal_dense_training_in_float64_after_500_steps(
     xs, options, in_float64, density
 ):
@@ -308,6 +310,7 @@ def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
         raise TypingError("no such type\nin detail")
 
     monkeypatch.setattr(sparse_kernels, "steps", steps)
+    monkeypatch.setattr(cpu_setup, "kernels_missing_in", lambda: None)
     monkeypatch.setattr("sparse_coding.ensemble.kernels_compile", kernels_compile.__wrapped__)
     ensemble = Ensemble(members(), H, lr=LR, device=CPU)
     assert isinstance(ensemble.engine, DenseEngine)
@@ -317,13 +320,13 @@ def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
 
 
 def test_compiling_is_said_if_it_takes_long(capsys, monkeypatch):
-    monkeypatch.setattr(cpu_engine, "SAID_AFTER", 0.0)
-    with cpu_engine._said_if_slow("compiling"):
+    monkeypatch.setattr(cpu_setup, "SAID_AFTER", 0.0)
+    with cpu_setup._said_if_slow("compiling"):
         while not (said := capsys.readouterr().out):
             pass
     assert said == "compiling\n"
-    monkeypatch.setattr(cpu_engine, "SAID_AFTER", 30.0)
-    with cpu_engine._said_if_slow("compiling"):
+    monkeypatch.setattr(cpu_setup, "SAID_AFTER", 30.0)
+    with cpu_setup._said_if_slow("compiling"):
         pass
     assert capsys.readouterr().out == ""
 
@@ -334,3 +337,28 @@ def test_kernels_are_kept_by_their_source():
 
     for kernel in (row_kernels.adam_, sparse_kernels.steps):
         assert Path(row_kernels.CACHE_FOLDER).name in kernel._cache.cache_path
+
+
+BITS = """
+import hashlib, torch
+from sparse_coding.ensemble import Ensemble
+from sparse_coding.members import Member
+ensemble = Ensemble([Member(64, 1e-3, 0)], 32, lr=1e-3, device=torch.device("cpu"))
+ensemble.steps_(torch.randn(100, 64, 32, generator=torch.Generator().manual_seed(0)))
+values = torch.cat([p.flatten() for p in ensemble.stacks[0].parameters.values()])
+print(hashlib.sha256(values.detach().numpy().tobytes()).hexdigest())
+"""
+
+
+def test_a_run_that_compiles_has_the_bits_of_those_that_load(tmp_path):
+    """Two at once, of which one compiles, and one after them."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command, root = [sys.executable, "-c", BITS], Path(__file__).parent.parent
+    options = dict(cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    first = [subprocess.Popen(command, **options) for _ in range(2)]
+    lines = [process.communicate(timeout=300)[0].splitlines() for process in first]
+    lines.append(subprocess.run(command, **options, check=True).stdout.splitlines())
+    assert all("compiling" in said for said, _ in lines[:2])
+    assert len({bits for *_, bits in lines}) == 1
+    assert len(lines[2]) == 1  # nothing to compile
+    assert len(list(tmp_path.rglob("sparse_kernels.steps-*.nbc"))) == 1

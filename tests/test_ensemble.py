@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparse_coding.config import named_seed
-from sparse_coding.cpu_engine import DENSITY, _Scratch
+from sparse_coding.cpu_setup import DENSITY, Scratch
 from sparse_coding.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.members import Member, Schedule, initial_autoencoder
 from sparse_coding.toy_data import ToyData, ToyStream, make_world
@@ -174,7 +174,7 @@ def test_memory_plan_covers_what_the_ensemble_allocates(n_dicts, engine, monkeyp
     held += ensemble.scratch.flat.values()
     allocated = sum(t.numel() * t.element_size() for t in held)
     if engine == "compiled":
-        scratch = _Scratch(max(n_dicts), len(x), H, density=DENSITY)
+        scratch = Scratch(max(n_dicts), len(x), H, density=DENSITY)
         scratch.work(max(n_dicts))
         allocated += scratch.n_bytes * min(torch.get_num_threads(), len(n_dicts))
         allocated += 3 * 4 * x.numel() * ensemble.engine.steps_at_a_time

@@ -59,9 +59,8 @@ def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(world, t
     ours, theirs = table(tmp_path / "here"), table(world.output)
     assert len(ours) == 12
     for row, other in zip(ours, theirs, strict=True):
-        for name in row.keys() - {"seconds", "mmcs_with_larger"}:  # to rounding
-            assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-5, abs=1e-7), name
-        assert (row["mmcs_with_larger"] == "") == (other["mmcs_with_larger"] == "")
+        same = row.keys() - {"seconds"}
+        assert {name: row[name] for name in same} == {name: other[name] for name in same}
     assert (world.output / "figures" / "mmcs.png").stat().st_size > 10_000
     assert len(list((world.output / "wandb").glob("offline-run-*"))) == 3  # shards, and the merge
     assert "to upload: wandb sync" in done.out
