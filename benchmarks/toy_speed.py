@@ -9,7 +9,7 @@ many steps, extrapolated, its data given for free.
     make .venv-peers/installed
     .venv-peers/bin/python benchmarks/toy_speed.py --output-dir results/DATE_toy_speed
 
-Whoever isn't installed is left out. 35 minutes on two cores; --row-sizes leaves out part 2. Run it
+Whoever isn't installed is left out. Half an hour on two cores; --row-sizes leaves out part 2. Run it
 alone on a quiet machine: the others are faster with spinning threads there (OMP_WAIT_POLICY unset),
 ours doesn't depend on it. Where other work can't be kept away, set OMP_WAIT_POLICY=PASSIVE and look
 at the times per core-second: what the work costs, as if the others' threads never waited.
@@ -209,6 +209,8 @@ def draw(table: list[dict], rows: dict[int, dict], path: Path) -> None:
         sizes = [line["n_dict"] for line in lines]
         left.errorbar(sizes, median, spread, marker="o", capsize=3, label=who)
     left.set(xscale="log", yscale="log", xlabel="n_dict", ylabel="SAE-steps/s")
+    left.set_xticks(sizes, sizes)
+    left.minorticks_off()
     left.set_title(f"h {H}, batch {BATCH}, float32, {describe(CPU)}")
     left.legend(fontsize=8)
     for i, (n_dict, row) in enumerate(rows.items()):
@@ -221,6 +223,7 @@ def draw(table: list[dict], rows: dict[int, dict], path: Path) -> None:
         label = f"{best}, {n_dict}, data for free"
         right.axhline(row["others"][best], color=f"C{i}", linestyle=":", label=label)
     right.set(yscale="log", xlabel="step", ylabel="SAE-steps/s, data included")
+    right.set_ylim(bottom=right.get_ylim()[0] / 4)  # room for the legend
     right.set_title("a row of the figure at full length")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)
