@@ -9,10 +9,10 @@ many steps, extrapolated, its data given for free.
     make .venv-peers/installed
     .venv-peers/bin/python benchmarks/toy_speed.py --output-dir results/DATE_toy_speed
 
-Whoever isn't installed is left out. Half an hour on two cores; --row-sizes leaves out part 2. Run it
-alone on a quiet machine: the others are faster with spinning threads there (OMP_WAIT_POLICY unset),
-ours doesn't depend on it. Where other work can't be kept away, set OMP_WAIT_POLICY=PASSIVE and look
-at the times per core-second: what the work costs, as if the others' threads never waited.
+Whoever isn't installed is left out. Half an hour on two cores; --row-sizes leaves out part 2. Run
+it alone on a quiet machine: the others are faster with spinning threads there (OMP_WAIT_POLICY
+unset), ours doesn't depend on it. Where other work can't be kept away, set OMP_WAIT_POLICY=PASSIVE
+and look at the times per core-second: what the work costs, as if the others' threads never waited.
 """
 
 import importlib.util
