@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from sparse_coding.activations import Harvester, Shards
 from sparse_coding.config import UserError, require
+from sparse_coding.cpu_setup import one_thread_here
 from sparse_coding.files import (
     DISK_RESERVE,
     existing,
@@ -181,7 +182,8 @@ def _harvest(folder: Path, harvester: Harvester, missing: list[int]) -> None:
     require_free_disk(folder, n_rows * size)
     interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
     with (
-        ThreadPoolExecutor(1) as writer,
+        # with threads of its own it would take turns with those of the model
+        ThreadPoolExecutor(1, initializer=one_thread_here) as writer,
         tqdm(total=n_rows, unit="tok", unit_scale=True, desc="harvest", mininterval=interval,
              disable=sys.stderr is None) as bar,
     ):  # fmt: skip

@@ -21,18 +21,22 @@ from torch import Tensor
 # Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.40 to 0.45)
 DENSITY = 0.4
 SAID_AFTER = 3.0  # seconds
+ONE_THREAD = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")  # functions of libtorch
 
 
 @functools.cache
 def libtorch() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    end = "dylib" if sys.platform == "darwin" else "so"
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{end}"))
 
 
 def one_thread_here() -> None:
-    """Limits MKL and OpenMP to one thread in the calling thread; denormals are flushed in it."""
-    torch.get_num_threads()  # torch's own start-up of a thread, which would undo the next line
-    libtorch().omp_set_num_threads(1)
-    libtorch().MKL_Set_Num_Threads_Local(1)
+    """Limits OpenMP and MKL to one thread in the calling thread, where torch is built with them;
+    denormals are flushed in it."""
+    torch.get_num_threads()  # torch's own start-up of a thread, which would undo the next lines
+    for name in ONE_THREAD:
+        if hasattr(libtorch(), name):
+            libtorch()[name](1)
     torch.set_flush_denormal(True)
 
 
@@ -44,7 +48,7 @@ def has_kernels() -> bool:
 
         from sparse_coding import row_kernels
 
-        needed = ("sgemm_", "omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+        needed = ("sgemm_", *ONE_THREAD)
         missing = [name for name in needed if not hasattr(libtorch(), name)]
     except (ImportError, OSError) as error:
         missing = [str(error)]

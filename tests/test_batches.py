@@ -37,6 +37,12 @@ def test_prefetched_batches_are_those_of_their_steps():
         assert [xs[:, 0, 0].tolist() for _, xs in found] == [[0, 1], [2, 3, 4]]
 
 
+def test_a_torch_built_without_mkl_makes_batches_ahead_too(monkeypatch):
+    monkeypatch.setattr("sparse_coding.cpu_setup.libtorch", object)
+    ((steps, xs),) = prefetched(lambda step: torch.full((2, 3), step), iter([range(1)]))
+    assert (steps, xs.shape) == (range(1), (1, 2, 3))
+
+
 def test_the_next_batches_are_made_while_these_are_used_and_no_further():
     made, ready = [], threading.Event()
 
