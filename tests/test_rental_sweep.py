@@ -137,7 +137,7 @@ OUTBID = [
 ]
 
 
-@pytest.mark.parametrize("action", some(LOST, ["act+hang"]))
+@pytest.mark.parametrize("action", some(LOST, ["act+drop"]))
 def test_a_lost_answer_to_an_order_buys_nothing_twice(world, action):
     world.lab.fault(method="PUT", path="/asks/", action=action, nth=1)
     done = world.sweep(instances=1)
@@ -207,7 +207,7 @@ def test_a_machine_dearer_than_offered_is_ended_at_once(world):
 
 
 @pytest.mark.parametrize(
-    "fate", some(FATES, FATES[:2]), ids=lambda fate: "-".join(map(str, fate.values()))
+    "fate", some(FATES, FATES[5:6]), ids=lambda fate: "-".join(map(str, fate.values()))
 )
 def test_a_machine_that_does_not_come_up_is_replaced_avoided_and_its_log_kept(world, fate):
     world.lab.behave(times=1, **fate)
@@ -330,12 +330,9 @@ def test_a_lifetime_that_is_over_saves_the_state_and_the_same_command_goes_on(wo
 
 EVERY_CALL = [(call, how) for call in range(1, N_CALLS + 1) for how in KILLS]
 FEW_CALLS = [
-    (2, KILLS[0]),
     (6, KILLS[1]),
-    (7, KILLS[0]),
     (8, KILLS[1]),
     (9, KILLS[2]),
-    (12, KILLS[2]),
 ]
 
 
@@ -364,7 +361,7 @@ def test_killed_when_results_are_home_it_ends_the_machine_the_next_time(world, h
     assert "done before" in world.sweep(instances=1).out
 
 
-@pytest.mark.parametrize("seed", some(list(range(200)), [1]))
+@pytest.mark.parametrize("seed", some(list(range(200)), [7]))
 def test_a_random_schedule_of_faults_ends_with_the_same_table(server, tmp_path, seed):
     draw = random.Random(seed)
     calls = ["/asks/", "/api/v1/instances/", "/instances/", "/bundles/", "/ssh/", "/users/"]

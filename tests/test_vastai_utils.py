@@ -52,7 +52,8 @@ def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(world, t
     print(done.out)
     assert_nothing_lives(world)
     for shard in ("1/2", "2/2"):
-        words = [world.checkout / "replicate_toy_models.py", *TOY[2:], "--output-dir", "here"]
+        # of this checkout, where kernels are compiled already
+        words = [ROOT / "replicate_toy_models.py", *TOY[2:], "--output-dir", "here"]
         done_here = run_script([*words, "--shard", shard], cwd=tmp_path)
         assert done_here.code == 0, done_here.err
     assert run_script(words, cwd=tmp_path).code == 0
