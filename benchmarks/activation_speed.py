@@ -5,7 +5,7 @@ same tokens in the same batches. Sweep: SAE-steps/s of all cells on one read of 
 the cells one after another, each with its own read, by the same engine and by a plain autograd
 loop (fused Adam, unit rows, no gradient projection). Medians over interleaved repeats.
 
-    python benchmarks/activation_speed.py                        the demo: 3 minutes on two cores
+    python benchmarks/activation_speed.py                        the demo: 90 s on two cores
     python benchmarks/activation_speed.py --model ID --dataset ID --layer 6
 """
 
