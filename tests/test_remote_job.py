@@ -57,6 +57,13 @@ class Machine:
     def pid(self) -> int:
         return json.loads((self.home / ".sae" / "status.json").read_text())["pid"]
 
+    def starts(self, expected: str) -> str:
+        """What jobs have written into `starts`, when it is that or after 10 s."""
+        path, end = self.code / "starts", time.monotonic() + 10
+        while time.monotonic() < end and not (path.exists() and path.read_text() == expected):
+            time.sleep(0.1)
+        return path.read_text()
+
 
 @pytest.fixture
 def machine(tmp_path):
@@ -87,6 +94,7 @@ def test_the_same_job_is_not_started_twice_and_another_not_beside_it(machine):
 def test_a_job_whose_keeper_is_killed_dies_with_it_and_is_started_again(machine):
     code = "open('starts', 'a').write('x')\n" + COUNT.format(n=40)
     machine.submit(code)
+    assert machine.starts("x") == "x"  # else it may be killed before it wrote anything
     os.kill(machine.pid, signal.SIGKILL)
     end = time.monotonic() + 10
     while machine.ask("status")["running"] and time.monotonic() < end:
@@ -94,10 +102,7 @@ def test_a_job_whose_keeper_is_killed_dies_with_it_and_is_started_again(machine)
     status = machine.ask("status")
     assert (status["running"], status["exit"]) == (False, None)
     assert machine.ask("start")["running"]
-    end = time.monotonic() + 10
-    while (machine.code / "starts").read_text() != "xx" and time.monotonic() < end:
-        time.sleep(0.1)
-    assert (machine.code / "starts").read_text() == "xx"
+    assert machine.starts("xx") == "xx"
     os.kill(machine.pid, signal.SIGKILL)
 
 
