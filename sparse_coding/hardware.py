@@ -13,8 +13,8 @@ MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room f
 # Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are
 # 76 % of a dense step at n_dict 512 (LOG.md), less for small dictionaries
 TRAINING_EFFICIENCY = 0.6
-PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # ours -> torch's
 SPARSE_EFFICIENCY = 2.5  # the same where zeros are left out: of a full-length row (LOG.md)
+PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # ours -> torch's
 
 
 def pick_device(flag: str) -> torch.device:
