@@ -20,22 +20,22 @@ from typing import Literal
 
 import torch
 
-from sparse_coding import replication
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
-from sparse_coding.distributed import Shard, find_shard
 from sparse_coding.files import read_csv, require_free_disk
-from sparse_coding.hardware import (
+from sparse_coding.sweep.distributed import Shard, find_shard
+from sparse_coding.sweep.grid import Cell, check_grid, make_grid, plan_groups
+from sparse_coding.sweep.hardware import (
     describe,
     memory_budget,
     pick_device,
     rough_time,
     set_precision,
 )
-from sparse_coding.results import locked
-from sparse_coding.sweep import Cell, check_grid, make_grid, plan_groups
-from sparse_coding.sweep_script import PlannedRun, RunOptions, plan_run, train_planned
-from sparse_coding.toy_cells import ToyRecipe
-from sparse_coding.toy_data import ToyData
+from sparse_coding.sweep.run_folder import locked
+from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
+from sparse_coding.toy import replication
+from sparse_coding.toy.data import ToyData
+from sparse_coding.toy.recipe import ToyRecipe
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 

@@ -21,20 +21,20 @@ from typing import Literal
 
 import torch
 
-from sparse_coding import lm_results
-from sparse_coding.activations import Harvester
-from sparse_coding.autoencoder import load_sae
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
-from sparse_coding.distributed import Shard, find_shard
 from sparse_coding.files import read_csv, require_free_disk
-from sparse_coding.hardware import describe, memory_budget, pick_device, set_precision
-from sparse_coding.lm_cells import LanguageRecipe, Optimisation, with_activations
-from sparse_coding.lm_evaluation import HeldOut
-from sparse_coding.lm_grid import Grid
-from sparse_coding.results import locked
-from sparse_coding.subject import ModelChoice, Subject, TextChoice, flags_of, open_subject, stamps
-from sparse_coding.sweep import Cell, plan_groups
-from sparse_coding.sweep_script import PlannedRun, RunOptions, plan_run, train_planned
+from sparse_coding.lm import show
+from sparse_coding.lm.activations import Harvester
+from sparse_coding.lm.evaluation import HeldOut
+from sparse_coding.lm.grid import Grid
+from sparse_coding.lm.recipe import LanguageRecipe, Optimisation, with_activations
+from sparse_coding.lm.target import ModelChoice, Subject, TextChoice, flags_of, open_subject, stamps
+from sparse_coding.sae.saved import load_sae
+from sparse_coding.sweep.distributed import Shard, find_shard
+from sparse_coding.sweep.grid import Cell, plan_groups
+from sparse_coding.sweep.hardware import describe, memory_budget, pick_device, set_precision
+from sparse_coding.sweep.run_folder import locked
+from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 
@@ -138,8 +138,8 @@ def main(argv: list[str]) -> int:
         device=describe(device),
         suffix=shard.suffix,
     )
-    choice = pick(lm_results.ShowChoice, cfg)
-    if planned.done and not cfg.fresh and lm_results.is_shown(planned.folder, choice):
+    choice = pick(show.ShowChoice, cfg)
+    if planned.done and not cfg.fresh and show.is_shown(planned.folder, choice):
         planned.open([], fresh=False)  # refuses other constants
         return last_lines(cfg, read_csv(planned.folder / "results.csv"), planned.folder)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
@@ -167,12 +167,12 @@ def run(
     """Trains what is missing of this shard; merges if nothing is missing of the others."""
     config, options = dataclasses.asdict(cfg), pick(RunOptions, cfg)
     present = partial(
-        lm_results.show,
+        show.show,
         planned.folder,
         cells=cells,
         recipe=recipe,
         subject=subject,
-        choice=pick(lm_results.ShowChoice, cfg),
+        choice=pick(show.ShowChoice, cfg),
         context=planned.about | {"config": config, "activations": recipe.about},
     )
     rows = train_planned(
@@ -183,7 +183,7 @@ def run(
 
 def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
     """Prints what came out and where it is; the exit code."""
-    print(lm_results.verdict(rows, most_l0=cfg.page_l0))
+    print(show.verdict(rows, most_l0=cfg.page_l0))
     print(f"done: {folder}: report.html, features.html (--fresh starts again)")
     return 0
 
@@ -192,8 +192,8 @@ def evaluate_saved(cfg: Config, device: torch.device) -> int:
     """Prints the metrics of a saved autoencoder on --model and --dataset."""
     sae = load_sae(Path(cfg.evaluate)).to(device)
     subject, recipe = open_subject_of(cfg, device)
-    lm_results.check_fit(sae, subject)
-    for name, value in lm_results.evaluate_one(sae, recipe).items():
+    show.check_fit(sae, subject)
+    for name, value in show.evaluate_one(sae, recipe).items():
         print(f"{name:14} {value:.6g}")
     return 0
 
@@ -212,7 +212,7 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
 
 def check(cfg: Config) -> None:
     """Raises UserError for a constant out of its range that no part checks itself."""
-    for choice in (Grid, RunOptions, Optimisation, ModelChoice, TextChoice, lm_results.ShowChoice):
+    for choice in (Grid, RunOptions, Optimisation, ModelChoice, TextChoice, show.ShowChoice):
         pick(choice, cfg)
     for name in ("lm_batch_size", "n_eval_tokens"):
         require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")

@@ -22,10 +22,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_coding import rental_commands as commands
 from sparse_coding.config import UserError, nearest, parse_flags, require_flag, run_as_script
-from sparse_coding.rental import said
-from sparse_coding.vast import Unavailable
+from sparse_coding.rental import commands
+from sparse_coding.rental.fleet import said
+from sparse_coding.rental.market import Unavailable
 
 DESCRIPTION = __doc__
 

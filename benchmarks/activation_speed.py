@@ -22,17 +22,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import run
-from sparse_coding.activation_store import open_store
-from sparse_coding.activations import Harvester
-from sparse_coding.batches import chunks, prefetched
 from sparse_coding.config import parse_flags, pick, run_as_script
-from sparse_coding.hardware import describe, pick_device, set_precision
-from sparse_coding.language_model import activations
-from sparse_coding.lm_cells import LanguageRecipe
-from sparse_coding.lm_grid import Grid
-from sparse_coding.members import initial_autoencoder
-from sparse_coding.sweep import Cell
-from sparse_coding.training import Task
+from sparse_coding.lm.activation_store import open_store
+from sparse_coding.lm.activations import Harvester
+from sparse_coding.lm.grid import Grid
+from sparse_coding.lm.model import activations
+from sparse_coding.lm.recipe import LanguageRecipe
+from sparse_coding.sae.batches import chunks, prefetched
+from sparse_coding.sae.spec import initial_autoencoder
+from sparse_coding.sweep.grid import Cell
+from sparse_coding.sweep.hardware import describe, pick_device, set_precision
+from sparse_coding.sweep.training import Task
 
 
 @dataclass(frozen=True)

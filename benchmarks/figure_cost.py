@@ -27,11 +27,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from replicate_toy_models import PRESETS, grid
 from replicate_toy_models import Config as ToyConfig
 from sparse_coding.config import parse_flags, run_as_script
-from sparse_coding.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.files import write_csv
-from sparse_coding.hardware import describe, gemm_flops, pick_device, rough_time, set_precision
-from sparse_coding.members import Member
-from sparse_coding.stack import DenseEngine
+from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
+from sparse_coding.sae.spec import Member
+from sparse_coding.sae.stack import DenseEngine
+from sparse_coding.sweep.hardware import (
+    describe,
+    gemm_flops,
+    pick_device,
+    rough_time,
+    set_precision,
+)
 
 H, BATCH = 256, 256
 FLOP_PER_FEATURE = 2 * BATCH * H  # of one GEMM

@@ -25,18 +25,18 @@ from peers import BATCH, H, Loop2023
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sparse_coding import gpu_engine
-from sparse_coding.batches import ahead_on, chunks
 from sparse_coding.config import parse_flags, require, run_as_script
-from sparse_coding.ensemble import Ensemble
 from sparse_coding.files import write_atomic
-from sparse_coding.hardware import describe, set_precision
-from sparse_coding.members import Member
-from sparse_coding.stack import DenseEngine
-from sparse_coding.sweep import make_grid
-from sparse_coding.toy_cells import ToyRecipe
-from sparse_coding.toy_data import ToyData
-from sparse_coding.training import Task
+from sparse_coding.sae import gpu
+from sparse_coding.sae.batches import ahead_on, chunks
+from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sae.spec import Member
+from sparse_coding.sae.stack import DenseEngine
+from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.hardware import describe, set_precision
+from sparse_coding.sweep.training import Task
+from sparse_coding.toy.data import ToyData
+from sparse_coding.toy.recipe import ToyRecipe
 
 DATA = ToyData("post", H, 512, n_active=5, feature_prob_decay=0.99, noise_std=0.0, batch_size=BATCH)
 # Relative distance from float64 after 50 steps: some times what shorter factors cause (LOG.md). A
@@ -140,7 +140,7 @@ def task_of(cfg: Config, ratios: range, device: torch.device) -> Task:
     cells = make_grid(DATA.n_true_features, seeds=range(1), **axes)
     task = ToyRecipe(DATA, "per_feature", 1e-3, cfg.n_steps, device).prepare(cells)
     if device.type == "cpu":
-        task.ensemble.engine = gpu_engine.GpuEngine(task.ensemble.stacks)
+        task.ensemble.engine = gpu.GpuEngine(task.ensemble.stacks)
     return task
 
 
@@ -157,7 +157,7 @@ def check(cfg: Config, device: torch.device, precision: str, say: Report) -> boo
     n = cfg.check_dict
     members = [Member(n, 10**e / n, seed=i) for i, e in enumerate((-1.5, -0.5, 0.5))]
     xs = batches(task_of(cfg, range(1), device), cfg.check_steps)
-    engines, found = (DenseEngine, DenseEngine, gpu_engine.GpuEngine), []
+    engines, found = (DenseEngine, DenseEngine, gpu.GpuEngine), []
     for engine, dtype in zip(engines, (torch.float64, torch.float32, torch.float32), strict=True):
         ensemble = Ensemble(members, H, lr=1e-3, device=device, dtype=dtype)
         ensemble.engine = engine(ensemble.stacks)
@@ -268,7 +268,7 @@ def tune(cfg: Config, device: torch.device, say: Report) -> None:
         for event in profile.key_averages():
             say(f"{event.device_time_total / len(xs):9,.0f} us a step: {event.key}")
     for tiles in ({}, *TILES, {}):
-        ensemble.engine = gpu_engine.GpuEngine(ensemble.stacks, **tiles)
+        ensemble.engine = gpu.GpuEngine(ensemble.stacks, **tiles)
         each = seconds_per_step(ensemble, xs, cfg.seconds)
         how = tiles or "default tiles" if ensemble.engine.ready else f"dense, for {tiles} fail"
         say(f"{1e6 * each:9,.0f} us a step: {how}")
@@ -279,7 +279,7 @@ def main(argv: list[str]) -> int:
     device = torch.device(cfg.device)
     there = device.type == "cpu" or torch.cuda.is_available()
     require(there, "no usable CUDA GPU is seen by torch: nothing to measure")
-    require(gpu_engine.has_triton(), "Triton is not there: nothing to measure")
+    require(gpu.has_triton(), "Triton is not there: nothing to measure")
     precision = set_precision(cfg.precision, device)
     say = Report(cfg.output)
     about(cfg, device, precision, say)

@@ -25,12 +25,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from replicate_toy_models import Config as ToyConfig
 from replicate_toy_models import recipe_of
-from sparse_coding.batches import chunks, in_chunks
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import read_csv, write_csv
-from sparse_coding.hardware import set_precision
-from sparse_coding.stack import DenseEngine
-from sparse_coding.sweep import Cell
+from sparse_coding.sae.batches import chunks, in_chunks
+from sparse_coding.sae.stack import DenseEngine
+from sparse_coding.sweep.grid import Cell
+from sparse_coding.sweep.hardware import set_precision
 
 L1_EXPS, SIZE_EXPS = (-4, -2, -1), (0, 1)  # l1_alpha = 10^(e/4), dict_ratio = 2^e
 CPU = torch.device("cpu")

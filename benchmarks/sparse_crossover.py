@@ -22,11 +22,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
-from sparse_coding.cpu_engine import CpuEngine
-from sparse_coding.cpu_setup import DENSITY
-from sparse_coding.ensemble import Ensemble
-from sparse_coding.hardware import describe, set_precision
-from sparse_coding.members import Member
+from sparse_coding.sae.cpu import CpuEngine
+from sparse_coding.sae.cpu_setup import DENSITY
+from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sae.spec import Member
+from sparse_coding.sweep.hardware import describe, set_precision
 
 H, BATCH, N_STEPS = 256, 256, 4
 CPU = torch.device("cpu")

@@ -30,16 +30,16 @@ from peers import BATCH, OTHERS, H
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sparse_coding.batches import chunks, prefetched
 from sparse_coding.config import parse_flags, run_as_script
-from sparse_coding.cpu_engine import CpuEngine
-from sparse_coding.ensemble import Ensemble
 from sparse_coding.files import write_csv
-from sparse_coding.hardware import describe, set_precision
-from sparse_coding.sweep import make_grid
-from sparse_coding.toy_cells import ToyRecipe
-from sparse_coding.toy_data import ToyData
-from sparse_coding.training import Task
+from sparse_coding.sae.batches import chunks, prefetched
+from sparse_coding.sae.cpu import CpuEngine
+from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.hardware import describe, set_precision
+from sparse_coding.sweep.training import Task
+from sparse_coding.toy.data import ToyData
+from sparse_coding.toy.recipe import ToyRecipe
 
 CPU = torch.device("cpu")
 DATA = ToyData("post", H, 512, n_active=5, feature_prob_decay=0.99, noise_std=0.0, batch_size=BATCH)

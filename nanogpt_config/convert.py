@@ -27,8 +27,7 @@ from torch import Tensor
 
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
 from sparse_coding.files import write_atomic, write_json
-from sparse_coding.hardware import pick_device
-from sparse_coding.language_model import (
+from sparse_coding.lm.model import (
     LanguageModel,
     Site,
     activations,
@@ -37,9 +36,10 @@ from sparse_coding.language_model import (
     logits,
     next_token_loss,
 )
-from sparse_coding.nanogpt import load_nanogpt
-from sparse_coding.tokenizer import Tokenizer, load_tokenizer
-from sparse_coding.vocabulary import byte_names
+from sparse_coding.lm.nanogpt import load_nanogpt
+from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
+from sparse_coding.lm.vocabulary import byte_names
+from sparse_coding.sweep.hardware import pick_device
 
 if TYPE_CHECKING:
     import tokenizers

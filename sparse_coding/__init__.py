@@ -1,0 +1,1 @@
+"""Folders import one way: sae < sweep < figures < toy | lm; rental, what writes run folders."""

@@ -1,4 +1,4 @@
-"""Command line, one-line errors, exit codes and named seeds. Floor 0: imports no other module."""
+"""Command line, one-line errors, exit codes and named seeds."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: text, json, csv, tensors. Floor 0.
+"""Files that are written whole or not at all: text, json, csv, tensors.
 
 Nothing is pickled. A file is written beside its place, synced and renamed, so a SIGKILL at any
 moment leaves either the old file or the new one.

@@ -28,20 +28,20 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parent.parent
 # the lab of rented machines is tested with what is long about them: see test_rental_sweep.py
 collect_ignore_glob = (
-    [] if os.environ.get("RENTAL_SCHEDULES") == "all" else ["vast_lab/test_vast_lab*.py"]
+    [] if os.environ.get("RENTAL_SCHEDULES") == "all" else ["rental/vast_lab/test_vast_lab*.py"]
 )
 TIMEOUT_S = 120  # of one run; a tiny one takes 1 to 5 s
 
-NO_FIGURES = {"sparse_coding.replication.FIGURES": []}  # they take most of a tiny run
+NO_FIGURES = {"sparse_coding.toy.replication.FIGURES": []}  # they take most of a tiny run
 SMALL = {  # for run.py: several shards and checkpoints, no figure but small density histograms
-    "sparse_coding.activations.SHARD_BYTES": 2**18,
-    "sparse_coding.progress.CHECKPOINT_SECONDS": 0.03,
-    "sparse_coding.progress.CHECKPOINT_SHARE": 1.0,
-    "sparse_coding.subject.SANITY_TOKENS": 512,
-    "sparse_coding.lm_results.FIGURES": [],
-    "sparse_coding.lm_results.FRONTIERS": [],
-    "sparse_coding.run_figures.FRONTIERS": [],
-    "sparse_coding.plotting.DPI": 20,
+    "sparse_coding.lm.activations.SHARD_BYTES": 2**18,
+    "sparse_coding.sweep.progress.CHECKPOINT_SECONDS": 0.03,
+    "sparse_coding.sweep.progress.CHECKPOINT_SHARE": 1.0,
+    "sparse_coding.lm.target.SANITY_TOKENS": 512,
+    "sparse_coding.lm.show.FIGURES": [],
+    "sparse_coding.lm.show.FRONTIERS": [],
+    "sparse_coding.lm.run_figures.FRONTIERS": [],
+    "sparse_coding.figures.heatmap.DPI": 20,
 }
 
 LOADED_LATE = ("safetensors.torch", "torch._dynamo")
@@ -56,7 +56,7 @@ for name in sys.argv[2:]:
 tyro.cli(int, args=["1"])
 runpy.run_path(script, run_name="preload")
 if "torch" in sys.modules:
-    from sparse_coding import cpu_setup
+    from sparse_coding.sae import cpu_setup
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         if cpu_setup.has_kernels():
             cpu_setup.kernels_compile()

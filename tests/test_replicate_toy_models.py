@@ -37,12 +37,12 @@ TINY = (
 ).split()
 SMALL_MEMORY = ("--max-memory-gb", "0.0007")  # two or more groups of cells per seed
 # figures take most of a tiny run: smaller here, and left out by most runs
-COARSE = {"sparse_coding.plotting.DPI": 20}
+COARSE = {"sparse_coding.figures.heatmap.DPI": 20}
 # a checkpoint every few steps, no figures
 OFTEN = {
-    "sparse_coding.replication.FIGURES": [],
-    "sparse_coding.progress.CHECKPOINT_SECONDS": 0.01,
-    "sparse_coding.progress.CHECKPOINT_SHARE": 1.0,
+    "sparse_coding.toy.replication.FIGURES": [],
+    "sparse_coding.sweep.progress.CHECKPOINT_SECONDS": 0.01,
+    "sparse_coding.sweep.progress.CHECKPOINT_SHARE": 1.0,
 }
 HEADER = (
     "seed,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,mmcs_with_larger,"
@@ -620,7 +620,14 @@ def test_no_heavy_package_is_imported_without_need(tmp_path: Path):
     modules = set(done.out.split())
     assert {"torch", "matplotlib"} <= modules
     # torch._dynamo loads triton by itself where it is installed; our kernels for it are for CUDA
-    heavy = {"transformers", "datasets", "wandb", "vastai", "pandas", "sparse_coding.gpu_kernels"}
+    heavy = {
+        "transformers",
+        "datasets",
+        "wandb",
+        "vastai",
+        "pandas",
+        "sparse_coding.sae.gpu_kernels",
+    }
     assert modules & heavy == set()
 
 

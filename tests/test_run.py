@@ -308,7 +308,7 @@ def number(text: str) -> int:
 
 def open_again(finished: Path, world: World):
     """The subject of the finished run."""
-    from sparse_coding.subject import ModelChoice, TextChoice, open_subject
+    from sparse_coding.lm.target import ModelChoice, TextChoice, open_subject
 
     model = ModelChoice(str(world.root / "gpt2"), "", "auto", 1, "mlp_act", "auto", "float16")
     text = TextChoice(str(world.text), "", "text", CONTEXT, "packed", 0.2, 100_000_000)

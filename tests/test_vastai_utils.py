@@ -20,7 +20,7 @@ from vast_builders import (
     require_lab,
 )
 
-from sparse_coding.rental_preflight import tracked_files
+from sparse_coding.rental.preflight import tracked_files
 
 SCRIPT = ROOT / "vastai_utils.py"
 TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "60",
@@ -236,9 +236,9 @@ def test_tracked_secrets_are_refused_and_a_dirty_tree_is_recorded(world):
     git(world.checkout, "add", "-f", "secrets.json")
     assert "secrets.json is tracked by git" in refused(world, "sweep", *FAST, *JOB)
     git(world.checkout, "rm", "-q", "--cached", "secrets.json")
-    (world.checkout / "sparse_coding" / "sweep.py").write_text("x = 'hf_" + 30 * "a" + "'\n")
+    (world.checkout / "sparse_coding" / "config.py").write_text("x = 'hf_" + 30 * "a" + "'\n")
     assert "seems to hold a token" in refused(world, "sweep", *FAST, *JOB)
-    (world.checkout / "sparse_coding" / "sweep.py").write_text("# another line\n")
+    (world.checkout / "sparse_coding" / "config.py").write_text("# another line\n")
     done = world.sweep(instances=1)
     assert done.code == 0, done.err
     (plan,) = (world.checkout / "rentals").glob("*/plan.json")
@@ -287,7 +287,9 @@ vastai_utils.main(["--help"])
 
 
 def test_without_the_package_the_command_that_installs_it_is_named(tmp_path):
-    code = "import sys; sys.modules['vastai'] = None; from sparse_coding.vast import Market; "
+    code = (
+        "import sys; sys.modules['vastai'] = None; from sparse_coding.rental.market import Market; "
+    )
     code += "Market('key')"
     done = run_script(["-c", f"import sys; sys.path.insert(0, '{ROOT}'); {code}"], cwd=tmp_path)
     assert "pip install -r requirements-vast.txt" in done.err

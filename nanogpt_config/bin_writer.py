@@ -1,0 +1,160 @@
+"""nanoGPT's train.bin and val.bin (uint16 token ids), written as a stream, resumable.
+
+Every document is followed by the end-of-text token; held-out documents go to val.bin. progress.json
+says how much of the bins counts: a killed run loses what it wrote after it, and writes it again.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from sparse_coding.config import require
+from sparse_coding.files import write_json
+from sparse_coding.lm.documents import Documents, document_id, is_held_out
+from sparse_coding.lm.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 1_000_000  # tokenised at once: bounds the memory
+SAVE_SECONDS = 5.0  # between saves of the progress, and lines about it
+SPLITS = ("train", "val")
+MADE = ("train.bin", "val.bin", "tokenizer.json", "meta.pkl")
+
+
+@dataclass
+class Split:
+    """What a bin holds so far."""
+
+    documents: int = 0
+    tokens: int = 0  # with the end-of-text tokens
+    bytes: int = 0  # of the text in UTF-8: turns a loss per token into bits per byte
+
+    def add(self, text: str, ids: list[int], file: BinaryIO) -> None:
+        """Writes the ids of a document, its end included."""
+        file.write(np.asarray(ids, np.uint16).data)  # tofile would not say that the disk is full
+        self.documents += 1
+        self.tokens += len(ids)
+        self.bytes += len(text.encode())
+
+
+def write_bins(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    constants: dict,
+    limit: float,
+    expected: float,
+) -> dict[str, Split]:
+    """Appends to train.bin and val.bin from where progress.json stands, to the end of the text.
+
+    Args:
+        constants: kept in progress.json; the share that goes to val.bin is constants["held_out"]
+        limit: writing stops with the document that gives train.bin so many tokens
+        expected: tokens that train.bin will have, for the time left; infinite: not known
+    """
+    progress = json.loads((folder / "progress.json").read_text())
+    splits = {name: Split(**sizes) for name, sizes in progress["splits"].items()}
+    files = {name: open_at(folder / f"{name}.bin", 2 * splits[name].tokens) for name in SPLITS}
+    n_before, started = splits["train"].tokens, time.monotonic()
+    saved = started
+    n_read = sum(split.documents for split in splits.values())
+    for batch in in_batches(islice(documents, n_read, None)):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            if splits["train"].tokens >= limit:
+                break
+            name = "val" if is_held_out(document_id(text), constants["held_out"]) else "train"
+            splits[name].add(text, [*ids, tokenizer.separator], files[name])
+        now = time.monotonic()
+        if now - saved > SAVE_SECONDS:
+            save(folder, constants, splits, files)
+            saved = now
+            print_progress(splits, expected, (splits["train"].tokens - n_before) / (now - started))
+        if splits["train"].tokens >= limit:
+            break
+    save(folder, constants, splits, files)
+    for file in files.values():
+        file.close()
+    return splits
+
+
+def is_written(folder: Path, constants: dict, *, limit: float) -> bool:
+    """Whether the bins are there, with `limit` tokens in train.bin or all that there are.
+
+    Raises:
+        UserError: the folder holds the bins of other constants, or of another program.
+    """
+    remedy = "choose another --output-dir, or --fresh"
+    for name in ("progress.json", "manifest.json"):
+        if (folder / name).exists():
+            about = json.loads((folder / name).read_text())
+            found = about["constants"]
+            other = [k for k in constants | found if constants.get(k) != found.get(k)]
+            require(not other, f"{folder} was made with another {', '.join(other)}: {remedy}")
+            if name == "progress.json":
+                return False
+            return about["exhausted"] or about["train"]["tokens"] >= limit
+    foreign = next((name for name in MADE if (folder / name).exists()), None)
+    require(foreign is None, f"{folder} holds a {foreign} that is not of this script: {remedy}")
+    return False
+
+
+def claim(folder: Path, constants: dict, *, fresh: bool) -> None:
+    """Makes the folder ready for write_bins: with progress.json, which for bins that are finished,
+    but to be added to, takes the place of their manifest. fresh: deletes what is there."""
+    manifest, progress = folder / "manifest.json", folder / "progress.json"
+    if fresh:
+        for path in (manifest, progress, *(folder / name for name in MADE)):
+            path.unlink(missing_ok=True)
+    splits = {split: {} for split in SPLITS}
+    if manifest.exists() and not progress.exists():
+        about = json.loads(manifest.read_text())
+        splits = {s: {k: v for k, v in about[s].items() if k != "sha256"} for s in SPLITS}
+    if not progress.exists():
+        write_json(progress, {"constants": constants, "splits": splits})
+    manifest.unlink(missing_ok=True)
+
+
+def open_at(path: Path, n_bytes: int) -> BinaryIO:
+    """The file, opened for writing after its first n_bytes; what a killed run wrote more is cut."""
+    file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+    file.truncate(n_bytes)
+    file.seek(n_bytes)
+    return file
+
+
+def in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch, n_characters = [], 0
+    for text in texts:
+        batch.append(text)
+        n_characters += len(text)
+        if n_characters > BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
+
+
+def save(folder: Path, constants: dict, splits: dict[str, Split], files: dict) -> None:
+    """First the bins reach the disk, then the file that says how long they are."""
+    for file in files.values():
+        file.flush()
+        os.fsync(file.fileno())
+    sizes = {name: dataclasses.asdict(split) for name, split in splits.items()}
+    write_json(folder / "progress.json", {"constants": constants, "splits": sizes})
+
+
+def print_progress(splits: dict[str, Split], expected: float, speed: float) -> None:
+    n_tokens = splits["train"].tokens
+    n_documents = sum(split.documents for split in splits.values())
+    line = f"{n_documents:,} documents, {n_tokens / 1e6:,.1f}M tokens, {speed / 1e6:.2f}M tokens/s"
+    if speed > 0 and math.isfinite(expected):
+        line += f", {max(expected - n_tokens, 0) / speed / 60:.1f} min left"
+    print(line, flush=True)

@@ -1,0 +1,1 @@
+"""Rows of results.csv as heat-maps, frontiers and a report."""

@@ -1,0 +1,300 @@
+"""Figures of a sweep on a real model: frontiers over L0, histograms of feature density.
+
+Like plotting.py: numbers in, a Figure out, its numbers as csv text beside it, no pyplot, the same
+data gives the same PNG bytes. Which figures are drawn, and what they say, is in run_figures.py.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sparse_coding.figures.heatmap import DPI, GREY, WIDTH, number_labels, ratio_labels
+from sparse_coding.sweep.grid import Cell
+
+MAX_LABELLED = 6  # values of l1_alpha named in a frontier; more would touch
+MAX_PANELS = 6  # rows and columns of histograms that are still readable at WIDTH
+BIN = 0.25  # decades; in narrower bins the rare end (1, 2, 3 tokens) would have gaps
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure that is no heat-map, as the report shows it."""
+
+    name: str  # file stem: figures/<name>.png and figures/<name>.csv
+    title: str
+    explanation: str  # two sentences for the report: what to look for
+    alt: str  # what is drawn, for those who don't see it
+
+
+@dataclass(frozen=True)
+class FrontierSpec(FigureSpec):
+    """How one column of results.csv is drawn over l0."""
+
+    column: str
+    y_label: str
+    upwards: bool  # better values are higher, and below 0 all is lost
+
+
+def frontier_points(rows: list[dict], column: str) -> list[dict]:
+    """Mean over seeds of l0 and of the column, a point per (expansion_factor, l1_alpha).
+
+    By size, then l0. Rows without a finite value (a diverged cell) are left out. The spread is the
+    sample standard deviation, None below two seeds.
+    """
+    cells = defaultdict(list)
+    for row in rows:
+        if _is_finite(row["l0"]) and _is_finite(row[column]):
+            cells[row["expansion_factor"], row["n_dict"], row["l1_alpha"]].append(row)
+    points = [
+        {
+            "expansion_factor": expansion_factor,
+            "n_dict": n_dict,
+            "l1_alpha": l1_alpha,
+            "l0": statistics.fmean(row["l0"] for row in same),
+            "mean": statistics.fmean(row[column] for row in same),
+            "std": statistics.stdev(row[column] for row in same) if same[1:] else None,
+            "n_seeds": len(same),
+        }
+        for (expansion_factor, n_dict, l1_alpha), same in cells.items()
+    ]
+    return sorted(points, key=lambda p: (p["expansion_factor"], p["l0"], p["l1_alpha"]))
+
+
+def frontier_csv(rows: list[dict], column: str) -> str:
+    """The points of a frontier as text, all digits; an empty field where there is no spread."""
+    columns = ("expansion_factor", "n_dict", "l1_alpha", "l0", "mean", "std", "n_seeds")
+    return _csv(columns, frontier_points(rows, column))
+
+
+def draw_frontier(rows: list[dict], spec: FrontierSpec, *, l1_note: str) -> Figure:
+    """spec.column over l0 (log scale), a line per dictionary size, brighter the larger.
+
+    Grey lines join points of one l1_alpha, which stands beside them. Points that have no place on
+    the axes (l0 0, or worse than the worst ablation) are counted in the small print.
+    """
+    points = frontier_points(rows, spec.column)
+    shown = [p for p in points if p["l0"] > 0 and not (spec.upwards and p["mean"] < 0)]
+    figure = Figure((WIDTH, 4.8), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    if spec.upwards:
+        axes.axhline(1, color="0.7", linewidth=0.8, linestyle=(0, (4, 3)))
+    lines = defaultdict(list)
+    for point in shown:
+        lines[point["expansion_factor"], point["n_dict"]].append(point)
+    _join_equal_l1_alphas(axes, list(lines.values()), upwards=spec.upwards)
+    labels = ratio_labels(tuple(ratio for ratio, _ in lines), [n_dict for _, n_dict in lines])
+    for line, label, colour in zip(lines.values(), labels, _colours(len(lines)), strict=True):
+        _draw_line(axes, line, label, colour)
+    if shown:
+        _scale_axes(axes, shown, logarithmic=not spec.upwards)
+        axes.legend(
+            title="expansion_factor\n(n_dict)", loc="center left", bbox_to_anchor=(1.0, 0.5),
+            frameon=False, fontsize=7.5, title_fontsize=7.5,
+        )  # fmt: skip
+    axes.set_xlabel("l0: active features per token (log scale)", fontsize=8.5)
+    scale = " (log scale)" if axes.get_yscale() == "log" else ""
+    axes.set_ylabel(spec.y_label + scale, fontsize=8.5)
+    notes = [
+        _seeds_note(points, len(points) - len(shown)),
+        f"grey lines: equal l1_alpha; {l1_note}",
+    ]
+    notes += [_ablation_note(rows)] if spec.upwards else []
+    _head(axes, spec.title, notes)
+    return figure
+
+
+def _draw_line(axes: Axes, line: list[dict], label: str, colour: tuple) -> None:
+    axes.errorbar(
+        [p["l0"] for p in line], [p["mean"] for p in line],
+        yerr=[p["std"] or 0.0 for p in line] if any(p["std"] for p in line) else None,
+        label=label, color=colour, marker="o", markersize=3.5, linewidth=1.4, elinewidth=0.8,
+        zorder=3,
+    )  # fmt: skip
+
+
+def _join_equal_l1_alphas(axes: Axes, lines: list[list[dict]], *, upwards: bool) -> None:
+    """Grey lines over the sizes, labelled at the largest, on the side where no line runs."""
+    if not lines:
+        return
+    largest = lines[-1]
+    for point in _spread_out(largest, MAX_LABELLED):
+        l1_alpha = point["l1_alpha"]
+        same = [p for line in lines for p in line if p["l1_alpha"] == l1_alpha]
+        axes.plot([p["l0"] for p in same], [p["mean"] for p in same], color="0.75", linewidth=0.8)
+        axes.annotate(
+            _short(l1_alpha), (point["l0"], point["mean"]),
+            (-3, 5 if upwards else -5), textcoords="offset points", fontsize=7.5, color=GREY,
+            ha="right", va="bottom" if upwards else "top",
+        )  # fmt: skip
+
+
+def _scale_axes(axes: Axes, points: list[dict], *, logarithmic: bool) -> None:
+    """l0 on a log scale; the y axis, too, where it spans over a decade."""
+    scaled = {"x": [p["l0"] for p in points]}
+    values = [p["mean"] for p in points]
+    if logarithmic and 0 < 10 * min(values) < max(values):
+        scaled["y"] = values
+    for name, numbers in scaled.items():
+        limits = min(numbers) / 1.4, max(numbers) * 1.2
+        axes.set(**{f"{name}scale": "log", f"{name}lim": limits})
+        axis, ticks = getattr(axes, f"{name}axis"), _round_numbers(*limits)
+        axis.set_ticks(ticks, number_labels(tuple(ticks)))
+        axis.set_ticks([], minor=True)
+    axes.tick_params(labelsize=7.5)
+    axes.grid(color="0.93", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten in between; the ends if there are none.
+
+    >>> _round_numbers(3.0, 25.0)
+    [5.0, 10.0, 20.0]
+    """
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high] or [low, high]
+
+
+def _seeds_note(points: list[dict], n_hidden: int) -> str:
+    counts = [p["n_seeds"] for p in points]
+    text = "one seed" if counts else "no values"
+    if max(counts, default=0) > 1:
+        least, most = min(counts), max(counts)
+        seeds = f"{most}" if least == most else f"{least} to {most}"
+        text = f"mean of {seeds} seeds; bars: standard deviation"
+    return text + (f"; {n_hidden} points lie beyond the axes (see the csv)" if n_hidden else "")
+
+
+def _ablation_note(rows: list[dict]) -> str:
+    """What zeros and the mean cost at this site: the scale on which ce_recovered is meant."""
+    row = next((row for row in rows if _is_finite(row["ce_clean"])), None)
+    if row is None:
+        return "cross-entropy was not measured"
+    gaps = [f"+{row[c] - row['ce_clean']:.2f} ({c})" for c in ("ce_zero", "ce_mean")]
+    return f"cross-entropy in nats: {row['ce_clean']:.2f} (ce_clean), {', '.join(gaps)}"
+
+
+def density_counts(density: np.ndarray, *, n_tokens: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """(dead features, features per bin, edges of the bins in log10), bins of a quarter decade.
+
+    Args:
+        density: (n_dict,) share of n_tokens tokens on which the feature fires
+    """
+    lowest = math.floor(-math.log10(n_tokens) / BIN) * BIN
+    edges = np.linspace(lowest, 0.0, round(-lowest / BIN) + 1)
+    alive = np.log10(density[density > 0])
+    # 1 / n_tokens may round to just below the first edge
+    counts, _ = np.histogram(np.clip(alive, edges[0], edges[-1]), edges)
+    return int((density == 0).sum()), counts, edges
+
+
+def density_csv(densities: dict[Cell, np.ndarray], *, n_tokens: int) -> str:
+    """Every cell's histogram, drawn or not; its dead features in a line without bin edges."""
+    columns = ("cell", "l1_alpha", "n_dict", "log10_low", "log10_high", "n_features")
+    lines = []
+    for cell, density in densities.items():
+        dead, counts, edges = density_counts(density, n_tokens=n_tokens)
+        l1_alpha = None if cell.target_l0 else cell.l1_alpha  # there it is only a start
+        about = {"cell": cell.name, "l1_alpha": l1_alpha, "n_dict": cell.n_dict}
+        lines.append(about | {"log10_low": None, "log10_high": None, "n_features": dead})
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+            lines.append(about | dict(log10_low=low, log10_high=high, n_features=count))
+    return _csv(columns, lines)
+
+
+def draw_density_histograms(
+    densities: dict[Cell, np.ndarray], spec: FigureSpec, *, n_tokens: int
+) -> Figure:
+    """Share of the features per quarter decade of density: sizes down, l1_alpha across.
+
+    Of the first seed. At most six sizes and six l1_alphas, evenly chosen with both ends.
+    """
+    seed = min(cell.seed for cell in densities)
+    places = {((c.size_ratio, c.n_dict), _sparsity(c)): c for c in densities if c.seed == seed}
+    sizes = _spread_out(sorted({size for size, _ in places}), MAX_PANELS)
+    sparsities = _spread_out(sorted({sparsity for _, sparsity in places}), MAX_PANELS)
+    figure = Figure((WIDTH, 1.35 + 0.95 * len(sizes)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(sizes), len(sparsities), sharex=True, sharey=True, squeeze=False)
+    labels = ratio_labels(tuple(ratio for ratio, _ in sizes), [n_dict for _, n_dict in sizes])
+    for i, colour in enumerate(_colours(len(sizes))):
+        panels[i, 0].set_ylabel(labels[i], fontsize=7.5)
+        for j, sparsity in enumerate(sparsities):
+            cell = places.get((sizes[i], sparsity))
+            if cell is None:
+                panels[i, j].set_facecolor("0.92")
+                continue
+            _draw_histogram(panels[i, j], densities[cell], n_tokens, colour)
+    for axes, (target_l0, l1_exp) in zip(panels[0], sparsities, strict=True):
+        text = f"l0 near {target_l0}" if target_l0 else f"l1_alpha {_short(10 ** (l1_exp / 4))}"
+        axes.annotate(text, (0.5, 1), (0, 4), xycoords="axes fraction",
+                      textcoords="offset points", fontsize=7.5, ha="center")  # fmt: skip
+    panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])  # room for the number of dead ones
+    figure.supxlabel("log10 of the share of tokens on which a feature fires", fontsize=8.5)
+    figure.supylabel("% of the features", fontsize=8.5)
+    notes = [f"{n_tokens:,} held-out tokens, seed {seed}; dead features fire on none of them and "
+             "are not in the bars", "left: expansion_factor (n_dict)", ""]  # fmt: skip
+    _head(panels[0, 0], spec.title, notes)
+    return figure
+
+
+def _draw_histogram(axes: Axes, density: np.ndarray, n_tokens: int, colour: tuple) -> None:
+    dead, counts, edges = density_counts(density, n_tokens=n_tokens)
+    axes.stairs(100 * counts / len(density), edges, fill=True, color=colour)
+    axes.set_xlim(edges[0], 0)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    text = f"{dead} dead ({100 * dead / len(density):.0f} %)" if dead else "none dead"
+    axes.text(0.97, 0.95, text, transform=axes.transAxes, fontsize=6.5, color=GREY,
+              ha="right", va="top")  # fmt: skip
+
+
+def _sparsity(cell: Cell) -> tuple[int, int]:
+    """What orders the columns: the wished l0 where there is one, else l1_exp."""
+    return (cell.target_l0, 0) if cell.target_l0 else (0, cell.l1_exp)
+
+
+def _short(value: float) -> str:
+    return number_labels((value,))[0]
+
+
+def _spread_out(items: list, most: int) -> list:
+    """At most `most` of the items, evenly chosen, with the first and the last."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _colours(n: int) -> list[tuple]:
+    """viridis from dark to bright, short of the yellow that is lost on white."""
+    return [colormaps["viridis"](0.88 * i / max(n - 1, 1)) for i in range(n)]
+
+
+def _head(axes: Axes, title: str, notes: list[str]) -> None:
+    """The title, and grey lines between it and the axes."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=9 + 11.5 * len(notes))
+    small_print = axes.annotate(
+        "\n".join(notes), (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
+        fontsize=8, color=GREY,
+    )  # fmt: skip
+    small_print.set_in_layout(False)  # it may be wider than the first of several panels
+
+
+def _csv(columns: tuple[str, ...], lines: list[dict]) -> str:
+    """All digits; None is an empty field."""
+    texts = [["" if line[c] is None else str(line[c]) for c in columns] for line in lines]
+    return "\n".join(map(",".join, [columns, *texts])) + "\n"
+
+
+def _is_finite(value: float | str | None) -> bool:
+    return value not in (None, "") and math.isfinite(float(value))

@@ -1,0 +1,1 @@
+"""Language models: their texts, activations and the features found in them."""

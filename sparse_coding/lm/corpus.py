@@ -1,0 +1,248 @@
+"""A text as token ids on disk.
+
+Text is streamed once and ids are read through a memory map, so memory stays flat in the size of
+the text but for 24 bytes a document. A folder of a corpus holds
+
+    tokens.bin      ids of all documents, one after another: uint16, or uint32 above 65 536 ids
+    documents.npy   (n_documents, 3) int64: offset and length in tokens, id of the document
+    corpus.json     what it is made of, counts and the sha256 of the tokens; written last
+"""
+
+import array
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import mmap
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sparse_coding.config import UserError, require
+from sparse_coding.files import is_temporary, require_free_disk, write_json, written_whole
+from sparse_coding.lm.documents import Documents, document_id
+from sparse_coding.lm.tokenizer import Tokenizer
+
+BATCH = 2**19  # characters encoded at once: some 30 MB in the tokenizers library
+RECENT = 2**16  # document ids kept in a set before they are sorted in
+CHECK_BYTES = 2**24  # written between two looks at the free space
+
+
+class Corpus:
+    """Token ids and where the documents lie. Made by build_corpus or token_bin.open_bin.
+
+    Attributes:
+        tokens: (n_tokens,) memory map of the ids
+        offsets, lengths, ids: (n_documents,) int64; no document is empty or there twice
+        about: corpus.json
+    """
+
+    def __init__(self, tokens: np.memmap, documents: np.ndarray, about: dict):
+        self.tokens, self.about = tokens, about
+        self.offsets, self.lengths, self.ids = np.ascontiguousarray(documents.T)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """A copy of the tokens at the indices."""
+        found = np.asarray(self.tokens[indices])
+        drop_pages(self.tokens)
+        return found
+
+
+def drop_pages(tokens: np.memmap) -> None:
+    """What was read of the file no longer counts as our memory; it stays in the system's cache."""
+    tokens.base.madvise(mmap.MADV_DONTNEED)
+
+
+def build_corpus(
+    folder: Path,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    max_bytes: float = math.inf,
+) -> Corpus:
+    """The corpus in `folder`, encoded now unless it is there. Equal documents are kept once.
+
+    Args:
+        max_tokens: encoding stops there, if need be within a document
+        max_bytes: that tokens.bin may take
+    Raises:
+        UserError: the folder holds another corpus, max_bytes or the disk is too small, no tokens.
+    """
+    must_match = {
+        "dataset": documents.name,
+        "revision": documents.revision,
+        "fingerprint": tokenizer.fingerprint,
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        "max_tokens": max_tokens,
+    }
+    path = folder / "tokens.bin"
+    with alone(folder):
+        if (found := open_folder(folder, path, must_match)) is not None:
+            return found
+        writer = _Writer(must_match["dtype"], max_tokens, max_bytes)
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            for batch in _batches(with_bar(documents, " documents")):
+                if not writer.add(batch, tokenizer, file):
+                    break
+            require(writer.n_tokens > 0, f"{documents.name} has no token: choose another --dataset")
+        about = {**must_match, "tokenizer": tokenizer.name, **writer.counts()}
+        write_index(folder, writer.index, about)
+        return open_folder(folder, path, must_match)
+
+
+# --- the folder ---
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits for another process that builds here, then removes what a killed one left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".corpus.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in folder.iterdir():
+            if is_temporary(path):
+                path.unlink()
+        yield
+
+
+def open_folder(folder: Path, tokens_path: Path, must_match: dict) -> Corpus | None:
+    """The corpus of the folder; None without one. Raises UserError if it is another or damaged."""
+    remedy = f"delete {folder} or choose another folder"
+    if not (folder / "corpus.json").exists():
+        return None
+    try:
+        about = json.loads((folder / "corpus.json").read_text())
+        documents = np.load(folder / "documents.npy", allow_pickle=False)
+        n_bytes = about["n_tokens"] * np.dtype(about["dtype"]).itemsize
+        whole = tokens_path.stat().st_size == n_bytes
+        whole &= documents.shape == (about["n_documents"], 3)
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the corpus in {folder} is damaged ({error}): {remedy}") from None
+    for name, value in must_match.items():
+        message = f"{folder} holds a corpus with {name} {about.get(name)!r}, not {value!r}"
+        require(about.get(name) == value, f"{message}: {remedy}")
+    require(whole, f"the corpus in {folder} is damaged (a file is too short or long): {remedy}")
+    return Corpus(np.memmap(tokens_path, about["dtype"], mode="r"), documents, about)
+
+
+def write_index(folder: Path, index: array.array, about: dict) -> None:
+    """documents.npy, then corpus.json, with which the corpus begins to count.
+
+    Args:
+        index: offset, length and id of each document, one after another
+    """
+    documents = np.array(index, dtype=np.int64).reshape(-1, 3)
+    with written_whole(folder / "documents.npy") as path, open(path, "wb") as file:
+        np.save(file, documents, allow_pickle=False)
+    write_json(folder / "corpus.json", {**about, "n_documents": len(documents)})
+
+
+def with_bar(items: Iterable, unit: str) -> Iterable:
+    """The items under a progress bar; 30 s apart where nobody watches, as in a log file."""
+    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
+    return tqdm(
+        items, "token ids", unit=unit, mininterval=interval, dynamic_ncols=True,
+        disable=sys.stderr is None,
+    )  # fmt: skip
+
+
+# --- text to tokens ---
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts of BATCH characters together; a longer text is alone."""
+    batch, n_characters = [], 0
+    for text in texts:
+        if batch and n_characters + len(text) > BATCH:
+            yield batch
+            batch, n_characters = [], 0
+        batch.append(text)
+        n_characters += len(text)
+    if batch:
+        yield batch
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> list[np.ndarray]:
+    """Ids of each text of a batch. A long text is cut before spaces and encoded piece by piece:
+    some tokenizers, those of sentencepiece, make one token more at each cut."""
+    if len(texts) == 1:
+        pieces = (tokenizer.encode_batch([piece])[0] for piece in _pieces(texts[0]))
+        return [np.concatenate([np.array(ids, dtype) for ids in pieces])]
+    return [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > 2 * BATCH:
+        space = text.find(" ", start + BATCH, start + 2 * BATCH)
+        end = space if space > 0 else start + 2 * BATCH
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+class Seen:
+    """Document ids met so far, at 8 bytes each: a Python set takes ten times that."""
+
+    def __init__(self):
+        self.sorted, self.recent = np.empty(0, dtype=np.int64), set()
+
+    def add(self, number: int) -> bool:
+        """Whether the id is new."""
+        at = np.searchsorted(self.sorted, number)
+        if number in self.recent or (at < len(self.sorted) and self.sorted[at] == number):
+            return False
+        self.recent.add(number)
+        if len(self.recent) == RECENT:
+            recent = np.fromiter(self.recent, dtype=np.int64, count=RECENT)
+            self.sorted = np.union1d(self.sorted, recent)
+            self.recent = set()
+        return True
+
+
+class _Writer:
+    """Appends documents to tokens.bin and counts."""
+
+    def __init__(self, dtype: str, max_tokens: int | None, max_bytes: float):
+        self.dtype, self.max_bytes = dtype, max_bytes
+        self.max_tokens = math.inf if max_tokens is None else max_tokens
+        self.index, self.seen, self.sha256 = array.array("q"), Seen(), hashlib.sha256()
+        self.n_tokens = self.n_duplicates = self.n_bytes = self.checked_bytes = 0
+
+    def add(self, texts: list[str], tokenizer: Tokenizer, file) -> bool:
+        """Encodes and writes the texts that are new; False when max_tokens are there."""
+        new = {number: text for text in texts if self.seen.add(number := document_id(text))}
+        self.n_duplicates += len(texts) - len(new)
+        encoded = _encode(list(new.values()), tokenizer, self.dtype)
+        for number, ids in zip(new, encoded, strict=True):
+            ids = ids[: min(len(ids), self.max_tokens - self.n_tokens)]
+            if len(ids):
+                self._write(number, ids, file)
+        return self.n_tokens < self.max_tokens
+
+    def _write(self, number: int, ids: np.ndarray, file) -> None:
+        self.n_bytes += ids.nbytes
+        require(
+            self.n_bytes <= self.max_bytes,
+            f"the token ids alone need more than {self.max_bytes / 1e9:.3g} GB: "
+            "raise --max-disk-gb or lower --n-tokens",
+        )
+        if self.n_bytes > self.checked_bytes:
+            self.checked_bytes = self.n_bytes + CHECK_BYTES
+            require_free_disk(Path(file.name).parent, ids.nbytes + CHECK_BYTES)
+        file.write(ids.data)
+        self.sha256.update(ids.data)
+        self.index.extend((self.n_tokens, len(ids), number))
+        self.n_tokens += len(ids)
+
+    def counts(self) -> dict:
+        return {
+            "n_tokens": self.n_tokens,
+            "n_duplicates": self.n_duplicates,
+            "sha256": self.sha256.hexdigest(),
+        }

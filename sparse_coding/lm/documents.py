@@ -1,0 +1,286 @@
+"""Where text comes from: the standard library, local files, a dataset of the Hugging Face hub.
+
+Documents are streamed in a fixed order, so memory stays flat whatever the size of the text.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparse_coding.config import UserError, require
+from sparse_coding.files import content_stamp
+
+# commits of hub datasets that we name, so that a run means the same text next year
+PINNED = {
+    "NeelNanda/pile-10k": "127bfedcd5047750df5ccf3a12979a47bfa0bafa",
+    "Skylion007/openwebtext": "79d93d786212f7344586290adb811d4ae6a1762c",
+}
+SUFFIXES = (".txt", ".jsonl", ".parquet")  # of local files that we read
+END_OF_TEXT = "<|endoftext|>"  # parts the documents of a .txt that has it (TinyStories, GPT-2)
+PIECE = 10_000  # characters: about how long the documents of a long .txt without it become
+LONGEST = 3 * PIECE  # characters of a .txt that stay one document
+BLOCK = 2**20  # characters or bytes read at once
+ROWS = 128  # rows of a parquet file read at once
+# left out of the standard library: installed packages, and tests, which many distributions lack
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A source of text. Iterating gives its texts, none empty, in the same order each time.
+
+    Raises (when iterated):
+        UserError: a file or row that can't be read, no text at all, the hub out of reach.
+    """
+
+    name: str  # as given: "stdlib", "NeelNanda/pile-10k", a file or a folder
+    revision: str  # commit of a hub dataset; "python 3.x.y" for stdlib; a digest for local files
+    read: Callable[[], Iterator[object]] = field(repr=False, compare=False)  # texts, uncleaned
+
+    def __iter__(self) -> Iterator[str]:
+        empty = True
+        for text in self.read():
+            require(
+                text is None or isinstance(text, str),
+                f"{self.name}: a {type(text).__name__} where text was expected: "
+                "choose another --text-column",
+            )
+            if text and not text.isspace():
+                empty = False
+                # half a surrogate pair, which json may hold, is no character: becomes "?"
+                yield text if text.isascii() else text.encode("utf-8", "replace").decode()
+        require(not empty, f"{self.name} has no text in it: choose another --dataset")
+
+
+def open_documents(dataset: str, *, text_column: str = "text", revision: str = "") -> Documents:
+    """The documents of a dataset; the first is read at once, so that a bad source fails here.
+
+    Args:
+        dataset: "stdlib"; a .txt, .jsonl or .parquet file, or a folder of them; a hub dataset's id
+        text_column: of .jsonl, .parquet and hub datasets (of which the split "train" is read)
+        revision: of a hub dataset; "": the one that we pin, else what is in the cache, else main
+    Raises:
+        UserError: no such file, dataset or column, no text, the hub out of reach.
+    """
+    documents = _find(dataset, text_column, revision)
+    next(iter(documents))
+    return documents
+
+
+def document_id(text: str) -> int:
+    """63 bits of sha256 of the text: equal texts share it, so a copy never straddles a split."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def is_held_out(document_id: int, share: float) -> bool:
+    """Whether the document is among the `share` (0 to 1) of all that are kept for evaluation.
+
+    It hangs on the id alone, and what a smaller share holds out, a larger one does too.
+    """
+    return document_id < share * 2**63
+
+
+def _find(dataset: str, text_column: str, revision: str) -> Documents:
+    if dataset == "stdlib":
+        return Documents(dataset, f"python {platform.python_version()}", _stdlib_texts)
+    path = Path(dataset).expanduser()
+    if path.exists():
+        files = local_files(path)
+        return Documents(
+            dataset,
+            f"{content_stamp(files)} {text_column}",
+            lambda: _local_texts(files, text_column),
+        )
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset) and path.suffix not in SUFFIXES
+    require(bool(is_id), f"--dataset {dataset}: no such file or folder")
+    return _hub_documents(dataset, text_column, revision or PINNED.get(dataset, ""))
+
+
+def stdlib_files() -> list[Path]:
+    """The .py files of the standard library, sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(set(inner) - NOT_STDLIB)  # in place: os.walk leaves the others out
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
+
+
+def _stdlib_texts() -> Iterator[str]:
+    for path in stdlib_files():
+        yield path.read_text("utf-8", errors="replace")
+
+
+def local_files(path: Path) -> list[Path]:
+    """The file, or those of the folder that we can read, sorted."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        require(bool(files), f"{path} holds no {', '.join(SUFFIXES)} file")
+        return files
+    require(path.suffix in SUFFIXES, f"{path}: can read {', '.join(SUFFIXES)} only")
+    require(path.stat().st_size > 0, f"{path} is empty")
+    return [path]
+
+
+def _local_texts(files: list[Path], text_column: str) -> Iterator[object]:
+    for path in files:
+        if path.suffix == ".parquet":
+            yield from _parquet_texts(path, text_column)
+            continue
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            if path.suffix == ".txt":
+                yield from _cut(file)
+            else:
+                rows = ((n, line) for n, line in enumerate(file, 1) if not line.isspace())
+                yield from (_pick(_parse(path, n, line), text_column, path) for n, line in rows)
+
+
+def _cut(file) -> Iterator[str]:
+    """Documents of a text file: between <|endoftext|>; what is long is cut at paragraph ends.
+
+    The cuts hang on the text alone, not on the blocks in which it is read.
+    """
+    rest = ""
+    while block := file.read(BLOCK):
+        *whole, rest = (rest + block).split(END_OF_TEXT)
+        for text in whole:
+            *pieces, last = _pieces(text)
+            yield from (*pieces, last)
+        *pieces, rest = _pieces(rest)
+        yield from pieces
+    yield rest
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Pieces of 1 to 2 x PIECE characters, each to the end of a paragraph or at least of a line,
+    then the rest, not longer than LONGEST."""
+    start = 0
+    while len(text) - start > LONGEST:
+        low, high = start + PIECE, start + 2 * PIECE
+        ends = (text.find(end, low, high) + len(end) for end in ("\n\n", "\n"))
+        cut = next((end for end in ends if end > low), high)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _parse(path: Path, number: int, line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {number} is not JSON: {error}") from None
+
+
+def _pick(row: object, column: str, source: object) -> object:
+    require(isinstance(row, dict), f"{source}: a row is a {type(row).__name__}, not an object")
+    require(column in row, _no_column(source, column, row))
+    return row[column]
+
+
+def _no_column(source: object, column: str, columns) -> str:
+    return f"{source} has no column {column!r}: --text-column must be one of {', '.join(columns)}"
+
+
+def _parquet_texts(path: Path, column: str) -> Iterator[object]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # buffer_size: reads a row group of any size piece by piece
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is not a whole parquet file: {error}") from None
+    with file:
+        require(
+            column in file.schema_arrow.names, _no_column(path, column, file.schema_arrow.names)
+        )
+        for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+            yield from batch.column(0).to_pylist()
+
+
+# --- the hub ---
+
+
+def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
+    """From the hub's cache if it is there, else streamed from the hub."""
+    cached = _cached(dataset, revision)
+    sha = cached.name if cached else _resolve(dataset, revision)
+
+    def texts() -> Iterator[object]:
+        with _one_line_errors(dataset, sha):
+            for row in _rows(str(cached)) if cached else _rows(dataset, revision=sha):
+                yield _pick(row, text_column, dataset)
+
+    return Documents(dataset, sha, texts)
+
+
+def _rows(where: str, **options) -> Iterator[object]:
+    """Of the split "train", streamed: no second copy of the data on the disk."""
+    import datasets
+
+    return iter(datasets.load_dataset(where, split="train", streaming=True, **options))
+
+
+def _cached(dataset: str, revision: str) -> Path | None:
+    """The folder of the dataset in the hub's cache; None if it is not there or not whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    options = dict(repo_type="dataset", revision=revision or None, local_files_only=True)
+    try:
+        folder = Path(snapshot_download(dataset, **options))
+    except HFValidationError:
+        raise UserError(f"--dataset {dataset}: no file, no folder and no hub id") from None
+    except LocalEntryNotFoundError:
+        return None
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.is_file()]
+    data = [name for name in files if not name.endswith((".md", ".gitattributes"))]
+    # train-00002-of-00005: each such name must stand there 5 times
+    shards = [re.split(r"-\d{5}-of-(?=\d{5})", name) for name in data]
+    counts = Counter((s[0], int(s[1][:5])) for s in shards if len(s) == 2)
+    whole = all(count == wanted for (_, wanted), count in counts.items())
+    return folder if data and whole else None
+
+
+def _resolve(dataset: str, revision: str) -> str:
+    """The commit of a revision (default main), asked of the hub."""
+    from huggingface_hub import HfApi
+
+    with _one_line_errors(dataset, revision):  # fails at once without network; datasets retries
+        return HfApi().dataset_info(dataset, revision=revision or None).sha
+
+
+@contextlib.contextmanager
+def _one_line_errors(dataset: str, revision: str) -> Iterator[None]:
+    """Turns what datasets and huggingface_hub raise into one line that says what to do."""
+    from huggingface_hub import errors
+
+    at = f" --revision {revision}" if revision else ""
+    fetch = f"hf download {dataset} --repo-type dataset{at}"
+    try:
+        yield
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"--dataset {dataset}: no such file, nor a dataset of the hub (or a private one)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{dataset} has no revision {revision}") from None
+    except ValueError as error:  # no split "train", a configuration to choose
+        raise UserError(f"{dataset} can't be read: {_first_line(error)}") from None
+    except (OSError, errors.HTTPError) as error:
+        raise UserError(
+            f"can't reach the hub for {dataset} ({_first_line(error)}): where there is network, "
+            f"`{fetch}` puts it into the cache; or give a local file"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

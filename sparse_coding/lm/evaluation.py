@@ -1,0 +1,142 @@
+"""How good autoencoders are on a language model, on held-out text.
+
+The only place where these numbers are computed: for results.csv and for run.py --evaluate alike.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparse_coding.lm.model import LanguageModel, Site, activations, logits, next_token_loss
+from sparse_coding.lm.packing import Packed
+from sparse_coding.sae.saved import SparseAutoencoder
+from sparse_coding.sweep.metrics import ReconstructionSums, full_float32
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that no autoencoder was trained on, and the model that reads it.
+
+    n_tokens: of it are used, rounded up to whole rows of text
+    lm_batch_size: rows of text per forward pass
+    """
+
+    lm: LanguageModel
+    site: Site
+    text: Packed
+    n_tokens: int
+    lm_batch_size: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of text used."""
+        return min(self.text.n_rows, -(-self.n_tokens // self.text.context_length))
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, keep), each (rows, context_length); keep: tokens that autoencoders are for."""
+        for first in range(0, self.n_rows, self.lm_batch_size):
+            last = min(first + self.lm_batch_size, self.n_rows)
+            ids = self.text.rows(first, last)
+            keep = self.text.keep_of(ids)
+            yield tuple(torch.from_numpy(a).to(self.lm.device) for a in (ids, keep))
+
+    @property
+    def n_kept(self) -> int:
+        """Tokens that autoencoders are for."""
+        return int(self.text.keep(0, self.n_rows).sum())
+
+    def codes(self, sae: SparseAutoencoder) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(ids, keep, codes (rows, context_length, n_dict)), the codes of dropped tokens being 0.
+
+        Args:
+            sae: on the model's device, in float32
+        """
+        for ids, keep in self.batches():
+            x = activations(self.lm, self.site, ids).float()
+            yield ids, keep, sae.encode(x) * keep.unsqueeze(2)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """values: columns of results.csv; density: (n_dict,) share of tokens a feature is active on."""
+
+    values: dict[str, float]
+    density: Tensor
+
+
+@full_float32()
+@torch.no_grad()
+def evaluate(held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor) -> list[Evaluation]:
+    """Each autoencoder on the same held-out tokens.
+
+    fvu, l0, mse, dead_fraction: over the kept tokens (not the first of a row, not special ones).
+    ce_*: cross-entropy in nats of the next token, over all predictions of the rows, with the
+    activations of the kept tokens unchanged (clean), replaced by x_hat (spliced), by zeros (zero),
+    by their mean over the training text (mean). ce_recovered = (ce_zero − ce_spliced) / (ce_zero −
+    ce_clean), hence with zero ablation.
+
+    Args:
+        saes: on the model's device, float32, raw activations in and out
+        mean: (width,)
+    """
+    lm, site, device = held_out.lm, held_out.site, held_out.lm.device
+    sums = [ReconstructionSums(1, sae.n_dict, site.width, device) for sae in saes]
+    ce = torch.zeros(3 + len(saes), dtype=torch.float64, device=device)
+    n_predictions = 0
+    for ids, keep in held_out.batches():
+        replacements: list[Callable[[Tensor], Tensor]] = [
+            lambda x: x,
+            partial(_replaced, keep=keep, new=lambda x: torch.zeros_like(x)),
+            partial(_replaced, keep=keep, new=lambda x: mean.to(x).expand_as(x)),
+            *(
+                partial(_replaced, keep=keep, new=partial(_reconstructed, sae, total))
+                for sae, total in zip(saes, sums, strict=True)
+            ),
+        ]
+        for i, replace in enumerate(replacements):
+            spliced = logits(lm, ids, site=site, replace=replace)
+            ce[i] += next_token_loss(spliced, ids).double().sum()
+        n_predictions += ids[:, 1:].numel()
+    clean, zero, by_mean, *spliced = (ce / n_predictions).tolist()
+    return [
+        Evaluation(
+            _values(total, clean=clean, spliced=ce_spliced, zero=zero, by_mean=by_mean),
+            total.density()[0].float().cpu(),
+        )
+        for total, ce_spliced in zip(sums, spliced, strict=True)
+    ]
+
+
+def _replaced(x: Tensor, *, keep: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
+    """x (rows, context_length, width) with new() of its kept tokens (n, width) in their place."""
+    result = x.clone()
+    result[keep] = new(x[keep].float()).to(x.dtype)
+    return result
+
+
+def _reconstructed(sae: SparseAutoencoder, total: ReconstructionSums, x: Tensor) -> Tensor:
+    """x_hat of x (n, width), counted in the sums."""
+    codes = sae.encode(x)
+    x_hat = sae.decode(codes)
+    total.add(x, x_hat.unsqueeze(0), codes.T.unsqueeze(0))
+    return x_hat
+
+
+def _values(
+    total: ReconstructionSums, *, clean: float, spliced: float, zero: float, by_mean: float
+) -> dict[str, float]:
+    found = {name: value.item() for name, value in total.result().items()}
+    gap = zero - clean
+    return {
+        **{name: found[name] for name in ("fvu", "l0", "mse")},
+        "dead_fraction": found["n_dead"] / total.n_fired.shape[1],
+        "ce_clean": clean,
+        "ce_spliced": spliced,
+        "ce_zero": zero,
+        "ce_mean": by_mean,
+        # no meaning where the ablation costs nothing
+        "ce_recovered": (zero - spliced) / gap if gap > 0 else float("nan"),
+    }

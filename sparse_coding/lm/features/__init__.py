@@ -1,0 +1,1 @@
+"""What each feature responds to, and features.html, which shows it."""

@@ -1,0 +1,293 @@
+"""A language model's activations: load it, read and replace them at a site, its losses.
+
+Plain forward hooks on transformers models. A site is named by its layer and one of SITES:
+
+- mlp_act: what the MLP's down projection gets (of a gated MLP: gate x up), (..., MLP width)
+- mlp_out: what the MLP adds to the residual stream, (..., d_model); where a norm comes between
+  (Gemma 2), before it
+- resid_post: the residual stream after the layer, (..., d_model); of the last layer before the
+  final norm
+- attn_concat: the heads' outputs side by side, which the output projection gets
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sparse_coding.config import require
+from sparse_coding.lm.nanogpt import load_nanogpt
+from sparse_coding.lm.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SITES = ("mlp_act", "mlp_out", "resid_post", "attn_concat")
+LOSS_CHUNK = 2**24  # logits whose float32 copy is made at once: 64 MB
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where an architecture keeps its parts: names below base_model, and below a layer."""
+
+    layers: str
+    down: str  # the MLP's down projection
+    mlp: str
+    heads: str  # the attention's output projection
+    norm: str  # the final norm
+    gain_offset: float = 0.0  # the norm multiplies by weight + this
+    post_norm: bool = False  # a norm stands between MLP or attention and the residual stream
+
+
+LLAMA = Family("layers", "mlp.down_proj", "mlp", "self_attn.o_proj", "norm")
+FAMILIES = {  # by config.model_type
+    "gpt2": Family("h", "mlp.c_proj", "mlp", "attn.c_proj", "ln_f"),
+    "gpt_neo": Family("h", "mlp.c_proj", "mlp", "attn.attention.out_proj", "ln_f"),
+    "gptj": Family("h", "mlp.fc_out", "mlp", "attn.out_proj", "ln_f"),
+    "gpt_neox": Family(
+        "layers", "mlp.dense_4h_to_h", "mlp", "attention.dense", "final_layer_norm"
+    ),
+    "opt": Family(
+        "decoder.layers", "fc2", "fc2", "self_attn.out_proj", "decoder.final_layer_norm"
+    ),
+    "phi": Family("layers", "mlp.fc2", "mlp", "self_attn.dense", "final_layernorm"),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "gemma2": Family(
+        "layers", "mlp.down_proj", "mlp", "self_attn.o_proj", "norm", 1.0, post_norm=True
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in eval mode, none of whose weights wants a gradient."""
+
+    model: "PreTrainedModel"
+    name: str  # as the user gave it
+    weight_hash: str  # 16 hex digits, the same in float32 on the CPU and in bfloat16 on CUDA
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    max_context: int | None  # positions that the model has
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where activations are read and replaced: the input or the output of a module."""
+
+    layer: int
+    name: str
+    width: int
+    module: nn.Module = field(repr=False, compare=False)
+    at_input: bool
+
+
+class _Stop(Exception):
+    """Ends a forward pass once its activations are read."""
+
+
+def load_language_model(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    revision: str = "",
+    activation: str = "gelu",
+) -> LanguageModel:
+    """The model of a hub id, of a local folder or of a nanoGPT checkpoint (a .pt or .pth file).
+
+    A hub id is looked up in the local cache first, then downloaded.
+
+    Args:
+        dtype: None: float32 on the CPU, bfloat16 elsewhere
+        revision: commit, tag or branch of a hub id; "": main
+        activation: of a nanoGPT checkpoint, see load_nanogpt
+    Raises:
+        UserError: no such model, hub out of reach, a folder or file that holds no complete model,
+            an architecture that is not in FAMILIES.
+    """
+    device, path = torch.device(device), Path(name).expanduser()
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if path.suffix in (".pt", ".pth"):
+        require(not revision, f"revision {revision} is for a hub id, but {name} is a file")
+        model = load_nanogpt(path, activation=activation).to(dtype)
+    else:
+        model = load_pretrained(name, dtype, revision=revision, architectures=tuple(FAMILIES))
+    model = model.to(device).eval().requires_grad_(False)
+    return LanguageModel(
+        model=model,
+        name=name,
+        weight_hash=_weight_hash(model),
+        n_layers=len(_part(model, "layers")),
+        d_model=model.config.hidden_size,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_context=getattr(model.config, "max_position_embeddings", None),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _weight_hash(model: nn.Module) -> str:
+    """sha256 over sorted names, shapes and the values in bfloat16."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+        bits = bits.masked_fill(bits & 0x7F80 == 0, 0)  # denormals: some devices make them 0
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        digest.update(bits.numpy())
+    return digest.hexdigest()[:16]
+
+
+def _part(model: "PreTrainedModel", part: str) -> nn.Module:
+    """The module that the model's family keeps under `part`."""
+    return model.base_model.get_submodule(getattr(FAMILIES[model.config.model_type], part))
+
+
+def find_site(lm: LanguageModel, layer: int, site: str) -> Site:
+    """The site of SITES in a layer, counted from 0. Raises UserError if there is none such."""
+    require(site in SITES, f"no such site: {site}: use {', '.join(SITES)}")
+    require(
+        0 <= layer < lm.n_layers,
+        f"no such layer: {layer}: {lm.name} has layers 0 to {lm.n_layers - 1}",
+    )
+    family = FAMILIES[lm.model.config.model_type]
+    block = _part(lm.model, "layers")[layer]
+    at_input = site in ("mlp_act", "attn_concat")
+    path = {"mlp_act": family.down, "mlp_out": family.mlp, "attn_concat": family.heads}
+    module = block.get_submodule(path.get(site, ""))
+    width = len(_matrix(module)) if at_input else lm.d_model
+    return Site(layer=layer, name=site, width=width, module=module, at_input=at_input)
+
+
+def _matrix(projection: nn.Module) -> Tensor:
+    """The weight as (in, out), which is how transformers' Conv1D keeps it."""
+    return projection.weight.mT if isinstance(projection, nn.Linear) else projection.weight
+
+
+@contextlib.contextmanager
+def _tapped(site: Site, see: Callable[[Tensor], Tensor | None], shape: torch.Size) -> Iterator:
+    """Inside, see() gets the site's x (batch, context, width) of each forward pass. What it
+    returns takes x's place, unless None. shape: (batch, context), as OPT's MLP flattens them."""
+
+    def new_value(x: Tensor) -> Tensor:
+        new = see(x.reshape(*shape, site.width))
+        return x if new is None else new.reshape(x.shape)
+
+    def before(_: nn.Module, args: tuple) -> tuple:
+        return (new_value(args[0]), *args[1:])
+
+    def after(_: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
+        return (new_value(out[0]), *out[1:]) if isinstance(out, tuple) else new_value(out)
+
+    if site.at_input:
+        handle = site.module.register_forward_pre_hook(before)
+    else:
+        handle = site.module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def activations(lm: LanguageModel, site: Site, input_ids: Tensor) -> Tensor:
+    """The activations at the site; what comes after it in the model is not computed.
+
+    Args:
+        input_ids: (batch, context) token ids, rows without padding
+    Returns:
+        (batch, context, site.width) in the model's dtype and on its device
+    """
+    found = []
+
+    def keep_and_stop(x: Tensor) -> None:
+        found.append(x)
+        raise _Stop
+
+    with _tapped(site, keep_and_stop, input_ids.shape), contextlib.suppress(_Stop):
+        lm.model.base_model(input_ids.to(lm.device), use_cache=False)
+    return found[0]
+
+
+@torch.no_grad()
+def logits(
+    lm: LanguageModel,
+    input_ids: Tensor,
+    *,
+    site: Site | None = None,
+    replace: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The model's logits, with replace(x) in place of the activations x at the site.
+
+    Args:
+        input_ids: (batch, context) token ids, rows without padding
+        replace: (batch, context, site.width) -> the same, in the model's dtype
+    Returns:
+        (batch, context, vocab) in the model's dtype
+    """
+    spliced = contextlib.nullcontext()
+    if site is not None and replace is not None:
+        spliced = _tapped(site, replace, input_ids.shape)
+    with spliced:
+        return lm.model(input_ids.to(lm.device), use_cache=False).logits
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Cross-entropy in nats of each token given those before it, (batch, context - 1), float32.
+
+    The float32 copy of the logits (batch, context, vocab) is made piece by piece.
+    """
+    rows = max(1, LOSS_CHUNK // logits.shape[-1])
+    ids = input_ids.to(logits.device).long()
+    losses = torch.empty(ids[:, 1:].shape, device=logits.device)
+    for loss, logit, target in zip(losses, logits[:, :-1], ids[:, 1:], strict=True):
+        for start in range(0, len(loss), rows):
+            piece = slice(start, start + rows)
+            loss[piece] = cross_entropy(logit[piece].float(), target[piece], reduction="none")
+    return losses
+
+
+@torch.no_grad()
+def direct_logits(lm: LanguageModel, site: Site, directions: Tensor) -> Tensor | None:
+    """What each direction at the site adds to the logits by the direct path alone.
+
+    That path is the site's projection, if it has one (mlp_act: down, attn_concat: output), then the
+    final norm with its scale set to 1 (its gain applied; a LayerNorm also subtracts the mean over
+    d_model), then the unembedding. Later layers are left out, so only the order of the tokens
+    means something. The mean over the vocabulary is subtracted, which no softmax sees. This is
+    direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Circuits"), the logit lens (nostalgebraist 2020) of a direction. A soft cap comes after it.
+
+    Args:
+        directions: (n, site.width), any dtype
+    Returns:
+        (n, vocab) float32 on the model's device; None where norms stand in the path (Gemma 2 but
+        for resid_post, OPT with norms after its layers)
+    """
+    config = lm.model.config
+    family = FAMILIES[config.model_type]
+    norm_first = getattr(config, "do_layer_norm_before", True)  # OPT
+    embed_dim = getattr(config, "word_embed_proj_dim", lm.d_model)  # OPT
+    through_norm = family.post_norm and site.name != "resid_post"
+    if through_norm or not norm_first or embed_dim != lm.d_model:
+        return None
+    effect = directions.to(lm.device, torch.float32)  # (n, width), then (n, d_model)
+    if site.at_input:
+        effect = effect @ _matrix(site.module).float()
+    norm = _part(lm.model, "norm")
+    if isinstance(norm, nn.LayerNorm):
+        effect = effect - effect.mean(dim=1, keepdim=True)
+    if norm.weight is not None:
+        effect = effect * (norm.weight.float() + family.gain_offset)
+    effect = effect @ lm.model.get_output_embeddings().weight.float().mT  # (n, vocab)
+    return effect - effect.mean(dim=1, keepdim=True)

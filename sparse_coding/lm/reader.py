@@ -1,0 +1,149 @@
+"""Batches from shards of activations, in a random order that a step determines.
+
+As many shards as fit the buffer are mixed: their rows are permuted together and dealt out in
+batches, while the next shards are loaded in a thread. Every epoch deals the shards anew. A batch
+depends on the seed and the step alone, so a resume sees the batches of the uninterrupted run.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_coding.config import named_seed, require
+from sparse_coding.lm.activations import Shards
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps first .. first + n_steps, which deal out the rows of some shards (ascending)."""
+
+    first: int
+    n_steps: int
+    shards: tuple[int, ...]
+    seed: int  # of the permutation of their rows
+
+
+class Reader:
+    """x of a step: (batch_size, width) float32 on the device, multiplied by `scale`.
+
+    Args:
+        n_steps: beyond them nothing is loaded ahead
+        buffer_rows: rows that are mixed at a time; another as many may be waiting
+        seed: of all random orders
+    Raises:
+        UserError: there are fewer rows than a batch has.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        batch_size: int,
+        n_steps: int,
+        scale: float,
+        seed: int,
+        device: torch.device,
+        buffer_rows: int,
+    ):
+        require_a_batch(shards, batch_size)
+        self.n_steps, self.closing = n_steps, False
+        self.shards, self.batch_size, self.scale = shards, batch_size, scale
+        self.seed, self.device, self.buffer_rows = seed, device, buffer_rows
+        self.segments: list[Segment] = []
+        self.epoch = 0
+        self.loader = ThreadPoolExecutor(1)
+        self.current: tuple[Segment, Tensor, Tensor] | None = None  # with rows and their order
+        self.loaded: tuple[tuple[int, ...], Tensor] | None = None
+        self.waiting: tuple[tuple[int, ...], Future] | None = None
+
+    def batch(self, step: int) -> Tensor:
+        segment = self.segment_of(step)
+        if self.current is None or self.current[0] != segment:
+            self._enter(segment)
+        _, rows, order = self.current
+        if rows.is_cuda:  # the stream that reads them may be another than they were made on
+            rows.record_stream(torch.cuda.current_stream())
+        first = (step - segment.first) * self.batch_size
+        chosen = order[first : first + self.batch_size]
+        return rows.index_select(0, chosen).float().mul_(self.scale)
+
+    def segment_of(self, step: int) -> Segment:
+        """The segment that has this step; extends the list of segments as far as needed."""
+        while not self.segments or step >= self.segments[-1].first + self.segments[-1].n_steps:
+            self._add_epoch()
+        index = len(self.segments) - 1
+        while self.segments[index].first > step:
+            index -= 1
+        return self.segments[index]
+
+    def _add_epoch(self) -> None:
+        """Deals the shards, in a new random order, to segments that fit the buffer."""
+        rng = torch.Generator().manual_seed(named_seed(self.seed, "shards", self.epoch))
+        groups: list[list[int]] = [[]]
+        for k in torch.randperm(len(self.shards.rows), generator=rng).tolist():
+            held = sum(self.shards.rows[i] for i in groups[-1])
+            # a group too small for a batch would deal out nothing
+            if held >= self.batch_size and held + self.shards.rows[k] > self.buffer_rows:
+                groups.append([])
+            groups[-1].append(k)
+        for i, group in enumerate(groups):
+            n_steps = sum(self.shards.rows[k] for k in group) // self.batch_size
+            if n_steps == 0:
+                continue
+            last = self.segments[-1] if self.segments else None
+            first = last.first + last.n_steps if last else 0
+            seed = named_seed(self.seed, "rows", self.epoch, i)
+            self.segments.append(Segment(first, n_steps, tuple(sorted(group)), seed))
+        self.epoch += 1
+
+    def _enter(self, segment: Segment) -> None:
+        """Makes the rows of the segment current and has the next ones loaded meanwhile."""
+        self.current = None  # else two buffers are held while a third is loaded
+        rows = self._take(segment.shards)
+        rng = torch.Generator().manual_seed(segment.seed)
+        order = torch.randperm(len(rows), generator=rng).to(self.device)
+        self.current = (segment, rows, order)
+        end = segment.first + segment.n_steps
+        following = self.segment_of(end).shards if end < self.n_steps else segment.shards
+        if following != segment.shards:
+            self.waiting = (following, self.loader.submit(self._load, following))
+
+    def _take(self, shards: tuple[int, ...]) -> Tensor:
+        """Rows of these shards: those held, those waited for, or loaded now."""
+        if self.waiting and self.waiting[0] == shards:
+            self.loaded = (shards, self.waiting[1].result())
+        elif self.loaded is None or self.loaded[0] != shards:
+            self.loaded = None  # memory first
+            self.loaded = (shards, self._load(shards))
+        self.waiting = None
+        return self.loaded[1]
+
+    def _load(self, shards: tuple[int, ...]) -> Tensor:
+        """Rows of these shards in one tensor; one shard at a time is held twice."""
+        rows, first = None, 0
+        for k in shards:
+            if self.closing:
+                break
+            shard = self.shards.load(k)
+            if rows is None:
+                shape = (sum(self.shards.rows[i] for i in shards), shard.shape[1])
+                rows = torch.empty(shape, dtype=shard.dtype, device=self.device)
+            rows[first : first + len(shard)] = shard
+            first += len(shard)
+        return rows
+
+    def close(self) -> None:
+        """Returns when nothing is being loaded any more, after one shard at most."""
+        self.closing = True
+        self.loader.shutdown(wait=True, cancel_futures=True)
+
+
+def require_a_batch(shards: Shards, batch_size: int) -> None:
+    """Raises UserError if there are fewer rows than a batch has."""
+    n_rows = sum(shards.rows)
+    require(
+        n_rows >= batch_size,
+        f"{n_rows} activations are fewer than --batch-size {batch_size}: give more text",
+    )

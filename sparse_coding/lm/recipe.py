@@ -1,0 +1,269 @@
+"""Cells of a sweep on a language model as training needs them: data, starts, metrics."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_coding.config import named_seed, require_flag
+from sparse_coding.files import read_tensors, write_tensors
+from sparse_coding.lm.activation_store import open_activations
+from sparse_coding.lm.activations import Shards, Statistics, statistics
+from sparse_coding.lm.evaluation import HeldOut, evaluate
+from sparse_coding.lm.reader import Reader, require_a_batch
+from sparse_coding.lm.target import Subject
+from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
+from sparse_coding.sae.saved import WEIGHTS, SparseAutoencoder, save_sae
+from sparse_coding.sae.spec import Member, Schedule
+from sparse_coding.sweep.cells import merged_rows, missing_cells
+from sparse_coding.sweep.evaluation import reconstruction
+from sparse_coding.sweep.grid import Cell
+from sparse_coding.sweep.hardware import step_seconds
+from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched
+from sparse_coding.sweep.training import Task
+
+COLUMNS = (
+    "seed", "l1_alpha", "expansion_factor", "n_dict", "n_tokens", "fvu", "l0", "mse",
+    "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_recovered",
+    "mmcs_with_larger", "n_matched_larger", "seconds",
+)  # fmt: skip
+SPARSITY = "sparsity.safetensors"  # log10 of the densities; the name and NEVER are SAELens's
+NEVER = 1e-10  # added to a density before its logarithm
+# Gradients of a mse per dimension, on x of mean square norm 1, shrink about as width^-1.8; at width
+# 3 072 they are below Adam's usual eps: fvu .109, not .055 (LOG.md). So eps shrinks with them.
+EPS, EPS_WIDTH = 1e-8, 256
+MAX_LR = 1.0  # beyond it Adam cannot but diverge
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How every cell is trained; the names are those of run.py's flags, which give the reasons.
+
+    l1_normalisation: sum, or per_feature, which divides l1_alpha by n_dict
+    warmup, l1_warmup, decay: shares of the steps
+    shuffle_gb: of activations, that are mixed at a time
+    """
+
+    n_tokens: int
+    batch_size: int
+    lr: float
+    l1_normalisation: str
+    warmup: float
+    l1_warmup: float
+    decay: float
+    shuffle_gb: float
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a constant out of its range."""
+        require_flag(self, "batch_size", self.batch_size >= 1, "at least 1")
+        rule = f"at least --batch-size {self.batch_size}"
+        require_flag(self, "n_tokens", self.n_tokens >= self.batch_size, rule)
+        require_flag(self, "lr", 0 < self.lr <= MAX_LR, f"above 0 and at most {MAX_LR:g}")
+        for name in ("warmup", "l1_warmup", "decay"):
+            require_flag(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        require_flag(self, "shuffle_gb", 0 < self.shuffle_gb < math.inf, "above 0 and finite")
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_tokens // self.batch_size
+
+    def buffer_rows(self, width: int) -> int:
+        """Activations of this width, two bytes a number, that are mixed at a time."""
+        return int(self.shuffle_gb * 1e9 / (2 * width))
+
+    def schedule(self, width: int) -> Schedule:
+        n = self.n_steps
+        decay_start = n - round(self.decay * n) if self.decay else None
+        eps = EPS * min(1, EPS_WIDTH / width) ** 2
+        return Schedule(n, round(self.warmup * n), round(self.l1_warmup * n), decay_start, eps)
+
+
+@dataclass(frozen=True)
+class LanguageRecipe:
+    """How cells are trained on activations of a language model (a training.Recipe).
+
+    shards: the training text's activations
+    about: where they come from, for the saved autoencoders
+
+    Raises:
+        UserError: there are fewer activations than a batch has.
+    """
+
+    shards: Shards
+    held_out: HeldOut
+    optimisation: Optimisation
+    about: dict
+    headline = ("train/fvu", min)
+
+    def __post_init__(self) -> None:
+        require_a_batch(self.shards, self.optimisation.batch_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.held_out.lm.device
+
+    @property
+    def n_steps(self) -> int:
+        return self.optimisation.n_steps
+
+    @property
+    def width(self) -> int:
+        return self.held_out.site.width
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return statistics(self.shards)
+
+    def memory(self, n_dicts: list[int]) -> int:
+        """Of the ensemble, two buffers of rows, and codes of all of them at evaluation."""
+        o = self.optimisation
+        rows = 2 * 2 * self.width * min(o.buffer_rows(self.width), sum(self.shards.rows))
+        tokens = self.held_out.lm_batch_size * self.held_out.text.context_length
+        one_evaluated = 4 * tokens * (4 * max(n_dicts) + 2 * self.held_out.lm.vocab_size)
+        saved = sum(8 * n * self.width for n in n_dicts)
+        ensemble = ensemble_bytes(n_dicts, self.width, o.batch_size, self.device)
+        return ensemble + rows + one_evaluated + saved
+
+    def disk(self, n_dicts: list[int]) -> int:
+        """Bytes of a run folder at its largest: autoencoders and three checkpoints (one half
+        written), each with Adam's two moments beside every parameter."""
+        return sum(4 * (2 * n * self.width + n + self.width) * (1 + 3 * 3) for n in n_dicts)
+
+    def seconds(self, n_features: int) -> float:
+        batch_size = self.optimisation.batch_size
+        step = step_seconds(n_features, self.width, batch_size=batch_size, device=self.device)
+        return self.n_steps * step
+
+    def prepare(self, group: list[Cell]) -> Task:
+        """Autoencoders of cells of one seed, the batches they train on and their evaluation."""
+        o, seed, scale = self.optimisation, group[0].seed, self.statistics.scale
+        reader = Reader(
+            self.shards,
+            batch_size=o.batch_size,
+            n_steps=o.n_steps,
+            scale=scale,
+            seed=named_seed(seed, "batches"),
+            device=self.device,
+            buffer_rows=o.buffer_rows(self.width),
+        )
+        ensemble = Ensemble(
+            members_of(group, o.l1_normalisation),
+            self.width,
+            lr=o.lr,
+            device=self.device,
+            b_dec=self.statistics.mean * scale,
+            project=True,
+            schedule=o.schedule(self.width),
+        )
+
+        def measure(x: Tensor) -> dict[str, list[float]]:
+            on_batch = reconstruction(ensemble, [x])
+            return {f"train/{name}": on_batch[name] for name in ("mse", "fvu", "l0")}
+
+        def finish() -> list[tuple[dict, dict[str, Tensor]]]:
+            reader.close()  # its thread may be using the language model, too
+            return self._evaluated(ensemble, group)
+
+        return Task(ensemble, reader.batch, measure, finish, close=reader.close)
+
+    def _evaluated(
+        self, ensemble: Ensemble, group: list[Cell]
+    ) -> list[tuple[dict, dict[str, Tensor]]]:
+        """Rows and autoencoders for raw activations, with their feature densities."""
+        per_l1 = [
+            cell.n_dict if self.optimisation.l1_normalisation == "per_feature" else 1
+            for cell in group
+        ]
+        raw = [unscaled(ensemble.dictionary(i), self.statistics.scale) for i in range(len(group))]
+        saes = [SparseAutoencoder(**tensors, about={}).to(self.device) for tensors in raw]
+        found = evaluate(self.held_out, saes, mean=self.statistics.mean)
+        results = []
+        for i, (cell, evaluation) in enumerate(zip(group, found, strict=True)):
+            l1_alpha = ensemble.l1(i) * per_l1[i] if cell.target_l0 else cell.l1_alpha
+            known = {
+                "seed": cell.seed,
+                "l1_alpha": l1_alpha,
+                "expansion_factor": cell.size_ratio,
+                "n_dict": cell.n_dict,
+                "n_tokens": self.n_steps * self.optimisation.batch_size,
+            }
+            row = {column: (known | evaluation.values).get(column) for column in COLUMNS}
+            results.append((row, raw[i] | {"density": evaluation.density}))
+        return results  # fmt: skip
+
+    def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
+        """A SAELens-6 folder; log10 densities as in SAELens's sparsity.safetensors."""
+        sae = dict(tensors)
+        sparsity = torch.log10(sae.pop("density") + NEVER)
+        path = sae_folder(folder, cell)
+        write_tensors(path / SPARSITY, {"sparsity": sparsity})
+        tokens = {"n_eval_tokens": self.held_out.n_tokens, "n_tokens": self.optimisation.n_tokens}
+        about = self.about | tokens
+        about |= {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
+        found = {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
+        # null where a cell diverged or an ablation costs nothing: NaN is no JSON
+        found = {name: v if math.isfinite(v) else None for name, v in found.items()}
+        save_sae(path, sae, about=about | found)
+
+    def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
+        """Rows of results.csv."""
+
+        def decoder_of(folder: Path, cell: Cell) -> Tensor:
+            # not load_sae, which refuses a diverged one
+            tensors, _ = read_tensors(sae_folder(folder, cell) / WEIGHTS)
+            return tensors["W_dec"].to(self.device)
+
+        compare = {"mmcs_with_larger": mmcs_with_larger, "n_matched_larger": n_matched}
+        return merged_rows(folder, cells, decoder_of=decoder_of, compare=compare)
+
+
+def with_activations(
+    recipe: LanguageRecipe, subject: Subject, *, folder: Path, cells: list[Cell], max_bytes: float
+) -> LanguageRecipe:
+    """The recipe on activations in the subject's folder, if they fit: harvested if need be, unless
+    the run in `folder` has all its cells."""
+    missing = missing_cells(folder, cells)
+    if not missing:
+        return recipe
+    shards = open_activations(
+        recipe.shards,
+        subject.folder,
+        subject.about,
+        max_bytes=max_bytes,
+        reserve=recipe.disk([cell.n_dict for cell in missing]),
+    )
+    return replace(recipe, shards=shards)
+
+
+def feature_density(folder: Path) -> np.ndarray:
+    """(n_dict,) share of the held-out tokens on which a feature of the saved autoencoder fires."""
+    density = 10 ** read_tensors(folder / SPARSITY)[0]["sparsity"].double().numpy()
+    return np.where(density > 2 * NEVER, density, 0)
+
+
+def sae_folder(folder: Path, cell: Cell) -> Path:
+    return folder / "saes" / cell.name
+
+
+def members_of(cells: list[Cell], l1_normalisation: str) -> list[Member]:
+    """The cells as members of an ensemble, each with a start that its name determines."""
+    return [
+        Member(
+            n_dict=cell.n_dict,
+            l1=cell.l1_alpha / (cell.n_dict if l1_normalisation == "per_feature" else 1),
+            seed=named_seed(cell.seed, "start", cell.n_dict, cell.l1_exp, cell.target_l0),
+            tied=True,
+            target_l0=cell.target_l0,
+        )
+        for cell in cells
+    ]
+
+
+def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases change,
+    and codes are in the units of x."""
+    return tensors | {name: tensors[name] / scale for name in ("b_enc", "b_dec")}

@@ -1,0 +1,288 @@
+"""Text to token ids: a model's own tokenizer, GPT-2's, bytes, or a character vocabulary.
+
+Whatever the kind, text is text: a document that contains "<|endoftext|>" gets the ordinary tokens
+of these characters, so that no corpus can forge the end of a document.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparse_coding.config import UserError, require
+from sparse_coding.lm.pretrained import require_reachable
+from sparse_coding.lm.vocabulary import (
+    BESIDE,
+    choice_for_checkpoint,
+    piece_bytes,
+    read_meta_pickle,
+)
+
+# what the token between documents is called in vocabularies that don't say which it is
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<s>", "<bos>")
+UNKNOWN = ("<unk>", "<|unk|>", "[UNK]")
+# encoded once for the fingerprint: tells apart equal vocabularies that split text differently
+PROBE = "def f(x): # It's  naïve\n\treturn 3.14159 * x\n\n\u2014 <|endoftext|> \u4f60\u597d\r\n"
+CHOICES = "gpt2, bytes, a tokenizer.json, a JSON vocabulary, nanoGPT's meta.pkl, a folder or hub id"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Encodes text and shows tokens. Made by load_tokenizer."""
+
+    name: str  # for the manifest: "hf:gpt2", "tiktoken:gpt2", "bytes", "vocab:meta.pkl"
+    fingerprint: str  # 16 hex digits of the vocabulary and of how a sample of text is cut
+    vocab_size: int  # ids that the model has; the tokenizer may have fewer (padded vocabularies)
+    separator: int | None  # id put between documents, as the model was trained; None: there is none
+    special_ids: frozenset[int]  # bos, eos, padding, ...: no tokens of text
+    encode: Callable[[list[str]], list[list[int]]] = field(repr=False, compare=False)
+    pieces: dict[int, bytes] = field(repr=False, compare=False)  # id -> the text it stands for
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text. No special token is added or read.
+
+        Raises:
+            UserError: a character that a character vocabulary lacks.
+        """
+        return self.encode(texts)
+
+    def token_texts(self) -> list[str]:
+        """Display text of each of the vocab_size ids: leading spaces kept, bytes that are no UTF-8
+        as \\xNN, ids that the tokenizer lacks as [id]. Not escaped for HTML."""
+        return [
+            self.pieces[i].decode("utf-8", "backslashreplace") if i in self.pieces else f"[{i}]"
+            for i in range(self.vocab_size)
+        ]
+
+
+def load_tokenizer(
+    model: str, *, choice: str = "auto", vocab_size: int, revision: str = "", dataset: str = ""
+) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        model: hub id, local folder, or nanoGPT checkpoint (a file)
+        choice: "auto" (the model's own; for a checkpoint see choice_for_checkpoint), or one of
+            CHOICES
+        vocab_size: ids that the model has
+        revision: of the hub repository `model`
+        dataset: the text that is to be encoded; if a .bin of nanoGPT, it tells a checkpoint's
+    Raises:
+        UserError: none found, not readable, or with more ids than the model.
+    """
+    if choice == "auto":
+        if not Path(model).is_file():
+            return _from_transformers(model, vocab_size, revision=revision)
+        choice = choice_for_checkpoint(Path(model), vocab_size, dataset)
+        require(
+            choice != "",
+            f"no tokenizer for {model} with {vocab_size} ids: put its {', '.join(BESIDE[:-1])} or "
+            f"{BESIDE[-1]} beside it, or give --tokenizer: {CHOICES}",
+        )
+    if choice == "gpt2":
+        return _tiktoken_gpt2(vocab_size)
+    if choice == "bytes":
+        return _bytes(vocab_size)
+    path = Path(choice).expanduser()
+    if path.is_file():
+        return _from_file(path, vocab_size)
+    looks_like_path = path.suffix in (".json", ".pkl") or choice.startswith((".", "/", "~"))
+    require(path.is_dir() or not looks_like_path, f"no tokenizer {choice}: choose {CHOICES}")
+    return _from_transformers(str(path), vocab_size)
+
+
+def _make(
+    name: str,
+    pieces: dict[int, bytes],
+    *,
+    encode: Callable[[list[str]], list[list[int]]],
+    vocab_size: int,
+    separator: int | None,
+    special: set[int],
+    probe: str = PROBE,
+) -> Tokenizer:
+    """Checks the ids against the model's and takes the fingerprint."""
+    ordinary = pieces.keys() - special
+    require(bool(ordinary), f"{name} has no vocabulary: give --tokenizer: {CHOICES}")
+    # special ids beyond the model's are harmless: Gemma 3 has one, and text never makes them
+    require(
+        max(ordinary) < vocab_size,
+        f"{name} has {max(ordinary) + 1} ids, the model {vocab_size}: it is another model's; "
+        f"give --tokenizer: {CHOICES}",
+    )
+    content = hashlib.sha256(repr(encode([probe])[0]).encode())
+    for i in sorted(pieces):
+        content.update(b"%d:%d:" % (i, len(pieces[i])) + pieces[i])
+    return Tokenizer(
+        name=name,
+        fingerprint=content.hexdigest()[:16],
+        vocab_size=vocab_size,
+        separator=separator if separator is not None and separator < vocab_size else None,
+        special_ids=frozenset(i for i in special if i < vocab_size),
+        encode=encode,
+        pieces=pieces,
+    )
+
+
+# --- bytes, GPT-2, character vocabularies ---
+
+
+def _bytes(vocab_size: int) -> Tokenizer:
+    """Ids 0-255 are the bytes of UTF-8; a 257th parts documents."""
+    separator = 256 if vocab_size == 257 else None
+    pieces = {i: bytes([i]) for i in range(256)}
+    return _make(
+        "bytes",
+        pieces if separator is None else pieces | {separator: b"<|endoftext|>"},
+        encode=lambda texts: [list(text.encode()) for text in texts],
+        vocab_size=vocab_size,
+        separator=separator,
+        special=set() if separator is None else {separator},
+    )
+
+
+def _tiktoken_gpt2(vocab_size: int) -> Tokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a torn file
+        raise UserError(
+            f"tiktoken can't fetch gpt2 ({type(error).__name__}): where there is network, run "
+            "`TIKTOKEN_CACHE_DIR=D python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"`, "
+            "copy D and set TIKTOKEN_CACHE_DIR to it; or give --tokenizer FOLDER with GPT-2's"
+        ) from None
+    return _make(
+        "tiktoken:gpt2",
+        {i: encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)},
+        encode=encoding.encode_ordinary_batch,
+        vocab_size=vocab_size,
+        separator=encoding.eot_token,
+        special={encoding.eot_token},
+    )
+
+
+def _characters(name: str, stoi: object, *, vocab_size: int) -> Tokenizer:
+    """A vocabulary character -> id, as in nanoGPT's data/shakespeare_char.
+
+    Longer entries must be special ("<|endoftext|>"): text never makes them. A character that is
+    missing becomes the <unk> entry if there is one, else it is an error.
+    """
+    plain = isinstance(stoi, dict) and all(
+        isinstance(text, str) and text and type(i) is int and i >= 0 for text, i in stoi.items()
+    )
+    require(plain and bool(stoi), f"{name} is no vocabulary: expected character -> id, or stoi")
+    require(len(set(stoi.values())) == len(stoi), f"{name}: two characters share an id")
+    special = {text: i for text, i in stoi.items() if len(text) > 1}
+    longer = next((text for text in special if not re.fullmatch(r"<.+>|\[.+\]", text)), None)
+    require(longer is None, f"{name}: {longer!r} is no character: give a tokenizer.json instead")
+    unknown = next((special[text] for text in UNKNOWN if text in special), None)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        try:
+            return [
+                [stoi[c] if unknown is None else stoi.get(c, unknown) for c in t] for t in texts
+            ]
+        except KeyError as error:
+            raise UserError(
+                f"character {error} of the text is not among the {len(stoi)} of {name}: choose the "
+                "text that the model was trained on, or another --tokenizer"
+            ) from None
+
+    return _make(
+        name,
+        {i: text.encode("utf-8", "replace") for text, i in stoi.items()},
+        encode=encode,
+        vocab_size=vocab_size,
+        separator=next((special[text] for text in SEPARATORS if text in special), None),
+        special=set(special.values()) - {unknown},  # an unknown character is text
+        probe="",
+    )
+
+
+# --- files ---
+
+
+def _from_file(path: Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer.json of the tokenizers library, a JSON vocabulary or a meta.pkl."""
+    if path.suffix == ".pkl":
+        content = read_meta_pickle(path)
+    else:
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deep
+            raise UserError(f"{path} is not JSON ({error}): choose {CHOICES}") from None
+    require(isinstance(content, dict), f"{path} is no vocabulary: expected character -> id")
+    if isinstance(content.get("model"), dict):
+        return _from_tokenizer_json(path, content, vocab_size=vocab_size)
+    stoi = content.get("stoi", content)
+    return _characters(f"vocab:{path.name}", stoi, vocab_size=vocab_size)
+
+
+# --- the tokenizers and transformers libraries ---
+
+
+def _from_tokenizer_json(path: Path, content: dict, *, vocab_size: int) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"{path} is no tokenizer.json: {error}") from None
+    ids = backend.get_vocab(with_added_tokens=True)
+    separator = next((ids[text] for text in SEPARATORS if text in ids), None)
+    return _from_backend(f"vocab:{path.name}", backend, vocab_size=vocab_size, separator=separator)
+
+
+def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> Tokenizer:
+    """The tokenizer of a hub id or folder, by AutoTokenizer; from the cache if it is there."""
+    from transformers import AutoTokenizer
+
+    options = dict(revision=revision or "main", trust_remote_code=False)
+    require_reachable(where, options["revision"])
+    try:
+        own = AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:  # the library raises Exception itself for a torn file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = f"`hf download {where}` where there is network puts it into the cache"
+        if Path(where).is_dir():
+            remedy = "save it there with tokenizer.save_pretrained"
+        raise UserError(
+            f"no tokenizer in {where} ({reason}): {remedy}; or give --tokenizer"
+        ) from None
+    backend = getattr(own, "backend_tokenizer", None)
+    require(backend is not None, f"{where} has no fast tokenizer: give --tokenizer tokenizer.json")
+    first = own("a")["input_ids"][:1]  # a tokenizer that begins texts with bos: trained so
+    begins = own.bos_token_id is not None and first == [own.bos_token_id]
+    separator = own.bos_token_id if begins or own.eos_token_id is None else own.eos_token_id
+    name = Path(where).name if Path(where).is_dir() else where  # the same on every machine
+    return _from_backend(
+        f"hf:{name}", backend, vocab_size=vocab_size, separator=separator,
+        special=own.all_special_ids,
+    )  # fmt: skip
+
+
+def _from_backend(
+    name: str, backend, *, vocab_size: int, separator: int | None, special: Iterable[int] = ()
+) -> Tokenizer:
+    """Of a tokenizers.Tokenizer, whose settings are changed."""
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # text that looks like a special token is text
+    added = backend.get_added_tokens_decoder()
+    special = set(special) | {i for i, token in added.items() if token.special}
+    special |= set() if separator is None else {separator}
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    byte_level = "ByteLevel" in str(json.loads(backend.to_str())["decoder"])
+    pieces = {
+        i: text.encode() if i in added else piece_bytes(text, byte_level)
+        for text, i in backend.get_vocab(with_added_tokens=True).items()
+    }
+    return _make(
+        name, pieces, encode=encode, vocab_size=vocab_size, separator=separator, special=special
+    )

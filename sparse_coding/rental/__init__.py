@@ -1,0 +1,1 @@
+"""Sweeps on rented machines. Imports no torch."""

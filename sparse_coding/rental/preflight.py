@@ -1,0 +1,97 @@
+"""What is checked at home before a machine is rented: tools, files, secrets."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from sparse_coding.config import UserError, require
+from sparse_coding.files import require_private
+from sparse_coding.sweep.run_folder import git_state as commit_of
+
+SECRET_FILES = {"secrets.json", ".env", "id_rsa", "id_ed25519", "vast_api_key", ".vast_api_key",
+                ".netrc", "credentials"}  # fmt: skip
+# shapes of keys, in case one gets into a tracked file: vast.ai's are 64 hex digits
+TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|gh[pousr]_[A-Za-z0-9]{36})\b")
+OURS = {"replicate_toy_models.py", "run.py"}
+LARGE = 50e6  # bytes of one tracked file, above which pushing it is worth a word
+VERSION = 3  # of rsync, at least: what macOS calls rsync is older or another program
+
+
+def require_tools() -> None:
+    """Raises UserError without ssh, ssh-keygen or a current rsync."""
+    for tool, package in (("ssh", "openssh-client"), ("ssh-keygen", "openssh-client"),
+                          ("rsync", "rsync")):  # fmt: skip
+        found = shutil.which(tool)
+        require(bool(found), f"{tool} is missing: install {package} (apt or brew)")
+    line = subprocess.run(["rsync", "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"version v?(\d+)", line)
+    require(
+        bool(version) and int(version[1]) >= VERSION and "openrsync" not in line,
+        "rsync is older than 3.0: install a current one (brew install rsync)",
+    )
+
+
+def tracked_files(root: Path) -> list[str]:
+    """Files that are pushed: those that git tracks, as they are now.
+
+    Raises:
+        UserError: no git checkout, or a secret among them.
+    """
+    command = ["git", "-C", str(root), "ls-files", "-z"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    require(done.returncode == 0, f"{root} is no git checkout: what git tracks is what is pushed")
+    files = [name for name in done.stdout.split("\0") if name and (root / name).is_file()]
+    for name in files:
+        path = root / name
+        secret = path.name in SECRET_FILES or path.suffix in (".pem", ".key")
+        require(not secret, f"{name} is tracked by git and would be pushed to a stranger's "
+                f"machine: git rm --cached {name}, and make new keys")  # fmt: skip
+        if path.stat().st_size > LARGE:
+            print(f"warning: {name} has {path.stat().st_size / 1e6:.0f} MB and is pushed as well")
+        elif TOKEN.search(path.read_bytes()):
+            raise UserError(f"{name} seems to hold a token and would be pushed: take it out first")
+    return files
+
+
+def require_script(command: list[str], root: Path, files: list[str]) -> None:
+    """Raises UserError unless the command is python and a tracked script, with no flags of ours."""
+    usage = "give the command after --, for example: -- python replicate_toy_models.py"
+    require(len(command) >= 2 and command[0] in ("python", "python3"), usage)
+    require(command[1] in files, f"{command[1]} is not tracked by git in {root}: git add it, or "
+            "name it as it is called from there")  # fmt: skip
+    flags = {word.split("=")[0].replace("_", "-") for word in command}
+    for flag in ("--shard", "--output-dir", "--fresh"):
+        require(flag not in flags, f"{flag} is set by the sweep: leave it out of the command")
+    require(
+        bool(flags & {"--preset", "--verify"}) or command[1] not in OURS,
+        f"--preset is missing: what {command[1]} does by default depends on the machine",
+    )
+
+
+def git_state(root: Path) -> dict:
+    """Commit, and the changes since, for the record. No host name, no path."""
+    diff = subprocess.run(["git", "-C", str(root), "diff", "HEAD"], capture_output=True, text=True)
+    return commit_of(root) | {"git_diff": diff.stdout}
+
+
+def secrets_for(names: tuple[str, ...], root: Path) -> bytes:
+    """NAME=value lines for --send-env: from the environment, else from secrets.json.
+
+    Raises:
+        UserError: a name that neither has, or secrets.json can be read by others.
+    """
+    path = root / "secrets.json"
+    stored = {}
+    if names and path.exists():
+        require_private(path)
+        stored = json.loads(path.read_text())
+    lines = []
+    for name in names:
+        value = os.environ.get(name) or stored.get(name) or stored.get(name.lower())
+        require(bool(value), f"--send-env {name}: neither the environment nor secrets.json has it")
+        require("\n" not in value, f"--send-env {name} has more than one line")
+        lines.append(f"{name}={value}\n")
+    return "".join(lines).encode()

@@ -1,0 +1,219 @@
+"""One rented machine over ssh and rsync: commands, files out, results back.
+
+The other side belongs to a stranger: nothing of it is executed here, links and devices are not
+taken, its host key is kept per instance, and a changed one ends the acquaintance.
+"""
+
+import errno
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparse_coding.config import require
+from sparse_coding.files import require_private, write_atomic
+
+USER = "root"  # in vast.ai's containers
+REMOTE_DIR = "sparse_coding"  # below the login directory; never that itself, which ssh guards
+RSYNC_RETRY = {12, 23, 24, 30, 255}  # protocol, partial, vanished, timeout, ssh: may pass by
+RSYNC_TRIES, PAUSE = 4, 2.0  # seconds before the second try, doubled before each further one
+TAIL = 400  # characters of stderr in messages
+
+
+class RemoteError(Exception):
+    """A command or transfer that failed.
+
+    kind: unreachable, denied (our key), host_key (changed), failed, cut (a transfer), disk (full
+    there), stopped (by us)
+    """
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass
+class Traffic:
+    """Bytes that rsync moved: vast.ai bills them."""
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass
+class Remote:
+    """An instance that runs.
+
+    folder: of the run, for known_hosts and the ssh_config; endpoints: (host, port), tried in turn
+    stop: when set, whatever runs is ended; scale: times the waits between tries
+    """
+
+    instance: int
+    endpoints: tuple[tuple[str, int], ...]
+    folder: Path
+    key: Path
+    stop: threading.Event
+    scale: float = 1.0
+    traffic: Traffic = field(default_factory=Traffic)
+    endpoint: int = 0
+
+    @property
+    def alias(self) -> str:
+        return f"vast-{self.instance}"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / f"ssh_config-{self.instance}"
+
+    def write_config(self) -> None:
+        """The ssh_config of the instance. HostKeyAlias: its ports and proxies serve others later,
+        so their keys are nobody's; that of the instance must not change."""
+        host, port = self.endpoints[self.endpoint % len(self.endpoints)]
+        lines = {
+            "HostName": host, "Port": port, "User": USER, "IdentityFile": f'"{self.key}"',
+            "IdentitiesOnly": "yes", "BatchMode": "yes",
+            "ConnectTimeout": max(2, round(10 * self.scale)),
+            "ConnectionAttempts": 1, "ServerAliveInterval": 15, "ServerAliveCountMax": 3,
+            "StrictHostKeyChecking": "accept-new", "HostKeyAlias": self.alias,
+            "UserKnownHostsFile": f'"{self.folder / "known_hosts"}"', "ForwardAgent": "no",
+            "LogLevel": "ERROR",
+        }  # fmt: skip
+        text = f"Host {self.alias}\n" + "".join(f"  {k} {v}\n" for k, v in lines.items())
+        write_atomic(self.config, text)
+
+    def other_endpoint(self) -> None:
+        """The next connection goes the other way: directly, or through vast.ai's proxy."""
+        self.endpoint += 1
+        self.write_config()
+
+    def ssh_command(self, *command: str) -> list[str]:
+        return ["ssh", "-F", str(self.config), self.alias, *command]
+
+    def run(self, command: str, *, stdin: bytes = b"", timeout: float = 60.0) -> str:
+        """Standard output of a command, run by the shell there in the login directory.
+
+        Raises:
+            RemoteError: it can't be reached, or the command fails or takes longer than timeout.
+        """
+        code, out, err = self._finish(self.ssh_command(command), stdin, timeout)
+        if code == 0:
+            return out
+        raise RemoteError(_ssh_kind(code, err), _last(err) or _last(out) or f"exit {code}")
+
+    def push(self, root: Path, files: Iterable[str], to: str = REMOTE_DIR) -> None:
+        """Copies files, named relative to root, and removes those that root no longer has."""
+        names = "\0".join(files).encode()
+        options = ["--relative", "--from0", "--files-from=-", "--delete-missing-args", "--perms",
+                   "--links"]  # fmt: skip
+        self._rsync([*options, f"{root}/", f"{self.alias}:{to}/"], stdin=names)
+
+    def push_folder(self, folder: Path, to: str) -> None:
+        """Copies what is in a folder of ours into one there, but over nothing newer."""
+        self.run(f"mkdir -p {shlex.quote(to)}")
+        self._rsync(["--update", f"{folder}/", f"{self.alias}:{to}/"])
+
+    def pull_folder(self, source: str, folder: Path, *, known: Path | None = None) -> None:
+        """Makes a folder of ours the copy of one there.
+
+        known: an earlier copy: what is in it unchanged is linked, not sent again
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["--delete", "--partial-dir=.rsync-partial", "--no-links", "--no-devices",
+                   "--no-specials"]  # fmt: skip
+        if known is not None and known.exists():
+            options.append(f"--link-dest={known.resolve()}")
+        self._rsync([*options, f"{self.alias}:{source}/", f"{folder}/"], into=folder)
+
+    def _rsync(self, arguments: list[str], *, stdin: bytes = b"", into: Path | None = None) -> None:
+        """Tries again after cuts, going on where it was.
+
+        into: of ours, where files come in
+        """
+        shell = shlex.join(["ssh", "-F", str(self.config)])
+        command = ["rsync", "-rt", "--timeout=60", "--stats", "-e", shell, *arguments]
+        for attempt in range(RSYNC_TRIES):
+            code, out, err = self._finish(command, stdin, timeout=None)
+            self._count(out)
+            if code == 0:
+                return
+            _check_disk(code, err, into)
+            if code not in RSYNC_RETRY or _ssh_kind(code, err) in ("denied", "host_key"):
+                break
+            self.stop.wait(PAUSE * 2**attempt * self.scale)
+            if _ssh_kind(code, err) == "unreachable":
+                self.other_endpoint()
+        kind = _ssh_kind(code, err)
+        raise RemoteError("cut" if kind == "failed" else kind, f"rsync {code}: {_last(err)}")
+
+    def _count(self, out: str) -> None:
+        for name, attribute in (("sent", "up"), ("received", "down")):
+            match = re.search(rf"Total bytes {name}: ([\d,.]+)", out)
+            n_bytes = int(re.sub(r"\D", "", match[1])) if match else 0
+            setattr(self.traffic, attribute, getattr(self.traffic, attribute) + n_bytes)
+
+    def _finish(
+        self, command: list[str], stdin: bytes, timeout: float | None
+    ) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr) of a process of ours, which ends when `stop` is set."""
+        end = time.monotonic() + (timeout or float("inf"))
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is ours to act on, not ssh's
+        ) as process:  # fmt: skip
+            sent: bytes | None = stdin
+            while True:
+                try:
+                    out, err = process.communicate(sent, timeout=0.2)
+                    return process.returncode, *(t.decode(errors="replace") for t in (out, err))
+                except subprocess.TimeoutExpired:
+                    sent = None  # communicate goes on with what it was given first
+                if self.stop.is_set() or time.monotonic() > end:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
+                    kind = "stopped" if self.stop.is_set() else "unreachable"
+                    raise RemoteError(kind, f"{command[0]} did not end in {timeout or 0:.0f} s")
+
+
+def _ssh_kind(code: int, err: str) -> str:
+    """What an exit code of ssh, or of rsync over it, means."""
+    if "HOST IDENTIFICATION HAS CHANGED" in err or "Host key verification failed" in err:
+        return "host_key"
+    if "Permission denied (publickey" in err or "Too many authentication failures" in err:
+        return "denied"
+    return "unreachable" if code in (255, 30) else "failed"
+
+
+def _check_disk(code: int, err: str, into: Path | None) -> None:
+    """Raises OSError (ENOSPC) where our disk is full, RemoteError where theirs is."""
+    if code != 11 and "No space left on device" not in err:
+        return
+    if into is not None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(into))
+    raise RemoteError("disk", f"the instance's disk is full: {_last(err)}")
+
+
+def _last(text: str) -> str:
+    """The last lines, as one."""
+    return " ".join(text.split())[-TAIL:]
+
+
+def make_key(path: Path) -> str:
+    """The public half of the project's ssh key, made when there is none.
+
+    Raises:
+        UserError: others may read it, or ssh-keygen is missing.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "sparse_coding", "-f"]
+        subprocess.run([*command, str(path)], check=True, stdin=subprocess.DEVNULL)
+    require_private(path)
+    public = path.with_name(path.name + ".pub")
+    require(public.exists(), f"{public} is missing: remove {path}, a new pair is made")
+    return public.read_text().strip()

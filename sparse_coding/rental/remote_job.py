@@ -1,0 +1,281 @@
+"""What runs on a rented machine: its checks, the job, snapshots of the results.
+
+Called over ssh by remote.py as `sh sparse_coding/rental/remote.sh VERB ...`; answers are JSON on
+stdout. Standard library only: nothing is installed there yet.
+
+    check       what the machine lacks, in seconds
+    install     the packages of requirements.txt that are missing
+    submit      the job on stdin, detached, unless it is there already
+    start       the job of ~/.sae/job.json, if it was interrupted
+    status      whether it runs, how it ended, its last line
+    snapshot    ~/.sae/snapshot: the results as they are now, each file whole, with SHA256SUMS
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+HOME = Path.home() / ".sae"
+JOB, STATUS, LOG, LOCK = (HOME / name for name in ("job.json", "status.json", "job.log", "lock"))
+SNAPSHOT, SUMS = HOME / "snapshot", "SHA256SUMS"
+WRITE_ONCE = {".safetensors", ".json", ".csv", ".png", ".html"}  # replaced whole by the scripts
+INSTALL_GB = 12.0  # a CUDA build of torch, unpacked beside its downloads; ours, generous
+
+
+def main(argv: list[str]) -> int:
+    verbs = {"check": check, "install": install, "submit": submit, "start": start,
+             "status": status, "snapshot": snapshot, "_run": run_job}  # fmt: skip
+    HOME.mkdir(mode=0o700, exist_ok=True)
+    answer = verbs[argv[0]](*argv[1:])
+    if answer is not None:
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+# --- the machine ---
+
+
+def check(disk_gb: str, need_gpu: str) -> dict:
+    """What is there, and under `problems` what would stop the job, each with its remedy."""
+    lacking = missing_packages()
+    free = shutil.disk_usage(Path.home()).free / 1e9
+    wanted = float(disk_gb) + (INSTALL_GB if "torch" in lacking else 0)
+    problems = []
+    if free < wanted:
+        problems.append(f"{free:.0f} GB of disk are free, {wanted:.0f} needed: raise --disk-gb")
+    gpu = gpu_name()
+    if need_gpu == "gpu" and not gpu:
+        problems.append("nvidia-smi finds no GPU: the machine is broken")
+    elif need_gpu == "gpu" and "torch" not in lacking:
+        problems += cuda_problems()
+    return {
+        "python": sys.version.split()[0],
+        "gpu": gpu,
+        "free_gb": round(free, 1),
+        "missing": lacking,
+        "problems": problems,
+    }
+
+
+def missing_packages() -> dict[str, str]:
+    """Pins of requirements.txt that are not met: name -> what is wanted."""
+    lacking = {}
+    for line in Path("requirements.txt").read_text().splitlines():
+        pin = re.match(r"([\w.-]+)==([\w.]+)", line)
+        if pin:
+            try:  # 2.13.0+cu126 is a build of 2.13.0
+                found = metadata.version(pin[1]).partition("+")[0]
+            except metadata.PackageNotFoundError:
+                found = None
+            if found != pin[2]:
+                lacking[pin[1]] = pin[2]
+    return lacking
+
+
+def gpu_name() -> str:
+    """Name and driver of the first GPU, empty without one."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
+
+
+def cuda_problems() -> list[str]:
+    """Whether torch computes on the GPU: a driver too old for it shows only there."""
+    test = (
+        "import torch; assert torch.cuda.is_available(), 'torch sees no CUDA GPU: its build needs "
+        "a newer driver: raise --min-cuda or choose an image with an older CUDA'; "
+        "x = torch.ones(64, 64, device='cuda'); assert (x @ x).sum().item() == 64**3"
+    )
+    done = subprocess.run([sys.executable, "-c", test], capture_output=True, text=True)
+    return [] if done.returncode == 0 else [(done.stderr.strip().split("\n") or ["?"])[-1]]
+
+
+def install() -> dict:
+    """Into the image's own python: the machine is thrown away afterwards."""
+    lacking = missing_packages()
+    pins = [f"{name}=={version}" for name, version in lacking.items()]
+    if pins:
+        environment = os.environ | {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_NO_CACHE_DIR": "1"}
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *pins]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"pip install fails: {done.stderr.strip()[-300:]}")
+    return {"installed": lacking, "missing": missing_packages()}
+
+
+# --- the job ---
+
+
+def submit() -> dict:
+    """Starts another job; the one that is there already is left alone, running or ended."""
+    job = json.load(sys.stdin)
+    if job != read(JOB):
+        if is_running():
+            sys.exit("another job is running here: wait for it, or destroy the machine")
+        STATUS.unlink(missing_ok=True)
+        write(JOB, job)
+    return start()
+
+
+def start() -> dict:
+    """Starts the job, unless it runs or has ended; also called by onstart after a restart."""
+    if is_running() or not JOB.exists() or "exit" in read(STATUS):
+        return status()
+    with open(LOG, "ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "sparse_coding.rental.remote_job", "_run"],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    end = time.monotonic() + 10
+    while not is_running() and "exit" not in read(STATUS) and time.monotonic() < end:
+        time.sleep(0.05)
+    return status()
+
+
+def run_job() -> None:
+    """The job itself, in a process of its own that holds the lock while it lives."""
+    lock = open(LOCK, "a")  # noqa: SIM115, held to the end
+    if not locked(lock, seconds=2):  # is_running() holds it for an instant
+        return
+    job = read(JOB)
+    write(STATUS, {"started": time.time(), "pid": os.getpid()})
+    environment = os.environ | job["env"] | secrets(Path(job["secrets"]))
+    command = [sys.executable if job["command"][0] == "python" else job["command"][0]]
+    process = subprocess.Popen(  # it inherits the lock: a keeper that is killed leaves no gap
+        [*command, *job["command"][1:]],
+        env=environment,
+        preexec_fn=die_with_parent,
+        pass_fds=[lock.fileno()],
+    )
+    code = process.wait()
+    write(STATUS, read(STATUS) | {"exit": code, "ended": time.time()})
+
+
+def die_with_parent() -> None:
+    """Else a job whose keeper was killed would run on, unseen, beside its successor."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, Linux
+
+
+def secrets(path: Path) -> dict[str, str]:
+    """NAME=value lines that came over ssh into memory; they are gone after a restart."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def is_running() -> bool:
+    with open(LOCK, "a") as lock:
+        return not locked(lock, seconds=0)
+
+
+def locked(file: IO, *, seconds: float) -> bool:
+    """Whether the lock was to be had in that time."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+        time.sleep(0.05)
+
+
+def status() -> dict:
+    """running, exit (None while it is not known), the last line of its log, time here."""
+    known = read(STATUS)
+    tail = LOG.read_bytes()[-2000:].decode(errors="replace") if LOG.exists() else ""
+    lines = [line.split("\r")[-1].strip() for line in tail.splitlines() if line.strip()]
+    return {
+        "running": is_running(),
+        "exit": known.get("exit"),
+        "line": lines[-1] if lines else "",
+        "tail": "\n".join(lines[-8:]),
+        "clock": time.time(),
+        "newest": newest_checkpoint(),
+    }
+
+
+def newest_checkpoint() -> float | None:
+    """Seconds since a checkpoint was written."""
+    folder = Path(read(JOB).get("output_dir", ""))
+    times = [path.stat().st_mtime for path in folder.glob("checkpoints/*/*.safetensors")]
+    return time.time() - max(times) if times else None
+
+
+# --- results ---
+
+
+def snapshot() -> dict:
+    """A copy in which no file changes any more: hard links where the scripts replace files whole.
+
+    Returns:
+        sha256 of SHA256SUMS, which names every file: the state of the results in one word
+    """
+    folder = Path(read(JOB)["output_dir"])
+    shutil.rmtree(SNAPSHOT, ignore_errors=True)
+    SNAPSHOT.mkdir()
+    known = read(HOME / "hashes.json")
+    hashes, lines = {}, []
+    for path in sorted(files_of(folder)):
+        copy = SNAPSHOT / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.suffix in WRITE_ONCE:
+                os.link(path, copy)
+            else:
+                shutil.copy2(path, copy)
+        except FileNotFoundError:  # an old checkpoint, dropped meanwhile
+            continue
+        stat = copy.stat()
+        key = f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+        digest = known.get(key) or sha256(copy)
+        if path.suffix in WRITE_ONCE:
+            hashes[key] = digest
+        lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    (SNAPSHOT / SUMS).write_text("".join(lines))
+    write(HOME / "hashes.json", hashes)
+    return {"state": sha256(SNAPSHOT / SUMS), "files": len(lines)}
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """Its files, without those that are being written, locks, links, and sums of before."""
+    for path in folder.rglob("*"):
+        ours = not path.name.startswith(".") and path.name != SUMS
+        if ours and not path.is_symlink() and path.is_file():
+            yield path
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, data: dict) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

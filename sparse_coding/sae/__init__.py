@@ -1,0 +1,1 @@
+"""The sparse autoencoder, the ensemble that trains many at once, and its engines."""

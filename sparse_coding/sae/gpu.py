@@ -1,0 +1,287 @@
+"""Trains the stacks of an ensemble on a GPU with Triton kernels, replayed as a CUDA graph.
+
+The stacks' tensors become parts of one matrix with a row per feature (gpu_kernels.py), so a step of
+all autoencoders is six launches, or eight where b_dec is trained and rows don't fit a tile.
+
+Kernels are tried once for each shape, against dense steps in float64. Where they don't
+compile or give other numbers, training is dense, and a line says so.
+"""
+
+import functools
+import math
+import subprocess
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparse_coding.sae.cpu import paces
+from sparse_coding.sae.spec import Factors, Member
+from sparse_coding.sae.stack import DenseEngine, Scratch, Stack
+
+MOST_STEPS = 16  # at a time; their batches are made while others train
+DOT = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # torch's names for float32 GEMMs
+# (warps, stages of the pipeline): no kernel spills registers at h 256 and
+# 3 072 for compute capabilities 8.0, 8.6 and 9.0 (a test compiles them); not tuned
+LAUNCH = {
+    "encode": (8, 3),
+    "choose": (8, 1),
+    "decode": (8, 3),
+    "backward": (4, 3),
+    "update_encoder": (8, 3),
+    "update_decoder": (8, 3),
+    "normalise": (8, 1),
+    "update_b_dec": (4, 1),
+}
+TRIAL_ERROR = 0.1  # of a movement, relative; factors cut to tf32 give 0.02, to bf16 0.04 (LOG.md)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is there; says so, once, if it isn't."""
+    try:
+        from sparse_coding.sae import gpu_updates  # noqa: F401
+    except ImportError as error:
+        _say_dense(str(error))
+        return False
+    return True
+
+
+def _say_dense(reason: str) -> None:
+    print(f"Triton kernels can't be used, so the GPU trains densely, slower: {reason}", flush=True)
+
+
+def shape_of(h: int, batch: int, *, b_dec: bool, project: bool, dot: str, **tiles: int) -> object:
+    """What kernels are compiled for; tiles are no larger than what they cover.
+
+    tiles: other than those of gpu_kernels.Shape
+    """
+    from sparse_coding.sae.gpu_kernels import Shape
+
+    shape = Shape(h, batch, b_dec, project, dot)._replace(**tiles)
+    cover = dict.fromkeys(("encode_k", "decode_h", "backward_k", "update_h"), h)
+    cover |= dict.fromkeys(("encode_b", "decode_b", "backward_b", "update_k"), batch)
+    # a tile has at least 16 rows, a power of two: what tensor cores multiply
+    least = {name: max(16, 2 ** (n - 1).bit_length()) for name, n in cover.items()}
+    return shape._replace(**{name: min(getattr(shape, name), n) for name, n in least.items()})
+
+
+def work_shapes(sizes: list[int], shape: object) -> dict[str, tuple]:
+    """(shape, dtype) of each field of Work, for autoencoders of these sizes."""
+    f32, i32 = torch.float32, torch.int32
+    n, n_rows, h, batch = len(sizes), sum(sizes), shape.h, shape.batch
+    of_encode, of_lists = (
+        sum(-(-size // tile) for size in sizes) for tile in (shape.encode_f, shape.list_f)
+    )
+    return {
+        "x": ((batch, h), f32),
+        "pace": ((6,), f32),
+        "saes": ((n, 3), i32),
+        "encode_tiles": ((of_encode, 2), i32),
+        "list_tiles": ((of_lists, 2), i32),
+        "codes": ((n_rows, batch), f32),
+        "count": ((n_rows, -(-batch // shape.encode_b)), i32),
+        "feature": ((n_rows,), i32),
+        "missed": ((n_rows,), i32),
+        "n_fired": ((n,), i32),
+        "n_resting": ((n,), i32),
+        "g": ((n, batch, h), f32),
+        "delta": ((n_rows, batch), f32),
+        "bias_grad": ((n_rows,), f32),
+        "along": ((n_rows,), f32),
+        "off": ((of_lists, h) if shape.b_dec else (0,), f32),
+        "norm": ((n_rows, -(-h // shape.update_h)), f32),
+    }
+
+
+def steps_at_a_time(h: int) -> int:
+    return max(1, min(MOST_STEPS, 2**14 // h))  # of 2 048 samples: 128 MB
+
+
+def engine_bytes(n_dicts: list[int], h: int, batch: int) -> int:
+    """Scratch of an engine, with the batches that are stepped, waiting and being made; at least
+    what is held twice while one kind of parameter is being joined."""
+    shape = shape_of(h, batch, b_dec=True, project=True, dot="tf32")
+    work = sum(math.prod(s) * t.itemsize for s, t in work_shapes(n_dicts, shape).values())
+    return max(work + 3 * steps_at_a_time(h) * 4 * batch * h, 4 * sum(n_dicts) * h)
+
+
+def make_work(sizes: list[int], shape: object, device: torch.device) -> object:
+    """Scratch for autoencoders of these sizes, with its tables of tiles filled: largest first."""
+    from sparse_coding.sae.gpu_kernels import Work
+
+    shapes = work_shapes(sizes, shape)
+    work = Work(*(torch.empty(s, dtype=t, device=device) for s, t in shapes.values()))
+    tables: dict[str, list] = {"saes": [None] * len(sizes), "encode_tiles": [], "list_tiles": []}
+    for i in reversed(range(len(sizes))):
+        first = sum(sizes[:i])
+        tables["saes"][i] = (first, first + sizes[i], len(tables["list_tiles"]))
+        for name, tile in (("encode_tiles", shape.encode_f), ("list_tiles", shape.list_f)):
+            tables[name] += [(i, start) for start in range(0, sizes[i], tile)]
+    for name, table in tables.items():
+        getattr(work, name).copy_(torch.tensor(table, dtype=torch.int32))
+    return work
+
+
+def join_(tensors: list[Tensor], *row: int) -> Tensor:
+    """One tensor (n, *row) of all of them, of which each becomes a part: they share memory."""
+    whole = torch.cat([t.detach().reshape(-1, *row) for t in tensors])
+    parts = whole.split([t.numel() // math.prod(row) for t in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.data = part.view(tensor.shape)
+    return whole
+
+
+def rows_of_(stacks: list[Stack]) -> object:
+    """The stacks' parameters and moments as the kernels take them."""
+    from sparse_coding.sae.gpu_kernels import Rows
+
+    h, device = stacks[0].W_dec.shape[2], stacks[0].W_dec.device
+    found = {}
+    for name, row in (("W_enc", (h,)), ("W_dec", (h,)), ("b_enc", ()), ("b_dec", (h,))):
+        parameters = [s.parameters[name] for s in stacks if name in s.parameters]
+        if not parameters:  # b_dec is fixed at 0
+            found |= {f"{name}{end}": torch.empty(0, device=device) for end in ("", "_m", "_v")}
+            continue
+        states = [s.adam.state[p] for s, p in zip(stacks, parameters, strict=True)]
+        found[name] = join_(parameters, *row)
+        found[f"{name}_m"] = join_([state["exp_avg"] for state in states], *row)
+        found[f"{name}_v"] = join_([state["exp_avg_sq"] for state in states], *row)
+    for name in ("idle", "l1", "target_l0"):
+        found[name] = join_([getattr(stack, name) for stack in stacks])
+    return Rows(**found)
+
+
+def launcher(rows: object, work: object, shape: object) -> Callable[[], None]:
+    """A function that launches the kernels of a step on the current stream."""
+    from sparse_coding.sae import gpu_kernels, gpu_updates
+
+    n_saes, n_lists = len(work.saes), len(work.list_tiles)
+    chunks = -(-shape.h // shape.update_h)
+    programs = {
+        gpu_kernels.encode: len(work.encode_tiles) * -(-shape.batch // shape.encode_b),
+        gpu_kernels.choose: n_saes,
+        gpu_kernels.decode: n_saes
+        * -(-shape.batch // shape.decode_b)
+        * -(-shape.h // shape.decode_h),
+        gpu_updates.backward: n_lists,
+        gpu_updates.update_encoder: n_lists * chunks,
+        gpu_updates.update_decoder: n_lists * chunks,
+        gpu_updates.normalise: n_lists * chunks if chunks > 1 else 0,
+        gpu_updates.update_b_dec: n_saes * chunks if shape.b_dec else 0,
+    }
+
+    def launch() -> None:
+        for kernel, n in programs.items():
+            warps, stages = LAUNCH[kernel.__name__]
+            if n:
+                kernel[(n,)](rows, work, shape, num_warps=warps, num_stages=stages)
+
+    return launch
+
+
+class GpuEngine:
+    """Steps the stacks of one ensemble, whose tensors become parts of larger ones.
+
+    graph: whether steps are replayed as a CUDA graph
+    tiles: other than those of gpu_kernels.Shape, for tests and measurements
+    """
+
+    def __init__(self, stacks: list[Stack], *, graph: bool = True, **tiles: int):
+        self.stacks, self.tiles = stacks, tiles
+        self.rows, self.dense = rows_of_(stacks), DenseEngine(stacks)
+        self.graph = graph and self.rows.W_dec.is_cuda
+        if self.rows.W_dec.is_cuda:
+            torch.cuda.empty_cache()  # what the parts were in
+        self.dot = DOT[torch.get_float32_matmul_precision()]
+        self.sizes = [stack.n_dict for stack in stacks for _ in stack.members]
+        self.steps_at_a_time = steps_at_a_time(stacks[0].W_dec.shape[2])
+        self.ready: tuple | None = None  # a shape, its Work, and a function that steps
+
+    def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
+        """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
+        _, batch, h = xs.shape
+        one = self.stacks[0]
+        options = dict(b_dec=one.b_dec is not None, project=one.project, dot=self.dot)
+        shape = shape_of(h, batch, **options, **self.tiles)
+        if fault_of(shape, xs.device):
+            self.dense.steps_(xs, n_done=n_done, factors=factors)
+        else:
+            self.run_(shape, xs, n_done=n_done, factors=factors)
+
+    def run_(self, shape: object, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
+        """The same with kernels for this shape, whatever they give."""
+        if self.ready is None or self.ready[0] != shape:
+            self.ready = None  # memory first
+            work = make_work(self.sizes, shape, xs.device)
+            self.ready = shape, work, self._replayed(launcher(self.rows, work, shape))
+        _, work, step = self.ready
+        numbers = torch.from_numpy(paces(self.stacks[0], n_done, factors))  # (n, 6)
+        if xs.is_cuda:  # no waiting for what the GPU has still to do
+            numbers = numbers.pin_memory().to(xs.device, non_blocking=True)
+        for x, pace in zip(xs, numbers, strict=True):
+            work.x.copy_(x)
+            work.pace.copy_(pace)
+            step()
+        counts = [state["step"] for stack in self.stacks for state in stack.adam.state.values()]
+        torch._foreach_add_(counts, len(xs))
+
+    def _replayed(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """launch as a CUDA graph, whose input is what stands in Work.x and Work.pace."""
+        if not self.graph:
+            return launch
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # other threads may go on using the GPU meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                launch()
+        except RuntimeError as error:
+            print(f"no CUDA graph, so small grids train slower: {_first_line(error)}", flush=True)
+            return launch
+        return graph.replay
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+@functools.cache
+def fault_of(shape: object, device: torch.device) -> str:
+    """What is wrong with the kernels of this shape, or "". Says so, once."""
+    from triton.errors import TritonError
+
+    try:
+        error = trial_error(shape, device)
+        fault = "" if error <= TRIAL_ERROR else f"they are off by {error:.0%}"  # NaN is a fault
+    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        fault = _first_line(error)  # a shape that doesn't fit, no compiler for the launch, ...
+    if fault:
+        _say_dense(fault)
+    return fault
+
+
+def trial_error(shape: object, device: torch.device) -> float:
+    """Distance of the kernels' steps from dense ones in float64, relative; of the worst parameter.
+
+    Adam with an eps of 1 takes steps in proportion to the gradient, which are compared as such.
+    On the second batch, of one vector many times, half of the features rest.
+    """
+    xs = torch.randn(3, shape.batch, shape.h, generator=torch.Generator().manual_seed(0))
+    xs[1] = xs[1, 0]
+    xs, moved = (xs * shape.h**-0.5).to(device), []
+    members = [Member(n, 1e-3, seed=n, tied=True) for n in (shape.encode_f + 8, shape.list_f + 8)]
+    for dtype in (torch.float32, torch.float64):
+        options = dict(lr=shape.h / 4, eps=1.0, project=shape.project)
+        options |= dict(b_dec=xs[0, 0] / 4 if shape.b_dec else None)
+        scratch = Scratch(device, dtype)
+        stacks = [Stack([member], shape.h, scratch=scratch, **options) for member in members]
+        parameters = [p for stack in stacks for p in stack.parameters.values()]
+        before = [p.clone() for p in parameters]
+        factors = [Factors(1.0, 1.0, False)] * len(xs)
+        if dtype == torch.float32:
+            GpuEngine(stacks, graph=False).run_(shape, xs, n_done=0, factors=factors)
+        else:
+            DenseEngine(stacks).steps_(xs.double(), n_done=0, factors=factors)
+        moved.append([(a - b).double() for a, b in zip(parameters, before, strict=True)])
+    pairs = zip(*moved, strict=True)
+    return max(float((ours - dense).norm() / dense.norm()) for ours, dense in pairs)

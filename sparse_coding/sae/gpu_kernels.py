@@ -1,0 +1,217 @@
+"""Triton kernels of a training step on a GPU: from x to g, and what all kernels share.
+
+A step takes all autoencoders of an ensemble at once: their features are the rows of one matrix. The
+encoder's GEMM takes all rows, everything else only those of features that fired on this batch,
+gathered by lists (formulas: stack.py).
+
+    encode          codes = ReLU(x W_encᵀ + b_enc), and on how many samples each feature fires
+    choose          lists of features: who fired, who still moves; moves l1 where l0 is sought
+    decode          g = 2/(batch · h) · (codes W_dec + b_dec − x)
+
+and in gpu_updates.py
+
+    backward        δ = (g W_decᵀ + l1/batch) ∘ [codes > 0]; Adam of b_enc
+    update_encoder  gradient of a tile of W_enc and its Adam at once: no gradient reaches memory
+    update_decoder  the same for W_dec, and length 1 where a tile holds whole rows
+    normalise       length 1, where it does not
+    update_b_dec    Adam of b_dec
+
+Every sum has a fixed order, there are no atomics: the same GPU gives the same bits.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from sparse_coding.sae import spec
+
+DORMANT = tl.constexpr(spec.DORMANT)
+L0_GAIN, L0_CLAMP = tl.constexpr(spec.L0_GAIN), tl.constexpr(spec.L0_CLAMP)
+SEEKS_L0 = tl.constexpr(4)  # place in a step's numbers, cpu_engine.paces
+
+
+class Rows(NamedTuple):
+    """Parameters with Adam's moments (_m, _v) of all autoencoders, one after the other."""
+
+    W_enc: object  # (n_rows, h)
+    W_enc_m: object
+    W_enc_v: object
+    W_dec: object  # (n_rows, h)
+    W_dec_m: object
+    W_dec_v: object
+    b_enc: object  # (n_rows,)
+    b_enc_m: object
+    b_enc_v: object
+    b_dec: object  # (n_saes, h); unused where it is fixed at 0
+    b_dec_m: object
+    b_dec_v: object
+    idle: object  # (n_rows,) int32: steps since a feature fired
+    l1: object  # (n_saes,)
+    target_l0: object  # (n_saes,), 0 where l1 stays
+
+
+class Work(NamedTuple):
+    """Input and scratch of a step.
+
+    feature: of an autoencoder n_dict slots: features that fired from the front, ascending; from the
+        back those at rest, whose moments still move them; what is between is left alone
+    """
+
+    x: object  # (batch, h)
+    pace: object  # (6,)
+    saes: object  # (n_saes, 3) int32: first row, end of rows, first tile of lists
+    encode_tiles: object  # (tiles, 2) int32: autoencoder, first feature
+    list_tiles: object  # (tiles, 2) int32: autoencoder, first slot
+    codes: object  # (n_rows, batch), written only where count is above 0
+    count: object  # (n_rows, blocks) int32: codes that are not 0 in a block of encode_b samples
+    feature: object  # (n_rows,) int32
+    missed: object  # (n_rows,) int32: steps of decay that the moments of a row are behind
+    n_fired: object  # (n_saes,) int32
+    n_resting: object  # (n_saes,) int32
+    g: object  # (n_saes, batch, h)
+    delta: object  # (n_rows, batch), of features that fired
+    bias_grad: object  # (n_rows,): ∂b_enc of features that fired
+    along: object  # (n_rows,): length of ∂W_dec along the row
+    off: object  # (list tiles, h): Σ over a tile of ∂b_enc W_enc
+    norm: object  # (n_rows, chunks of h): squared length
+
+
+class Shape(NamedTuple):
+    """What the kernels are compiled for: sizes, flags, and tiles of features (f), samples (b),
+    dimensions (h) and along the sum of a GEMM (k). Tiles of samples divide encode_b."""
+
+    h: int
+    batch: int
+    b_dec: bool  # whether it is trained
+    project: bool
+    dot: str  # precision of factors in GEMMs: ieee, tf32, tf32x3, bf16
+    encode_f: int = 128
+    encode_b: int = 128
+    encode_k: int = 32
+    choose_f: int = 4096
+    list_f: int = 32
+    decode_b: int = 64
+    decode_h: int = 128
+    decode_k: int = 32
+    backward_b: int = 64
+    backward_k: int = 32
+    update_h: int = 256
+    update_k: int = 32
+
+
+@triton.jit
+def matmul(a, b, acc, DOT: tl.constexpr):
+    if DOT == "bf16":
+        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=DOT)
+    return acc
+
+
+@triton.jit
+def block(pointer, i, j, n: tl.constexpr, mask):
+    """Rows i and columns j of a matrix (?, n); 0 beyond n and in rows that mask leaves out."""
+    inside = mask[:, None] & (j < n)[None, :]
+    return tl.load(pointer + i[:, None] * n + j[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def encode(rows, work, S: tl.constexpr):
+    F: tl.constexpr = S.encode_f
+    B: tl.constexpr = S.encode_b
+    K: tl.constexpr = S.encode_k
+    blocks: tl.constexpr = (S.batch + B - 1) // B
+    t, of_b = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    s, start = tl.load(work.encode_tiles + 2 * t), tl.load(work.encode_tiles + 2 * t + 1)
+    row = tl.load(work.saes + 3 * s) + start + tl.arange(0, F)
+    there = row < tl.load(work.saes + 3 * s + 1)
+    row, b = row.to(tl.int64), of_b * B + tl.arange(0, B)
+    acc = tl.zeros([F, B], tl.float32)
+    shift = tl.zeros([F, K], tl.float32)
+    for start_k in range(0, S.h, K):
+        k = start_k + tl.arange(0, K)
+        W = block(rows.W_enc, row, k, S.h, there)
+        acc = matmul(W, tl.trans(block(work.x, b, k, S.h, b < S.batch)), acc, S.dot)
+        if S.b_dec:
+            shift += W * tl.load(rows.b_dec + s * S.h + k, mask=k < S.h, other=0.0)[None, :]
+    bias = tl.load(rows.b_enc + row, mask=there, other=0.0)
+    if S.b_dec:
+        bias -= tl.sum(shift, 1)
+    codes = acc + bias[:, None]
+    inside = there[:, None] & (b < S.batch)[None, :]
+    # NaN stays, but not where there is no feature or sample
+    codes = tl.where((codes <= 0) | ~inside, 0.0, codes)
+    count = tl.sum((codes != 0).to(tl.int32), 1)
+    tl.store(work.count + row * blocks + of_b, count, mask=there)
+    written = inside & (count > 0)[:, None]
+    tl.store(work.codes + row[:, None] * S.batch + b[None, :], codes, mask=written)
+
+
+@triton.jit
+def choose(rows, work, S: tl.constexpr):
+    F: tl.constexpr = S.choose_f
+    blocks: tl.constexpr = (S.batch + S.encode_b - 1) // S.encode_b
+    s = tl.num_programs(0) - 1 - tl.program_id(0)  # the largest first
+    first, end = tl.load(work.saes + 3 * s), tl.load(work.saes + 3 * s + 1)
+    n_fired, n_resting, n_codes = 0, 0, 0
+    for start in range(first, end, F):
+        row = start + tl.arange(0, F)
+        there = row < end
+        count = tl.zeros([F], tl.int32)
+        for i in range(blocks):
+            count += tl.load(work.count + row.to(tl.int64) * blocks + i, mask=there, other=0)
+        idle = tl.load(rows.idle + row, mask=there, other=0)
+        fired = count > 0
+        resting = there & (count == 0) & (idle < DORMANT)
+        tl.store(rows.idle + row, tl.where(fired, 0, idle + 1), mask=there)
+        tl.store(work.missed + row, tl.maximum(idle - DORMANT, 0), mask=fired)
+        tl.store(work.missed + row, 0, mask=resting)
+        front = first + n_fired + tl.cumsum(fired.to(tl.int32), 0) - 1
+        back = end - n_resting - tl.cumsum(resting.to(tl.int32), 0)
+        tl.store(work.feature + front, row - first, mask=fired)
+        tl.store(work.feature + back, row - first, mask=resting)
+        n_fired += tl.sum(fired.to(tl.int32), 0)
+        n_resting += tl.sum(resting.to(tl.int32), 0)
+        n_codes += tl.sum(count, 0)
+    tl.store(work.n_fired + s, n_fired)
+    tl.store(work.n_resting + s, n_resting)
+    target = tl.load(rows.target_l0 + s)
+    if (target > 0) & (tl.load(work.pace + SEEKS_L0) > 0):
+        off = n_codes.to(tl.float32) / S.batch / target
+        off = tl.minimum(tl.maximum(off, 1 / L0_CLAMP), L0_CLAMP)
+        tl.store(rows.l1 + s, tl.load(rows.l1 + s) * tl.exp2(tl.log2(off) * L0_GAIN))
+
+
+@triton.jit
+def codes_of(work, row, start, B: tl.constexpr, fired, S: tl.constexpr):
+    """Codes of rows that fired, for B samples from start on."""
+    blocks: tl.constexpr = (S.batch + S.encode_b - 1) // S.encode_b
+    count = tl.load(work.count + row * blocks + start // S.encode_b, mask=fired, other=0)
+    return block(work.codes, row, start + tl.arange(0, B), S.batch, count > 0)
+
+
+@triton.jit
+def decode(rows, work, S: tl.constexpr):
+    B: tl.constexpr = S.decode_b
+    H: tl.constexpr = S.decode_h
+    K: tl.constexpr = S.decode_k
+    blocks: tl.constexpr = (S.batch + B - 1) // B
+    chunks: tl.constexpr = (S.h + H - 1) // H
+    s = (tl.num_programs(0) - 1 - tl.program_id(0)) // (blocks * chunks)  # the largest first
+    start_b = tl.program_id(0) // chunks % blocks * B
+    b, j = start_b + tl.arange(0, B), tl.program_id(0) % chunks * H + tl.arange(0, H)
+    first, n_fired = tl.load(work.saes + 3 * s), tl.load(work.n_fired + s)
+    acc = tl.zeros([B, H], tl.float32)
+    for start in range(0, n_fired, K):
+        slot = start + tl.arange(0, K)
+        fired = slot < n_fired
+        row = first + tl.load(work.feature + first + slot, mask=fired, other=0).to(tl.int64)
+        codes = codes_of(work, row, start_b, B, fired, S)
+        acc = matmul(tl.trans(codes), block(rows.W_dec, row, j, S.h, fired), acc, S.dot)
+    acc -= block(work.x, b, j, S.h, b < S.batch)
+    if S.b_dec:
+        acc += tl.load(rows.b_dec + s * S.h + j, mask=j < S.h, other=0.0)[None, :]
+    at = (s.to(tl.int64) * S.batch + b)[:, None] * S.h + j[None, :]
+    inside = (b < S.batch)[:, None] & (j < S.h)[None, :]
+    tl.store(work.g + at, acc * (2.0 / (S.batch * S.h)), mask=inside)

@@ -1,0 +1,251 @@
+"""A trained sparse autoencoder and its files: raw activations in, raw activations out.
+
+A saved one is a SAELens-6 folder: sae_weights.safetensors, then cfg.json. Those of sae_lens 6 load
+as well, if their architecture is standard, jumprelu or topk; others have parts that the formulas
+here lack, so they are refused by name.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_coding.config import UserError, require
+from sparse_coding.files import read_tensors, write_json, write_tensors
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the names are SAELens's
+FORMAT_VERSION = "6.0.0"  # of SAELens: the first whose folders look like this
+ARCHITECTURES = ("standard", "jumprelu", "topk")
+HOOKS = {  # site -> TransformerLens's name of it
+    "mlp_act": "blocks.{}.mlp.hook_post",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "resid_post": "blocks.{}.hook_resid_post",
+    "attn_concat": "blocks.{}.attn.hook_z",
+}
+# TransformerLens changes what flows through these sites unless told not to (mlp_act stays)
+UNPROCESSED = {"center_writing_weights": False, "fold_value_biases": False}
+
+
+@dataclass(frozen=True, eq=False)
+class SparseAutoencoder:
+    """codes = ReLU((x − b_dec) W_enc + b_enc), x_hat = codes W_dec + b_dec (design.md §4).
+
+    A jumprelu one zeroes pre-activations that do not exceed `threshold`, a topk one all but the
+    `top_k` largest. Rows of W_dec are the features.
+    """
+
+    W_enc: Tensor  # (activation_dim, n_dict)
+    b_enc: Tensor  # (n_dict,)
+    W_dec: Tensor  # (n_dict, activation_dim)
+    b_dec: Tensor  # (activation_dim,)
+    about: dict  # where it comes from: model, layer, site, ... as far as its folder says
+    threshold: Tensor | None = None  # (n_dict,)
+    top_k: int | None = None
+
+    @property
+    def activation_dim(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def n_dict(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """W_enc, b_enc, W_dec, b_dec by name."""
+        return {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (..., activation_dim) -> codes (..., n_dict)"""
+        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        codes = pre.relu()
+        if self.threshold is not None:
+            codes = codes * (pre > self.threshold)
+        if self.top_k is not None:
+            largest = codes.topk(self.top_k, dim=-1)
+            codes = torch.zeros_like(codes).scatter(-1, largest.indices, largest.values)
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (..., n_dict) -> x_hat (..., activation_dim)"""
+        return codes @ self.W_dec + self.b_dec
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "SparseAutoencoder":
+        """The same autoencoder elsewhere."""
+        moved = {name: t.to(device=device, dtype=dtype) for name, t in self.tensors.items()}
+        if self.threshold is not None:
+            moved["threshold"] = self.threshold.to(device=device, dtype=dtype)
+        return replace(self, **moved)
+
+
+def save_sae(folder: Path, tensors: dict[str, Tensor], *, about: dict) -> None:
+    """Writes a folder that `sae_lens.SAE.load_from_disk` and `load_sae` read; cfg.json last.
+
+    Args:
+        tensors: W_enc, b_enc, W_dec, b_dec for raw activations: any scaling is folded in
+        about: where it comes from, kept whole in metadata.sparse_coding. SAELens's own fields are
+            filled from model, layer, site, context_length, dataset and prepend_bos where present
+    Raises:
+        UserError: it would not fit on the disk.
+    """
+    activation_dim, n_dict = tensors["W_enc"].shape
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    on_z = about.get("site") == "attn_concat"
+    (folder / CONFIG).unlink(missing_ok=True)  # old constants beside new weights would be a lie
+    write_tensors(folder / WEIGHTS, {name: tensors[name].float() for name in names})
+    config = {
+        "architecture": "standard",
+        "d_in": activation_dim,
+        "d_sae": n_dict,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": bool(tensors["b_dec"].any()),  # false where it is fixed at 0
+        "normalize_activations": "none",
+        # hook_z has a dimension for the heads, which SAELens then flattens
+        "reshape_activations": "hook_z" if on_z else "none",
+        "metadata": _saelens_metadata(about),
+    }
+    write_json(folder / CONFIG, config)
+
+
+def _saelens_metadata(about: dict) -> dict:
+    """SAELens's names for what is known, and all of `about` under sparse_coding."""
+    site, layer = about.get("site"), about.get("layer")
+    known = {
+        "model_name": about.get("model"),
+        "hook_name": HOOKS[site].format(layer) if site in HOOKS and layer is not None else None,
+        "context_size": about.get("context_length"),
+        "dataset_path": about.get("dataset"),
+        "prepend_bos": about.get("prepend_bos"),
+        "model_from_pretrained_kwargs": UNPROCESSED
+        if site in HOOKS and site != "mlp_act"
+        else None,
+    }
+    versions = {"sae_lens_version": FORMAT_VERSION, "sae_lens_training_version": None}
+    return versions | {k: v for k, v in known.items() if v is not None} | {"sparse_coding": about}
+
+
+def load_sae(folder: Path) -> SparseAutoencoder:
+    """The autoencoder of a folder of `save_sae` or of sae_lens 6, in float32 on the CPU.
+
+    Where apply_b_dec_to_input is false, b_dec is folded into b_enc, so that the formulas hold.
+
+    Raises:
+        UserError: no such folder, no SAELens-6 folder, another architecture, normalised inputs,
+            tensors that are missing, unknown, torn, not finite or of the wrong shape.
+    """
+    config = _read_config(folder)
+    architecture, top_k = config["architecture"], config.get("k")
+    parameters = ["W_enc", "b_enc", "W_dec", "b_dec"]
+    parameters += ["threshold"] * (architecture == "jumprelu")
+    tensors = _read_weights(folder / WEIGHTS, parameters, config)
+    if architecture == "topk":
+        require(
+            isinstance(top_k, int) and 0 < top_k <= config["d_sae"],
+            f"{folder / CONFIG}: k {top_k!r} of a topk SAE must be 1 to d_sae {config['d_sae']}",
+        )
+        if config.get("rescale_acts_by_decoder_norm"):
+            tensors |= with_unit_rows(tensors)
+    if not config.get("apply_b_dec_to_input", True):
+        shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
+        tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
+    about = _about(config.get("metadata") or {})
+    return SparseAutoencoder(
+        **tensors, about=about, top_k=top_k if architecture == "topk" else None
+    )
+
+
+def _read_config(folder: Path) -> dict:
+    """cfg.json, if it describes an SAE that the formulas here can express."""
+    require(folder.is_dir(), f"no such folder: {folder}: give the folder that holds {CONFIG}")
+    for name in (CONFIG, WEIGHTS):
+        require(
+            (folder / name).is_file(),
+            f"{folder} is no saved SAE: it has no {name}; wanted is a folder of saes/ or one "
+            "written by sae_lens 6",
+        )
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{folder / CONFIG} is not JSON: write or fetch the SAE again") from None
+    is_saelens_6 = isinstance(config, dict) and {"architecture", "d_in", "d_sae"} <= set(config)
+    require(
+        is_saelens_6 and isinstance(config.get("metadata"), dict),
+        f"{folder / CONFIG} is not of SAELens 6 (architecture, d_in, d_sae, metadata): load an "
+        "older one with sae_lens 6 and save it again",
+    )
+    architecture, normalised = config["architecture"], config.get("normalize_activations")
+    require(
+        architecture in ARCHITECTURES,
+        f"{folder} is a {architecture} SAE; only {', '.join(ARCHITECTURES)} can be read",
+    )
+    require(
+        normalised in (None, "none"),
+        f"{folder} wants normalize_activations {normalised}: fold it into the weights with "
+        "sae_lens and save it again",
+    )
+    return config
+
+
+def _read_weights(path: Path, parameters: list[str], config: dict) -> dict[str, Tensor]:
+    """The named tensors in float32, checked against d_in and d_sae."""
+    from safetensors import SafetensorError
+
+    try:
+        tensors, _ = read_tensors(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}): write or fetch it again") from None
+    for names, what in (
+        (set(parameters) - set(tensors), "lacks"),
+        (set(tensors) - set(parameters), f"is of a {config['architecture']} SAE, but also has"),
+    ):
+        require(not names, f"{path} {what} {', '.join(sorted(names))}: write or fetch it again")
+    width, n_dict = config["d_in"], config["d_sae"]
+    shapes = {"W_enc": (width, n_dict), "W_dec": (n_dict, width), "b_dec": (width,)}
+    for name in parameters:
+        shape = shapes.get(name, (n_dict,))
+        require(
+            tuple(tensors[name].shape) == shape,
+            f"{path}: {name} has shape {tuple(tensors[name].shape)}, but d_in {width} and d_sae "
+            f"{n_dict} of {CONFIG} want {shape}",
+        )
+        require(
+            bool(tensors[name].isfinite().all()),
+            f"{path}: {name} holds NaN or inf: this SAE diverged, choose another",
+        )
+    return {name: tensors[name].float() for name in parameters}
+
+
+def _about(metadata: dict) -> dict:
+    """Our own record of a folder of ours; else what SAELens's fields tell of it."""
+    ours = metadata.get("sparse_coding")
+    if isinstance(ours, dict):
+        return ours
+    about = {
+        "model": metadata.get("model_name"),
+        "hook_name": metadata.get("hook_name"),
+        "context_length": metadata.get("context_size"),
+        "dataset": metadata.get("dataset_path"),
+    }
+    for site, hook in HOOKS.items():
+        found = re.fullmatch(hook.replace(".", r"\.").format(r"(\d+)"), str(about["hook_name"]))
+        if found:
+            about |= {"site": site, "layer": int(found[1])}
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W_dec, W_enc and b_enc of the same x_hat with rows of W_dec of length 1.
+
+    The codes take up the lengths; a row of zeros gets any direction and a code that is always 0.
+    """
+    lengths = tensors["W_dec"].double().norm(dim=1)
+    rows = tensors["W_dec"].double() / lengths.clamp_min(1e-30)[:, None]
+    rows[lengths == 0, 0] = 1.0
+    scaled = {"W_enc": tensors["W_enc"] * lengths, "b_enc": tensors["b_enc"] * lengths}
+    return {name: t.float() for name, t in ({"W_dec": rows} | scaled).items()}

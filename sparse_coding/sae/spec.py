@@ -1,0 +1,91 @@
+"""What the autoencoders of an ensemble are: their sizes, starts and schedule."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
+BETAS = 0.9, 0.999  # of Adam
+DORMANT = 200  # steps without firing, after which a feature's moments move it no more (row_kernels)
+# Of the controller that finds l1 for a wished l0, per step; ours, LOG.md
+L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
+L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement
+
+
+@dataclass(frozen=True)
+class Member:
+    """One autoencoder of an ensemble.
+
+    l1: weight of mean Σ codes in the loss, l1_alpha times its normalisation
+    seed: of its start
+    tied: start with W_enc = W_decᵀ / 2 and b_enc = 0 instead of torch.nn.Linear's
+    target_l0: l1 is only where a controller starts that seeks this l0; 0: l1 stays
+    """
+
+    n_dict: int
+    l1: float
+    seed: int
+    tied: bool = False
+    target_l0: float = 0.0
+
+
+class Factors(NamedTuple):
+    """What a Schedule says of one step."""
+
+    lr: float
+    l1: float
+    seek_l0: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Factors of the learning rate and of l1 over the steps. The default is constant.
+
+    lr_warmup, l1_warmup: steps of linear growth from 0
+    eps: of Adam, throughout
+    decay_start: step from which the learning rate falls linearly, to 0 at n_steps
+    """
+
+    n_steps: int = 0
+    lr_warmup: int = 0
+    l1_warmup: int = 0
+    decay_start: int | None = None
+    eps: float = 1e-8
+
+    def lr_factor(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / (self.lr_warmup + 1))
+        if self.decay_start is None or step < self.decay_start:
+            return rise
+        return rise * (self.n_steps - step) / (self.n_steps - self.decay_start)
+
+    def l1_factor(self, step: int) -> float:
+        return min(1.0, step / self.l1_warmup) if self.l1_warmup else 1.0
+
+    def seeks_l0(self, step: int) -> bool:
+        return step >= self.l1_warmup
+
+    def at(self, step: int) -> Factors:
+        return Factors(self.lr_factor(step), self.l1_factor(step), self.seeks_l0(step))
+
+
+def initial_autoencoder(
+    activation_dim: int, n_dict: int, seed: int, *, tied: bool = False
+) -> dict[str, Tensor]:
+    """The start of June 2023: W_enc, b_enc as torch.nn.Linear, W_dec orthogonal, rows of length 1.
+    With `tied`: rows of W_dec uniform on the sphere, W_enc half its transpose, b_enc 0.
+
+    Drawn on the CPU in float32. Feature-major as in a Stack: W_enc is (n_dict, activation_dim),
+    the transpose of what Ensemble.dictionary and the saved files have.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    if tied:
+        W_dec = normalize(torch.randn(n_dict, activation_dim, generator=rng), dim=1)
+        return {"W_enc": TIED * W_dec, "b_enc": torch.zeros(n_dict), "W_dec": W_dec}
+    bound = activation_dim**-0.5  # torch.nn.Linear: U(−1/√fan_in, 1/√fan_in) for weight and bias
+    W_enc = torch.empty(n_dict, activation_dim).uniform_(-bound, bound, generator=rng)
+    b_enc = torch.empty(n_dict).uniform_(-bound, bound, generator=rng)
+    W_dec = torch.nn.init.orthogonal_(torch.empty(n_dict, activation_dim), generator=rng)
+    return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": normalize(W_dec, dim=1)}

@@ -1,0 +1,117 @@
+"""The grid of cells, its split over shards and over memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparse_coding.config import require, require_flag
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One autoencoder of a sweep. Keyed by integers, never by float equality.
+
+    l1_exp: l1_alpha = 10^(l1_exp/4)
+    size_exp: size relative to the base size is 2^size_exp (dict_ratio, expansion_factor)
+    target_l0: l1_alpha is only where a controller starts that seeks this l0; 0: it stays
+    """
+
+    seed: int
+    l1_exp: int
+    size_exp: int
+    n_dict: int
+    target_l0: int = 0
+
+    @property
+    def l1_alpha(self) -> float:
+        return 10 ** (self.l1_exp / 4)
+
+    @property
+    def size_ratio(self) -> float:
+        return 2.0**self.size_exp
+
+    @property
+    def name(self) -> str:
+        """File name: sorts by seed, size, l1_alpha."""
+        of_sparsity = f"l0-{self.target_l0:04d}" if self.target_l0 else f"l1exp{self.l1_exp:+03d}"
+        return f"seed{self.seed}_dict{self.n_dict:06d}_{of_sparsity}"
+
+
+def make_grid(base_size: int, *, seeds: range, l1_exps: range, size_exps: range) -> list[Cell]:
+    """All cells, by seed, then size, then l1_alpha.
+
+    Args:
+        base_size: number of features at size_exp 0
+    Raises:
+        UserError: a size is no whole number of features.
+    """
+    smallest = base_size * 2.0**size_exps.start
+    require(
+        smallest == int(smallest) >= 1,
+        f"smallest dictionary: {base_size} x 2^{size_exps.start} = {smallest:g} features, "
+        "which is no whole number: raise the low end of the sizes",
+    )
+    return [
+        Cell(seed, l1_exp, size_exp, int(base_size * 2.0**size_exp))
+        for seed in seeds
+        for size_exp in size_exps
+        for l1_exp in l1_exps
+    ]
+
+
+def check_grid(config: object, size_axis: str) -> None:
+    """Raises UserError for a flag of the grid out of its range.
+
+    Args:
+        config: with the fields seed, n_seeds, l1_exp_low, l1_exp_high, <size_axis>_low and _high
+        size_axis: dict_ratio_exp, expansion_exp
+    """
+    require_flag(config, "n_seeds", 1 <= config.n_seeds <= 1000, "between 1 and 1000")
+    require_flag(config, "seed", config.seed >= 0, "at least 0")
+    for axis in ("l1_exp", size_axis):
+        low, high = getattr(config, f"{axis}_low"), getattr(config, f"{axis}_high")
+        require_flag(config, f"{axis}_low", low >= -40, "at least -40")
+        require_flag(
+            config, f"{axis}_high", low < high <= 40, f"above the low end {low}, at most 40"
+        )
+
+
+def split_by_cost(cells: list[Cell], n_shards: int) -> list[list[Cell]]:
+    """Cells dealt to shards, largest first to the lightest one; each keeps the grid's order.
+
+    Cost of a cell is its n_dict: all GEMMs are linear in it.
+    """
+    shards: list[list[Cell]] = [[] for _ in range(n_shards)]
+    load = [0] * n_shards
+    for cell in sorted(cells, key=lambda c: (-c.n_dict, c.seed, c.l1_exp)):
+        lightest = min(range(n_shards), key=lambda i: (load[i], i))
+        shards[lightest].append(cell)
+        load[lightest] += cell.n_dict
+    order = {cell: i for i, cell in enumerate(cells)}
+    return [sorted(shard, key=order.__getitem__) for shard in shards]
+
+
+def plan_groups(
+    cells: list[Cell], budget: float, memory_of: Callable[[list[int]], int]
+) -> list[list[Cell]]:
+    """Groups to train one after the other: one seed each, none larger than the budget.
+
+    Args:
+        budget: bytes of memory
+        memory_of: bytes that an ensemble of these widths needs
+    Raises:
+        UserError: a single cell exceeds the budget.
+    """
+    groups: list[list[Cell]] = []
+    for cell in cells:
+        alone = memory_of([cell.n_dict])
+        require(
+            alone <= budget,
+            f"n_dict {cell.n_dict} needs {alone / 1e9:.2f} GB, {budget / 1e9:.2f} GB are free: "
+            "lower the high end of the sizes, or raise --max-memory-gb if it is set",
+        )
+        group = groups[-1] if groups and groups[-1][0].seed == cell.seed else []
+        if group and memory_of([c.n_dict for c in [*group, cell]]) <= budget:
+            group.append(cell)
+        else:
+            groups.append([cell])
+    return groups

@@ -1,0 +1,112 @@
+"""Device, precision, free memory and measured speed of the machine at hand."""
+
+import os
+import time
+
+import psutil
+import torch
+
+from sparse_coding.config import require
+from sparse_coding.sae.cpu_setup import has_kernels
+
+MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
+# Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are
+# 76 % of a dense step at n_dict 512 (LOG.md), less for small dictionaries
+TRAINING_EFFICIENCY = 0.6
+SPARSE_EFFICIENCY = 2.5  # the same where zeros are left out: of a full-length row (LOG.md)
+PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # ours -> torch's
+
+
+def pick_device(flag: str) -> torch.device:
+    """The device of --device auto|cpu|cuda; under torchrun each rank its own GPU.
+
+    Raises:
+        UserError: cuda is asked for and there is none.
+    """
+    cuda = torch.cuda.is_available()
+    require(
+        flag != "cuda" or cuda,
+        "--device cuda: no usable CUDA GPU is seen by torch (check nvidia-smi and that torch "
+        "is a CUDA build), or use --device cpu",
+    )
+    if flag == "cpu" or not cuda:
+        return torch.device("cpu")
+    rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()  # of torchrun
+    require(rank < n_gpus, f"no GPU for rank {rank} of this host: use --nproc_per_node={n_gpus}")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_precision(flag: str, device: torch.device) -> str:
+    """Sets and returns the precision of float32 GEMMs: float32, tf32 or bf16 (auto: tf32 on CUDA).
+
+    It is that of their factors; sums and what is kept are float32. bf16 is for the kernels of
+    gpu_engine.py, torch takes tf32 in its place. To be called before the first parallel region of
+    the process.
+
+    Raises:
+        UserError: tf32 or bf16 on a device without it.
+    """
+    precision = ("tf32" if device.type == "cuda" else "float32") if flag == "auto" else flag
+    require(
+        precision == "float32" or device.type == "cuda",
+        f"--precision {precision} needs CUDA: use float32 on the CPU",
+    )
+    torch.set_float32_matmul_precision(PRECISIONS[precision])
+    # Adam's moments of dead features decay into denormals, on which a CPU is many times slower.
+    # Zero in their place changes no parameter (LOG.md). Threads made later inherit it.
+    torch.set_flush_denormal(True)
+    return precision
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of memory that this process may plan for."""
+    if device.type == "cuda":
+        return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun
+    return MEMORY_SHARE * psutil.virtual_memory().available / ranks_here
+
+
+def memory_budget(max_memory_gb: float, device: torch.device) -> float:
+    """Bytes of memory for training: --max-memory-gb, or what is free where that is 0."""
+    return max_memory_gb * 1e9 or free_memory(device)
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def gemm_flops(activation_dim: int, batch_size: int, device: torch.device) -> float:
+    """FLOP/s of the encoder's batched GEMM for 16 x 128 features, best of 0.15 s."""
+    W_enc = torch.randn(16, 128, activation_dim, device=device)
+    x_T = torch.randn(activation_dim, batch_size, device=device).expand(16, -1, -1)
+    out = torch.empty(16, 128, batch_size, device=device)
+    best, end = float("inf"), time.perf_counter() + 0.15  # s; the first calls start threads
+    while (start := time.perf_counter()) < end:
+        torch.bmm(W_enc, x_T, out=out)
+        out[0, 0, 0].item()  # waits for the GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * 16 * 128 * activation_dim * batch_size / best
+
+
+def step_seconds(
+    n_features: int, activation_dim: int, *, batch_size: int, device: torch.device
+) -> float:
+    """Rough time of one step of autoencoders with n_features features in total.
+
+    Five GEMMs (forward: encoder, decoder; backward: both weights, codes) of 2 · batch · h · n FLOP.
+    """
+    flop = 10 * batch_size * activation_dim * n_features
+    leaves_out_zeros = device.type == "cpu" and has_kernels()
+    efficiency = SPARSE_EFFICIENCY if leaves_out_zeros else TRAINING_EFFICIENCY
+    return flop / (gemm_flops(activation_dim, batch_size, device) * efficiency)
+
+
+def rough_time(seconds: float) -> str:
+    """Two significant parts at most: 40 s, 3 min, 1.5 h."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,135 @@
+"""The metrics of a dictionary, each formula once.
+
+MMCS (mean max cosine similarity) is from Sharkey, Braun, Millidge (2022). Dictionaries and true
+features are matrices whose rows are the features; rows need not have length 1 here.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sparse_coding.config import named_seed
+
+RECOVERED = 0.9  # cosine similarity above which a true feature counts as recovered; ours
+CHUNK = 4096  # dictionary rows compared at once: bounds memory at n_true x 4096 similarities
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 inside, whatever training uses: it would bias cosines near a threshold by 1e-3."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@full_float32()
+def max_cosine(features: Tensor, dictionary: Tensor) -> Tensor:
+    """For each row of `features` the largest cosine similarity over rows of `dictionary`.
+
+    Args:
+        features: (n_features, activation_dim)
+        dictionary: (..., n_dict, activation_dim)
+    Returns:
+        (..., n_features)
+    """
+    features = normalize(features, dim=-1)
+    best = [
+        (normalize(chunk, dim=-1) @ features.T).amax(dim=-2)  # (..., chunk, n_features) -> max
+        for chunk in dictionary.split(CHUNK, dim=-2)
+    ]
+    return torch.stack(best).amax(dim=0)
+
+
+def mmcs(features: Tensor, dictionary: Tensor) -> Tensor:
+    """Mean over `features` of max_cosine. Not symmetric: mmcs(dictionary, features) is
+    `mmcs_dict_to_truth`. Shapes as in max_cosine, result (...,)."""
+    return max_cosine(features, dictionary).mean(dim=-1)
+
+
+def mmcs_with_larger(dictionary: Tensor, larger: list[Tensor]) -> float | None:
+    """Mean over (the next two) larger dictionaries of mmcs(dictionary, larger); None without one.
+
+    Needs no ground truth: features found by this dictionary and by the larger ones are likely real.
+    """
+    if not larger:
+        return None
+    return sum(float(mmcs(dictionary, other)) for other in larger) / len(larger)
+
+
+def n_matched(dictionary: Tensor, larger: list[Tensor]) -> int | None:
+    """Features whose cosine similarity with some feature of the next larger dictionary exceeds
+    RECOVERED; None without one."""
+    if not larger:
+        return None
+    return int((max_cosine(dictionary, larger[0]) > RECOVERED).sum())
+
+
+def chance_mmcs(features: Tensor, n_dict: int) -> float:
+    """mmcs of one random dictionary of n_dict rows: what knowing nothing gives."""
+    rng = torch.Generator().manual_seed(named_seed("chance"))
+    random = torch.randn(n_dict, features.shape[1], generator=rng)
+    return float(mmcs(features.cpu(), random))
+
+
+def ceiling_mmcs(features: Tensor, n_dict: int) -> float:
+    """mmcs if every dictionary row were an exact true feature (the first n_dict of them).
+
+    A small dictionary can exceed it a little, with rows that lie between true features.
+    """
+    return float(mmcs(features, features[:n_dict]))
+
+
+class ReconstructionSums:
+    """Sums over batches in float64, from which l0, l1, mse, fvu, n_dead and density follow.
+
+    For a stack of `n_saes` autoencoders of one width on the same x. The result does not depend on
+    how the samples were cut into batches.
+    """
+
+    def __init__(self, n_saes: int, n_dict: int, activation_dim: int, device: torch.device):
+        self.n_samples = 0
+        self.squared_error, self.code_sum = (
+            torch.zeros(n_saes, dtype=torch.float64, device=device) for _ in range(2)
+        )
+        self.n_fired = torch.zeros(n_saes, n_dict, dtype=torch.int64, device=device)
+        self.x_sum = torch.zeros(activation_dim, dtype=torch.float64, device=device)
+        self.x_squared = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, x_hat: Tensor, codes: Tensor) -> None:
+        """x (batch, activation_dim), x_hat (n_saes, batch, activation_dim),
+        codes feature-major (n_saes, n_dict, batch)."""
+        self.n_samples += len(x)
+        # one dimension at a time: torch sums down to a single number in another order, by threads,
+        # so that one autoencoder alone would differ from itself among others
+        for i, (own_codes, own_x_hat) in enumerate(zip(codes, x_hat, strict=True)):
+            # one by one: copies in float64 of one autoencoder at a time
+            self.squared_error[i] += (own_x_hat - x).double().square().sum(dim=1).sum(dim=0)
+            self.code_sum[i] += own_codes.sum(dim=1, dtype=torch.float64).sum(dim=0)
+            self.n_fired[i] += (own_codes > 0).sum(dim=1)
+        self.x_sum += x.double().sum(dim=0)
+        self.x_squared += x.double().square().sum()
+
+    def result(self) -> dict[str, Tensor]:
+        """l0, l1 (mean Σ codes), mse, fvu, n_dead, each (n_saes,).
+
+        fvu = Σ(x − x_hat)² / Σ(x − mean x)²: 1 for predicting the mean, undefined (NaN) if x is
+        constant.
+        """
+        x_variance = self.x_squared - self.x_sum.square().sum() / self.n_samples
+        return {
+            "l0": self.n_fired.sum(dim=1).double() / self.n_samples,
+            "l1": self.code_sum / self.n_samples,
+            "mse": self.squared_error / (self.n_samples * len(self.x_sum)),
+            "fvu": self.squared_error / x_variance,
+            "n_dead": (self.n_fired == 0).sum(dim=1),
+        }
+
+    def density(self) -> Tensor:
+        """Share of the samples on which each feature is active, (n_saes, n_dict)."""
+        return self.n_fired.double() / self.n_samples

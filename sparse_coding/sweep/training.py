@@ -1,0 +1,194 @@
+"""The training loop, with checkpoints, resume and clean stops. The only loop there is.
+
+A sweep is trained in groups of cells that fit into memory together, one group after the other.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_coding.config import Interrupted
+from sparse_coding.files import write_json
+from sparse_coding.sae.batches import ahead_on, chunks, in_chunks
+from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sweep.cells import checkpoints_of, group_id, groups_to_train, row_path
+from sparse_coding.sweep.grid import Cell
+from sparse_coding.sweep.hardware import rough_time
+from sparse_coding.sweep.progress import CheckpointClock, Progress, StopSignal
+from sparse_coding.sweep.run_folder import CheckpointStore
+from sparse_coding.sweep.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group of cells, ready to train. Values per cell are in the order of the group.
+
+    batch_at: x of a step, (batch_size, activation_dim)
+    measure: x of the last step -> what is logged while training
+    evaluate: per cell what goes into results.csv, and the autoencoder to save
+    close: ends threads of the task, also after an exception
+    """
+
+    ensemble: Ensemble
+    batch_at: Callable[[int], Tensor]
+    measure: Callable[[Tensor], dict[str, list[float]]]
+    evaluate: Callable[[], list[tuple[dict, dict[str, Tensor]]]]
+    close: Callable[[], None] = lambda: None
+
+
+class Recipe(Protocol):
+    """What a script brings to the training of its cells.
+
+    device: that they are trained on
+    n_steps: of every cell
+    headline: (key of Task.measure, max or min) whose best value the progress bar shows
+    """
+
+    device: torch.device
+    n_steps: int
+    headline: tuple[str, Callable]
+
+    def memory(self, n_dicts: list[int]) -> int:
+        """Bytes that an ensemble of these widths needs."""
+
+    def seconds(self, n_features: int) -> float:
+        """Rough time to train that many features."""
+
+    def prepare(self, group: list[Cell]) -> Task:
+        """Cells of one seed, ready to train."""
+
+    def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
+        """Writes the autoencoder of a cell, with what Task.evaluate gave for it."""
+
+    def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
+        """Rows of results.csv, from what was saved."""
+
+
+def train_missing_cells(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    cells: list[Cell],
+    budget: float,
+    tracker: Tracker,
+    log_every: int,
+) -> None:
+    """Trains those of the cells that have no results in the folder yet, and writes theirs.
+
+    Prints the plan first. Groups that were begun before go on from their newest checkpoint.
+
+    Args:
+        budget: bytes of memory
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    groups = groups_to_train(folder, cells, budget=budget, memory_of=recipe.memory)
+    if not groups:
+        return
+    n_cells = sum(map(len, groups))
+    seconds = recipe.seconds(sum(cell.n_dict for group in groups for cell in group))
+    print(f"to train: {n_cells} SAEs x {recipe.n_steps:,} steps, about {rough_time(seconds)}")
+    peak = max(recipe.memory([cell.n_dict for cell in group]) for group in groups)
+    split = "" if len(groups) == 1 else f", in {len(groups)} groups one after the other"
+    print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB free{split}")
+    print(f"results go to {folder}; the same command resumes", flush=True)
+    progress = Progress(
+        tracker,
+        n_groups=len(groups),
+        n_steps=recipe.n_steps,
+        log_every=log_every,
+        headline=recipe.headline,
+    )
+    with StopSignal() as stop, contextlib.closing(progress.bar):
+        for group in groups:
+            _train_group(recipe, folder, group=group, progress=progress, stop=stop)
+            if stop.signum:  # it came while results were written
+                raise Interrupted(stop.signum, "stopped, all saved: the same command goes on")
+
+
+def _train_group(
+    recipe: Recipe, folder: Path, *, group: list[Cell], progress: "Progress", stop: "StopSignal"
+) -> None:
+    """Trains one group and writes the results of its cells."""
+    task = recipe.prepare(group)
+    names = [cell.name for cell in group]
+    info = {"seed": group[0].seed, "group": group_id(group)}
+    progress.start_group(names, info=info, measure=task.measure)
+    checkpoints = checkpoints_of(folder, group)
+    with contextlib.closing(task):
+        seconds = train_(
+            task.ensemble,
+            task.batch_at,
+            n_steps=recipe.n_steps,
+            checkpoints=checkpoints,
+            info={"cells": names},
+            progress=progress,
+            stop=stop,
+        )
+    per_feature = seconds / sum(cell.n_dict for cell in group)
+    for cell, (row, tensors) in zip(group, task.evaluate(), strict=True):
+        row["seconds"] = round(per_feature * cell.n_dict, 3)
+        recipe.save(folder, cell, tensors, row)
+        write_json(folder / row_path(cell), row)  # last: marks the cell as done
+    progress.end_group()
+    checkpoints.remove()
+
+
+def train_(
+    ensemble: Ensemble,
+    batch_at: Callable[[int], Tensor],
+    *,
+    n_steps: int,
+    checkpoints: CheckpointStore,
+    info: dict,
+    progress: Progress,
+    stop: StopSignal,
+) -> float:
+    """Trains the ensemble in place from its newest checkpoint, if any, to n_steps.
+
+    Args:
+        info: kept in the checkpoints
+    Returns:
+        seconds of training, those before a resume included
+    Raises:
+        Interrupted: a signal came; a checkpoint was written.
+    """
+    first, seconds_before = _restore_(ensemble, checkpoints)
+    progress.resumed(first)
+    started, clock = time.monotonic(), CheckpointClock()
+    length = ensemble.engine.steps_at_a_time
+    ranges = chunks(first, n_steps, length=length, stop_every=progress.log_every)
+    make = ahead_on(ensemble.scratch.device) if length > 1 else in_chunks
+    batches = make(batch_at, ranges)
+    with contextlib.closing(batches):
+        for steps, xs in batches:
+            ensemble.steps_(xs)
+            done = steps.stop
+            progress.bar.update(len(steps))
+            if done % progress.log_every == 0 or done == n_steps:
+                progress.log(done, xs[-1])
+            if stop.signum or clock.due() or done == n_steps:
+                seconds = seconds_before + time.monotonic() - started
+                began = time.monotonic()
+                checkpoints.save(done, ensemble.state(), info={**info, "seconds": seconds})
+                clock.written(time.monotonic() - began)
+            if stop.signum:
+                message = f"stopped and saved at step {done} of {n_steps}: the same command goes on"
+                raise Interrupted(stop.signum, message)
+    return seconds_before + time.monotonic() - started
+
+
+def _restore_(ensemble: Ensemble, checkpoints: CheckpointStore) -> tuple[int, float]:
+    """(steps done, seconds they took) of the newest checkpoint, loaded; (0, 0.0) without one."""
+    found = checkpoints.load()
+    if found is None:
+        return 0, 0.0
+    tensors, info = found
+    ensemble.load_state_(tensors)
+    return info["step"], info["seconds"]

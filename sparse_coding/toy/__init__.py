@@ -1,0 +1,1 @@
+"""Synthetic data whose features are known, and the post's figures."""

@@ -1,0 +1,603 @@
+"""features.html: complete and escaped as a file, and used in headless Chromium as a reader does."""
+
+import base64
+import dataclasses
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_coding.config import UserError
+from sparse_coding.lm.features.collected import (
+    FeatureCollector,
+    FeatureData,
+    logit_effects,
+    nearest_features,
+)
+from sparse_coding.lm.features.page import visible, write_feature_page
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+N_DICT, LENGTH = 40, 16
+DEAD, PLANTED, NUMBERS = 13, 7, 8
+ATTACKS = (
+    "</script><script>document.title='attacked'</script>",
+    "<img src=x onerror=\"document.title='attacked'\">",
+    "\"'`${document.title='attacked'}&lt;",
+    "\u202eabc\u2066",
+    "\u05d0\u05d1\u05d2",  # Hebrew: read from right to left
+    "\x00\x07\x7f\x9b\n\t\r",
+    "\ud800",  # half of a pair, from a broken decoder
+    "\u0301\u0301\u0301",  # combining marks without a letter
+    "=" * 500,
+    "\u2028\ufeff",
+)
+WORDS = [" def", "def", "\n", "\t", "1", "2", "class", " return", "(", ")"]
+TEXTS = [*WORDS, *(f" word{i}" for i in range(30)), *ATTACKS]
+FIRST_ATTACK = len(TEXTS) - len(ATTACKS)
+FACTS = {"model": "a <b>model</b>", "layer": 1, "l1_alpha": 0.00031622776601683794}
+
+
+def make_data() -> FeatureData:
+    """40 features on 60 rows: 13 is dead, 7 fires on " def" alone, 8 on "1" and "2"."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, len(TEXTS), (60, LENGTH), generator=rng)
+    codes = torch.randn(60, LENGTH, N_DICT, generator=rng).sub(1).relu()
+    codes[..., DEAD] = 0
+    codes[..., PLANTED] = (tokens == 0) * (2.5 + tokens.roll(1, dims=1) / 100)
+    codes[..., NUMBERS] = ((tokens == 4) | (tokens == 5)) * 0.001
+    collector = FeatureCollector(N_DICT, LENGTH, n_before=6, n_after=4)
+    collector.add(tokens, codes)
+    W_dec, unembedding = (torch.randn(n, 6, generator=rng) for n in (N_DICT, len(TEXTS)))
+    promoted, suppressed = logit_effects(W_dec, lambda d: d @ unembedding.T)
+    return dataclasses.replace(
+        collector.result(),
+        nearest=nearest_features(W_dec),
+        promoted=promoted,
+        suppressed=suppressed,
+    )
+
+
+def write(path: Path, data: FeatureData | None = None, **changes) -> Path:
+    arguments = {"token_texts": TEXTS, "title": "Features of a test", "facts": FACTS}
+    write_feature_page(path, data or make_data(), **(arguments | changes))
+    return path
+
+
+def unpack(html: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """(header, arrays) of the page's data, read as the module's docstring says."""
+    packed = re.search(r'<script type="application/octet-stream" id="data">([^<]*)</script>', html)
+    raw = zlib.decompress(base64.b64decode(packed[1], validate=True))
+    start = 4 + int.from_bytes(raw[:4], "little")
+    header = json.loads(raw[4:start])
+    arrays = {
+        name: np.frombuffer(raw, f"<{kind}", count, start + offset)
+        for name, (kind, offset, count) in header["arrays"].items()
+    }
+    return header, arrays
+
+
+# ---- the file
+
+
+def test_the_page_holds_the_data(tmp_path):
+    data = make_data()
+    header, arrays = unpack(write(tmp_path / "features.html", data).read_text(encoding="utf-8"))
+    assert arrays["n_active"].tolist() == data.n_active.tolist()
+    assert arrays["max"].tolist() == data.max_activation.tolist()
+    assert arrays["histogram"].tolist() == data.histogram.ravel().tolist()
+    assert arrays["nearest_index"].tolist() == data.nearest.index.ravel().tolist()
+    assert header["sizes"]["tokens"] == data.n_tokens
+    codes = arrays["top_codes"].reshape(data.top.codes.shape)
+    step = data.max_activation[:, None, None] / header["sizes"]["steps"]
+    np.testing.assert_allclose(codes * step, data.top.codes, atol=float(step.max()))
+    assert (codes > 0).tolist() == (data.top.codes > 0).tolist()  # active stays active
+    row, position = data.sampled.row[3, 2], data.sampled.position[3, 2]
+    at = 3 * header["sizes"]["sampled"] + 2
+    assert arrays["sampled_row"][at] * LENGTH + arrays["sampled_position"][at] == (
+        row * LENGTH + position
+    )
+    assert arrays["tokens"].reshape(-1, LENGTH).tolist() == data.tokens.tolist()
+
+
+def test_the_page_has_the_same_bytes_twice(tmp_path):
+    assert write(tmp_path / "a.html").read_bytes() == write(tmp_path / "b.html").read_bytes()
+
+
+def test_the_page_refers_to_nothing_on_the_network(tmp_path):
+    html = write(tmp_path / "features.html").read_text(encoding="utf-8")
+    addresses = set(re.findall(r"https?://[^\"]*", html))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name space, never loaded
+    assert re.search(r"@import|url\(|\bsrc=|<link", html) is None
+    assert "default-src 'none'" in html
+
+
+def test_text_from_outside_is_escaped(tmp_path):
+    attack = ATTACKS[0] + "\u202e"
+    path = tmp_path / "features.html"
+    html = write(path, title=attack, facts={attack: attack}).read_text(encoding="utf-8")
+    assert "<script>document" not in html
+    assert html.count("&lt;script&gt;document.title=&#39;attacked&#39;") == 4
+    assert "\u202e" not in html
+    assert html.count("<script") == 2  # the data and ours
+
+
+def test_texts_of_unused_tokens_are_left_out(tmp_path):
+    texts = [*TEXTS, *["never seen"] * 50000]
+    header, _ = unpack(write(tmp_path / "a.html", token_texts=texts).read_text(encoding="utf-8"))
+    assert len(header["texts"]) <= len(TEXTS)
+
+
+def test_a_token_without_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"token 4\d has no text: the tokenizer has 40 tokens"):
+        write(tmp_path / "features.html", token_texts=TEXTS[:40])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a b", "a b"),
+        ("\n\t\r", "↵→⟨000D⟩"),
+        ("\x00\x1b\x7f\x9b", "⟨0000⟩⟨001B⟩⟨007F⟩⟨009B⟩"),
+        ("\u202e\u2066\u200f\u200b", "⟨202E⟩⟨2066⟩⟨200F⟩⟨200B⟩"),
+        ("\ud800\U000e0041", "⟨D800⟩⟨E0041⟩"),
+        ("été 日本 \ufffd 🙂", "été 日本 \ufffd 🙂"),
+    ],
+)
+def test_what_cannot_be_seen_gets_a_sign(text, shown):
+    assert visible(text) == shown
+
+
+# ---- the browser
+
+
+# Chromium wants its pipe at file descriptors 3 and 4.
+LAUNCHER = """
+import fcntl, os, sys
+pipe = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+os.dup2(pipe[0], 3), os.dup2(pipe[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+FLAGS = (
+    "headless",
+    "no-sandbox",  # it has none as root, in a container
+    "disable-gpu",
+    "disable-dev-shm-usage",
+    "no-first-run",
+    "disable-background-networking",
+    "remote-debugging-pipe",
+)
+
+
+class Browser:
+    """Headless Chromium, steered through its debugging pipe: JSON messages that end in a zero."""
+
+    def __init__(self, profile: Path):
+        (read_there, self.write_here), (self.read_here, write_there) = os.pipe(), os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(read_there), str(write_there), CHROMIUM]
+            + [f"--{flag}" for flag in FLAGS]
+            + [f"--user-data-dir={profile}"],
+            pass_fds=(read_there, write_there),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(read_there)
+        os.close(write_there)
+        self.buffer, self.n_sent, self.events, self.session = b"", 0, [], None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Runtime", "Log", "Network", "Page"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters) -> dict:
+        self.n_sent += 1
+        message = {"id": self.n_sent, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.write_here, json.dumps(message).encode() + b"\0")
+        while (answer := self._read()).get("id") != self.n_sent:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _read(self, timeout_s: float = 60) -> dict:
+        end = time.monotonic() + timeout_s
+        while b"\0" not in self.buffer:
+            ready = select.select([self.read_here], [], [], max(0, end - time.monotonic()))[0]
+            assert ready, "no answer from chromium"
+            data = os.read(self.read_here, 1 << 20)
+            assert data, "chromium has ended"
+            self.buffer += data
+        message, self.buffer = self.buffer.split(b"\0", 1)
+        return json.loads(message)
+
+    def run(self, script: str) -> object:
+        """The value of a JavaScript expression, awaited."""
+        answer = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, path: Path, address: str = "", *, width: int = 1200, height: int = 900) -> None:
+        """Opens the page afresh and waits until it is unpacked or says that it cannot be."""
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Page.navigate", url="about:blank")
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri() + address)
+        self.wait("document.readyState === 'complete' && "
+                  "!document.getElementById('status').textContent.startsWith('Unpacking')"
+                  " || document.querySelector('main')?.hidden === false")  # fmt: skip
+
+    def wait(self, condition: str) -> None:
+        end = time.monotonic() + 20
+        while not self.run(f"Boolean({condition})"):
+            assert time.monotonic() < end, condition
+            time.sleep(0.01)
+
+    def key(self, name: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
+
+    def mouse(self, selector: str, *, click: bool = False) -> None:
+        """Moves the mouse to the middle of the element, and clicks."""
+        x, y = self.run(f"""(() => {{
+            const element = document.querySelector({json.dumps(selector)});
+            element.scrollIntoView({{block: "nearest"}});
+            const box = element.getClientRects()[0];
+            return [box.x + box.width / 2, box.y + box.height / 2]; }})()""")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        for kind in ("mousePressed", "mouseReleased") if click else ():
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def complaints(self) -> list[dict]:
+        """Exceptions and console messages since the page was opened, and what it asked for."""
+        self.run("new Promise(resolve => setTimeout(resolve, 20))")
+        bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        asked = [
+            event for event in self.events if event.get("method") == "Network.requestWillBeSent"
+        ]
+        return [event for event in self.events if event.get("method") in bad] + asked[1:]
+
+    def close(self) -> None:
+        self.session = None
+        self.call("Browser.close")
+        self.process.wait(20)
+        os.close(self.write_here)
+        os.close(self.read_here)
+
+
+class Page:
+    """What the tests do with an open features.html."""
+
+    def __init__(self, browser: Browser):
+        self.browser = browser
+
+    def text(self, selector: str) -> str:
+        return self.browser.run(f"document.querySelector({json.dumps(selector)}).textContent")
+
+    def texts(self, selector: str) -> list[str]:
+        found = f"document.querySelectorAll({json.dumps(selector)})"
+        return self.browser.run(f"Array.from({found}, element => element.textContent)")
+
+    def features(self) -> list[int]:
+        """The list's features, in its order: all of them, not only the rows in view."""
+        return self.browser.run("shown")
+
+    def filter(self, query: str) -> list[int]:
+        self.browser.run("filter.focus(); filter.select()")
+        self.browser.call("Input.insertText", text=query or " ")
+        return self.features()
+
+    def sort(self, order: str) -> list[int]:
+        self.browser.run(f"""(() => {{ const sort = document.getElementById("sort");
+            sort.value = {json.dumps(order)}; sort.dispatchEvent(new Event("input")); }})()""")
+        return self.features()
+
+    def selected(self) -> int:
+        name = self.text("#name").removeprefix("Feature ")
+        rows = self.texts(".option[aria-selected=true] > :first-child")
+        assert rows in ([], [name])
+        return int(name)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("page") / "features.html")
+
+
+@pytest.fixture
+def page(browser: Browser, path: Path) -> Iterator[Page]:
+    browser.open(path)
+    yield Page(browser)
+    assert browser.complaints() == []
+    assert browser.run("document.title") == "Features of a test"  # no attack has run
+
+
+@needs_chromium
+def test_the_page_opens_on_a_live_feature_and_says_what_it_shows(page):
+    assert page.selected() == 0
+    assert page.text("#count") == "40 of 40"
+    assert page.text("#summary-line") == summary_line(make_data(), 0)
+    assert page.browser.run("document.getElementById('status').hidden")
+    facts = page.texts(".facts dd")
+    assert facts == ["a <b>model</b>", "1", "0.0003162"]
+    assert "40 features of one sparse autoencoder" in page.text("p")
+    assert "1 of them is dead" in page.text("p")
+
+
+def summary_line(data: FeatureData, feature: int) -> str:
+    share = f"({data.n_active[feature]} of {data.n_tokens} tokens)"
+    return f"density {data.density[feature]:#.3g} {share}, max {data.max_activation[feature]:#.3g}"
+
+
+@needs_chromium
+def test_a_planted_feature_shows_its_token_shaded_with_the_value_on_hover(page):
+    data = make_data()
+    page.filter(str(PLANTED))
+    page.browser.key("ArrowDown")
+    assert page.selected() == PLANTED
+    n_contexts = int(data.top.n_filled[PLANTED] + data.sampled.n_filled[PLANTED])
+    assert page.texts(".text .chosen") == [" def"] * n_contexts
+    assert set(page.texts(".text .on")) == {" def"}
+    strengths = [f"{value:#.3g}" for value in data.top.codes[PLANTED, :, 6]]
+    assert page.texts(".contexts .strength")[:8] == strengths
+    page.browser.mouse(".text .chosen")
+    assert page.text("#tip") == f"{strengths[0]} · token 0  def"
+    assert page.browser.run("!tip.hidden && tip.getBoundingClientRect().height > 0")
+    shade = "getComputedStyle(document.querySelector('.text .chosen')).backgroundColor"
+    assert page.browser.run(shade) == "rgba(240, 140, 40, 0.95)"  # its maximum
+    page.browser.mouse(".text .token:not(.on)")
+    assert page.text("#tip").startswith("inactive · token ")
+    page.browser.mouse("#name")
+    assert page.browser.run("tip.hidden")
+
+
+@needs_chromium
+def test_the_filter_takes_numbers_conditions_and_texts(page):
+    data = make_data()
+    assert page.filter("13") == [13]
+    assert page.filter("max>2.4 density<0.2") == [
+        f for f in range(N_DICT) if data.max_activation[f] > 2.4 and data.density[f] < 0.2
+    ]
+    assert page.filter("density = 0") == [DEAD]
+    as_shown = [f"{value:#.3g}" for value in data.max_activation]
+    assert page.filter(f"max={as_shown[3]}") == [
+        f for f in range(N_DICT) if as_shown[f] == as_shown[3]
+    ]
+    assert page.filter("feature>=38") == [38, 39]
+    assert page.filter("max>") == list(range(N_DICT))  # not finished yet
+    assert page.filter("DEF feature=7") == [7]
+    assert page.filter('" def" feature=7') == [7]
+    assert page.filter('"\u00a0def" feature=7') == []
+    assert page.filter('" DEF"') == []
+    assert page.filter('"2" feature=8') == [8]
+    newline = page.filter(r"\n")
+    assert newline == page.filter("↵") == with_top_token(data, lambda text: "\n" in text)
+    assert page.filter("word2") == with_top_token(data, lambda text: "word2" in text)
+    assert page.filter("no such token") == []
+    assert page.text("#count") == "0 of 40"
+    assert page.filter("") == list(range(N_DICT))
+
+
+def with_top_token(data: FeatureData, wanted) -> list[int]:
+    """Features with a top context whose chosen token has a text that is wanted."""
+    tokens = data.tokens[data.top.row, data.top.position]
+    return [
+        feature
+        for feature, n in enumerate(data.top.n_filled)
+        if any(wanted(TEXTS[token]) for token in tokens[feature, :n])
+    ]
+
+
+@needs_chromium
+def test_the_list_can_be_sorted_and_hides_the_dead(page):
+    data = make_data()
+    by_max = np.argsort(-data.max_activation, kind="stable").tolist()
+    assert page.sort("max -1") == by_max
+    assert page.sort("density 1") == np.argsort(data.density, kind="stable").tolist()
+    assert page.texts(".option.dead > :last-child") == ["dead"]
+    page.browser.mouse("#hide-dead", click=True)
+    assert DEAD not in page.features()
+    assert page.text("#count") == "39 of 40"
+
+
+@needs_chromium
+def test_keys_move_through_the_list_and_the_address_follows(page):
+    for key, feature in [("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1), ("End", 39)]:
+        page.browser.key(key)
+        assert page.selected() == feature
+        page.browser.wait(f"location.hash === '#f={feature}'")
+    page.browser.key("ArrowDown")
+    assert page.selected() == 39  # the end
+    row = "document.querySelector('.option[aria-selected=true]')"
+    assert page.browser.run(f"""(() => {{ const box = {row}.getBoundingClientRect();
+        const frame = list.getBoundingClientRect();
+        return box.top >= frame.top && box.bottom <= frame.bottom + 1; }})()""")
+    active = page.browser.run("list.getAttribute('aria-activedescendant')")
+    assert active == page.browser.run(f"{row}.id") == "option-39"
+
+
+@needs_chromium
+def test_a_click_in_the_list_on_a_button_or_on_a_near_feature_selects(page):
+    data = make_data()
+    page.browser.mouse("#option-5", click=True)
+    assert page.selected() == 5
+    page.browser.mouse("#next", click=True)
+    assert page.selected() == 6
+    assert page.browser.run("document.activeElement.id") == "next"  # for the next Enter
+    page.browser.mouse("#body a", click=True)
+    page.browser.wait(f"selected === {data.nearest.index[6, 0]}")
+    assert page.selected() == data.nearest.index[6, 0]
+    page.browser.run("history.back()")
+    page.browser.wait("selected === 6")
+
+
+@needs_chromium
+def test_an_address_opens_its_feature(browser, path):
+    browser.open(path, f"#f={DEAD}")
+    page = Page(browser)
+    assert page.selected() == DEAD
+    assert page.text("#summary-line") == "dead: inactive on all 960 tokens"
+    assert page.texts(".contexts li") == []
+    browser.open(path, "#f=4711")
+    assert page.text("#name") == "There is no feature 4711"
+    browser.key("ArrowDown")
+    assert page.selected() == 0
+    assert browser.complaints() == []
+
+
+@needs_chromium
+def test_the_cards_and_the_histogram_show_the_numbers(page):
+    data = make_data()
+    items = page.texts(".items li")
+    nearest, promoted, suppressed = items[:5], items[5:13], items[13:]
+    assert [int(text.split()[0]) for text in nearest] == data.nearest.index[0].tolist()
+    assert nearest[0].endswith(f"{data.nearest.value[0, 0]:#.3g}")
+    for shown, ranked in ((promoted, data.promoted), (suppressed, data.suppressed)):
+        numbers = [f"{value:#.3g}" for value in ranked.value[0]]
+        assert [text.endswith(n) for text, n in zip(shown, numbers, strict=True)] == [True] * 8
+    bars = page.browser.run(
+        "Array.from(document.querySelectorAll('#histogram rect'), bar => bar.dataset.note)"
+    )
+    counts = [int(note.split(": ")[1].removesuffix(" tokens")) for note in bars]
+    assert counts == data.histogram[0, : len(counts)].tolist()
+    assert sum(counts) == data.n_active[0]
+    page.browser.mouse("#histogram rect")
+    assert page.text("#tip") == bars[0]
+
+
+@needs_chromium
+def test_hostile_text_is_shown_and_does_nothing(page):
+    shown = set()
+    for _ in range(N_DICT):
+        shown |= set(page.texts(".text .token"))
+        page.browser.key("ArrowDown")
+    expected = [
+        *ATTACKS[:3],
+        "⟨202E⟩abc⟨2066⟩",
+        "\u05d0\u05d1\u05d2",
+        "⟨0000⟩⟨0007⟩⟨007F⟩⟨009B⟩↵→⟨000D⟩",
+        "⟨D800⟩",
+        "\u25cc\u0301\u0301\u0301",
+        "=" * 60 + "…",
+        "⟨2028⟩⟨FEFF⟩",
+    ]
+    assert [text for text in expected if text not in shown] == []
+    assert page.browser.run("document.querySelectorAll('#body img, #body script').length") == 0
+
+
+@needs_chromium
+def test_tokens_stand_in_the_order_of_the_text_whatever_their_direction(browser, tmp_path):
+    texts = ["\u05d0\u05d1", "12", "\u0627\u0628", "!", "a"]
+    tokens = torch.tensor([[0, 1, 2, 3, 0, 1, 4, 2, 0, 3]])
+    collector = FeatureCollector(1, 10, n_after=9)
+    collector.add(tokens, torch.ones(1, 10, 1))
+    browser.open(write(tmp_path / "features.html", collector.result(), token_texts=texts))
+    lefts = browser.run(
+        "Array.from(document.querySelectorAll('.text .token'), t => t.getBoundingClientRect().left)"
+    )
+    assert len(lefts) == 10
+    assert lefts == sorted(lefts)
+    assert browser.complaints() == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1200, 390])
+def test_nothing_is_wider_than_the_screen(browser, path, width):
+    browser.open(path, width=width)
+    for _ in range(10):
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        browser.key("ArrowDown")
+    assert Page(browser).selected() == 10
+
+
+@needs_chromium
+def test_every_control_has_a_name_for_those_who_do_not_see_it(page):
+    nodes = page.browser.call("Accessibility.getFullAXTree")["nodes"]
+    roles = ("searchbox", "combobox", "checkbox", "listbox", "button", "option", "image", "img")
+    named = [
+        (node["role"]["value"], node["name"]["value"])
+        for node in nodes
+        if not node["ignored"] and node["role"]["value"] in roles
+    ]
+    assert {role for role, _ in named} >= {"searchbox", "combobox", "checkbox", "listbox", "button"}
+    assert [role for role, name in named if not name] == []
+
+
+@needs_chromium
+def test_a_page_without_optional_parts_opens(browser, tmp_path):
+    bare = dataclasses.replace(make_data(), nearest=None, promoted=None, suppressed=None)
+    browser.open(write(tmp_path / "bare.html", bare))
+    assert Page(browser).texts(".items") == []
+    none = FeatureCollector(3, 4).result()  # no text at all
+    browser.open(write(tmp_path / "none.html", none))
+    assert Page(browser).texts(".option.dead > :first-child") == ["0", "1", "2"]
+    assert browser.complaints() == []
+
+
+@needs_chromium
+def test_a_damaged_page_says_so(browser, tmp_path, path):
+    html = path.read_text(encoding="utf-8")
+    broken = tmp_path / "broken.html"
+    broken.write_text(re.sub(r'(id="data">.{500})[^<]*', r"\1", html), encoding="utf-8")
+    browser.open(broken)
+    assert Page(browser).text("#status").startswith("The page cannot be shown: ")
+    assert browser.run("document.querySelector('main').hidden")
+
+
+def make_large(n_dict: int) -> FeatureData:
+    """The test's data with its features repeated."""
+    small = make_data()
+    chosen = np.arange(n_dict) % N_DICT
+
+    def repeated(value: object) -> object:
+        if isinstance(value, tuple):
+            return type(value)(*map(repeated, value))
+        return value[chosen] if isinstance(value, np.ndarray) else value
+
+    names = {field.name for field in dataclasses.fields(small)} - {"tokens"}
+    return dataclasses.replace(small, **{name: repeated(getattr(small, name)) for name in names})
+
+
+@needs_chromium
+def test_of_16000_features_only_the_rows_in_view_are_in_the_document(browser, tmp_path):
+    browser.open(write(tmp_path / "large.html", make_large(16000)))
+    page = Page(browser)
+    assert page.text("#count") == "16\u202f000 of 16\u202f000"
+    assert 10 < len(page.texts(".option")) < 60
+    browser.key("End")
+    assert page.selected() == 15999
+    page.filter("max>2.4")
+    browser.run("list.scrollTop = 50000")
+    browser.wait("!document.getElementById('option-0')")
+    middle = page.texts(".option > :first-child")[10]
+    browser.mouse(f"#option-{middle}", click=True)
+    assert page.selected() == int(middle)
+    assert len(page.texts(".option")) < 60
+    assert browser.complaints() == []

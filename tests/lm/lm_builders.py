@@ -1,0 +1,215 @@
+"""A tiny random-weight language model on disk with its tokenizer, and text for it.
+
+`tiny_subject` opens them as run.py does: model, site, corpus, training and held-out rows.
+"""
+
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from conftest import ROOT
+from test_language_model import PATHS, random_model
+from test_tokenizer import byte_level_bpe, save
+
+from sparse_coding.config import fingerprint
+from sparse_coding.lm.activations import Harvester
+from sparse_coding.lm.evaluation import HeldOut
+from sparse_coding.lm.model import LanguageModel
+from sparse_coding.lm.recipe import LanguageRecipe, Optimisation
+from sparse_coding.lm.target import ModelChoice, Subject, TextChoice, open_subject
+from sparse_coding.sae.saved import SparseAutoencoder
+
+CPU = torch.device("cpu")
+VOCAB, CONTEXT = 300, 16
+SEPARATOR = 0  # <|endoftext|>, the only special token
+KINDS = ("gpt2", "gpt_neox", "llama")
+WORDS = [
+    "the",
+    "cat",
+    "and",
+    "hat",
+    "on",
+    "mat",
+    "def",
+    "f(x):",
+    "return",
+    "x",
+    "\n",
+    "",
+    "",
+    "",
+    "#",
+    "in",
+    "a",
+    "tree",
+    "0x1f",
+    "3.14",
+    "naïve",
+]
+
+
+def write_model(folder: Path, kind: str = "gpt2", *, seed: int = 0) -> str:
+    """A folder of save_pretrained with 3 layers of width 16 (MLP 40), and a byte-level BPE."""
+    bpe = byte_level_bpe(special=["<|endoftext|>"])
+    random_model(kind, seed=seed, vocab_size=VOCAB).save_pretrained(folder)
+    return save(folder, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+def texts(n: int, seed: int = 0) -> list[str]:
+    """Documents of 3 to 40 words, no two alike."""
+    rng = random.Random(seed)
+    return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 40))) for i in range(n)]
+
+
+def write_texts(path: Path, documents: list[str]) -> str:
+    """A parquet file with the columns of Pile10k."""
+    meta = [{"pile_set_name": "ours"}] * len(documents)
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents, "meta": meta}), path)
+    return str(path)
+
+
+def tiny_subject(
+    root: Path,
+    *,
+    kind: str = "gpt2",
+    layer: int = 1,
+    site: str = "mlp_act",
+    n_documents: int = 300,
+    **changes: object,
+) -> Subject:
+    """What open_subject gives for write_model and write_texts below root, made once.
+
+    changes: of ModelChoice and TextChoice
+    """
+    if not (root / kind).exists():
+        write_model(root / kind, kind)
+    if not (parquet := root / f"{n_documents}.parquet").exists():
+        write_texts(parquet, texts(n_documents))
+    model = dict(model=str(root / kind), model_revision="", tokenizer="auto", layer=layer,
+                 site=site, dtype="auto", store_dtype="float16")  # fmt: skip
+    text = dict(dataset=str(parquet), dataset_revision="", text_column="text",
+                context_length=CONTEXT, packing="packed", held_out=0.2,
+                max_text_tokens=10**6)  # fmt: skip
+    model |= {k: v for k, v in changes.items() if k in model}
+    text |= {k: v for k, v in changes.items() if k in text}
+    assert changes.keys() <= model.keys() | text.keys()
+    folder = root / fingerprint(model | text)
+    return open_subject(ModelChoice(**model), TextChoice(**text), str(folder), device=CPU)
+
+
+def demo_subject(root: Path, **changes: object) -> Subject:
+    """The small real model in assets/ on the source text of this package: layer 1, mlp_act."""
+    if not (parquet := root / "source.parquet").exists():
+        sources = sorted((ROOT / "sparse_coding").glob("*.py"))
+        write_texts(parquet, [path.read_text() or path.name for path in sources])
+    options = dict(model="demo", dataset=str(parquet), context_length=128) | changes
+    return tiny_subject(root, **options)
+
+
+def harvester_of(subject: Subject, **changes: object) -> Harvester:
+    dtype = getattr(torch, subject.model.store_dtype)
+    options = dict(store_dtype=dtype, lm_batch_size=8, n_tokens=10**9) | changes
+    return Harvester(subject.lm, subject.site, subject.train, **options)
+
+
+def all_rows(shards) -> torch.Tensor:
+    return torch.cat([shards.load(k) for k in range(len(shards.rows))])
+
+
+def bits(rows: torch.Tensor) -> Counter:
+    """The rows as a multiset."""
+    return Counter(row.tobytes() for row in rows.contiguous().view(torch.int16).numpy())
+
+
+def held_out_of(subject: Subject, **changes: object) -> HeldOut:
+    options = dict(n_tokens=10**9, lm_batch_size=8) | changes
+    return HeldOut(subject.lm, subject.site, subject.held_out, **options)
+
+
+def recipe_of(subject: Subject, *, n_eval_tokens: int = 1000, **changes: object) -> LanguageRecipe:
+    """Four shards mixed at a time; changes: of Optimisation."""
+    options = dict(n_tokens=6400, batch_size=64, lr=3e-3, l1_normalisation="sum", warmup=0.1,
+                   l1_warmup=0.2, decay=0.3, shuffle_gb=0.0005) | changes  # fmt: skip
+    optimisation = Optimisation(**options)
+    harvester = harvester_of(subject, n_tokens=optimisation.n_tokens)
+    held_out = held_out_of(subject, n_tokens=n_eval_tokens)
+    return LanguageRecipe(harvester, held_out, optimisation, subject.provenance)
+
+
+@torch.no_grad()
+def hooked(
+    lm: LanguageModel, kind: str, layer: int, site: str, ids: torch.Tensor, *, new=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(activations (batch, context, width), logits) of one whole forward pass, by a hook of the
+    tests' own; new(x) takes the place of the activations x.
+
+    Not for OPT, whose MLP flattens batch and context.
+    """
+    layers, down, heads, mlp, _ = PATHS[kind]
+    path = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}[site]
+    module = lm.model.get_submodule(f"{layers}.{layer}").get_submodule(path)
+    seen = []
+
+    def before(_, args):
+        seen.append(args[0].clone())
+        return None if new is None else (new(args[0]), *args[1:])
+
+    def after(_, args, out):
+        x = out[0] if isinstance(out, tuple) else out
+        seen.append(x.clone())
+        if new is None:
+            return None
+        return (new(x), *out[1:]) if isinstance(out, tuple) else new(x)
+
+    at_input = site in ("mlp_act", "attn_concat")
+    handle = (
+        module.register_forward_pre_hook(before)
+        if at_input
+        else module.register_forward_hook(after)
+    )
+    logits = lm.model(ids).logits
+    handle.remove()
+    return seen[0], logits
+
+
+def metrics_by_hand(
+    held_out: HeldOut, kind: str, sae: SparseAutoencoder, mean: torch.Tensor
+) -> dict:
+    """All that evaluate gives, from one batch with all rows, losses in float64."""
+    lm, site = held_out.lm, held_out.site
+    ids = torch.from_numpy(held_out.text.rows(0, held_out.n_rows))
+    keep = ids != SEPARATOR
+    keep[:, 0] = False
+
+    def loss(new) -> float:
+        def in_place(x: torch.Tensor) -> torch.Tensor:
+            return torch.where(keep[:, :, None], new(x), x)
+
+        _, logits = hooked(lm, kind, site.layer, site.name, ids, new=in_place)
+        log_p = torch.log_softmax(logits.double(), dim=2)
+        return -log_p[:, :-1].gather(2, ids[:, 1:, None]).mean().item()
+
+    def codes_of(x: torch.Tensor) -> torch.Tensor:
+        return torch.clamp((x - sae.b_dec) @ sae.W_enc + sae.b_enc, min=0)
+
+    x = hooked(lm, kind, site.layer, site.name, ids)[0][keep]
+    codes = codes_of(x)
+    error = (x - codes @ sae.W_dec - sae.b_dec).double()
+    clean, zero = loss(lambda x: x), loss(torch.zeros_like)
+    spliced = loss(lambda x: codes_of(x) @ sae.W_dec + sae.b_dec)
+    return {
+        "fvu": (error**2).sum().item() / ((x - x.mean(dim=0)).double() ** 2).sum().item(),
+        "l0": (codes > 0).sum(dim=1).double().mean().item(),
+        "mse": (error**2).mean().item(),
+        "dead_fraction": (codes == 0).all(dim=0).double().mean().item(),
+        "ce_clean": clean,
+        "ce_spliced": spliced,
+        "ce_zero": zero,
+        "ce_mean": loss(lambda x: mean.expand_as(x)),
+        "ce_recovered": (zero - spliced) / (zero - clean) if zero > clean else math.nan,
+        "density": (codes > 0).double().mean(dim=0),
+    }

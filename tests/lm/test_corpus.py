@@ -1,0 +1,236 @@
+"""Text becomes a corpus once, whole or not at all, and memory does not grow with it."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparse_coding import files
+from sparse_coding.config import UserError
+from sparse_coding.lm import corpus as corpus_module
+from sparse_coding.lm.corpus import Corpus, Seen, build_corpus
+from sparse_coding.lm.documents import Documents, document_id
+from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["to be", "or not to be", "to be", "that is the question"]
+
+
+def documents(texts: list[str] = TEXTS, *, name: str = "d", revision: str = "r") -> Documents:
+    return Documents(name, revision, lambda: iter(texts))
+
+
+@pytest.fixture(scope="module")
+def byte_ids() -> Tokenizer:
+    return load_tokenizer("x", choice="bytes", vocab_size=257)
+
+
+def texts_of(corpus: Corpus) -> list[str]:
+    pieces = zip(corpus.offsets, corpus.lengths, strict=True)
+    return [bytes(corpus.tokens[o : o + n].astype(np.uint8)).decode() for o, n in pieces]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_documents_follow_one_another_and_equal_ones_are_kept_once(tmp_path, byte_ids):
+    corpus = build_corpus(tmp_path, documents(), byte_ids)
+    assert texts_of(corpus) == [TEXTS[0], TEXTS[1], TEXTS[3]]
+    assert corpus.offsets.tolist() == [0, 5, 17]
+    assert corpus.ids.tolist() == [document_id(TEXTS[i]) for i in (0, 1, 3)]
+    assert (tmp_path / "tokens.bin").read_bytes()[:4] == b"t\0o\0"  # uint16, little-endian
+
+
+def test_what_it_is_made_of_stands_beside_it(tmp_path, byte_ids):
+    build_corpus(tmp_path, documents(), byte_ids)
+    tokens = (tmp_path / "tokens.bin").read_bytes()
+    assert json.loads((tmp_path / "corpus.json").read_text()) == {
+        "dataset": "d",
+        "revision": "r",
+        "fingerprint": byte_ids.fingerprint,
+        "dtype": "uint16",
+        "max_tokens": None,
+        "tokenizer": "bytes",
+        "n_tokens": len(tokens) // 2,
+        "n_duplicates": 1,
+        "sha256": hashlib.sha256(tokens).hexdigest(),
+        "n_documents": 3,
+    }
+
+
+def test_batches_do_not_change_the_corpus(tmp_path, byte_ids, monkeypatch):
+    build_corpus(tmp_path / "one", documents(), byte_ids)
+    monkeypatch.setattr(corpus_module, "BATCH", 3)  # also cuts every text into pieces
+    build_corpus(tmp_path / "many", documents(), byte_ids)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_a_corpus_that_is_there_is_not_encoded_again(tmp_path, byte_ids):
+    build_corpus(tmp_path, documents(), byte_ids)
+    before = contents(tmp_path)
+    unread = Documents("d", "r", lambda: pytest.fail("read again"))
+    assert texts_of(build_corpus(tmp_path, unread, byte_ids))[0] == TEXTS[0]
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "e"}, "dataset 'd', not 'e'"),
+        ({"revision": "s"}, "revision 'r', not 's'"),
+        ({"max_tokens": 7}, "max_tokens None, not 7"),
+        ({"vocab_size": 256}, "fingerprint"),
+    ],
+)
+def test_another_corpus_is_refused_with_what_differs(tmp_path, byte_ids, change, message):
+    build_corpus(tmp_path, documents(), byte_ids)
+    other = documents(name=change.get("name", "d"), revision=change.get("revision", "r"))
+    tokenizer = load_tokenizer("x", choice="bytes", vocab_size=change.get("vocab_size", 257))
+    with pytest.raises(UserError, match=f"holds a corpus with {message}"):
+        build_corpus(tmp_path, other, tokenizer, max_tokens=change.get("max_tokens"))
+
+
+def test_large_vocabularies_get_four_bytes(tmp_path):
+    for vocab_size, dtype in ((2**16, np.uint16), (2**16 + 1, np.uint32)):
+        tokenizer = load_tokenizer("x", choice="bytes", vocab_size=vocab_size)
+        corpus = build_corpus(tmp_path / str(vocab_size), documents(), tokenizer)
+        assert corpus.tokens.dtype == dtype
+        assert texts_of(corpus)[0] == TEXTS[0]
+
+
+def test_max_tokens_is_exact(tmp_path, byte_ids):
+    corpus = build_corpus(tmp_path, documents(), byte_ids, max_tokens=9)
+    assert texts_of(corpus) == ["to be", "or n"]
+    assert corpus.about["n_tokens"] == 9
+
+
+def test_reading_stops_at_max_tokens(tmp_path, byte_ids, monkeypatch):
+    monkeypatch.setattr(corpus_module, "BATCH", 1)
+
+    def texts() -> Iterator[str]:
+        yield from TEXTS[:3]
+        pytest.fail("read on")
+
+    build_corpus(tmp_path, Documents("d", "r", texts), byte_ids, max_tokens=5)
+
+
+def test_a_corpus_above_max_bytes_is_refused_and_leaves_nothing(tmp_path, byte_ids):
+    n_bytes = 2 * sum(map(len, set(TEXTS)))
+    build_corpus(tmp_path / "fits", documents(), byte_ids, max_bytes=n_bytes)
+    with pytest.raises(UserError, match="raise --max-disk-gb or lower --n-tokens"):
+        build_corpus(tmp_path / "not", documents(), byte_ids, max_bytes=n_bytes - 1)
+    assert os.listdir(tmp_path / "not") == [".corpus.lock"]
+
+
+def test_a_full_disk_is_noticed_before_it_is_full(tmp_path, byte_ids, monkeypatch):
+    monkeypatch.setattr(files, "DISK_RESERVE", 2**70)
+    with pytest.raises(UserError, match="disk full"):
+        build_corpus(tmp_path, documents(), byte_ids)
+
+
+def test_text_without_a_token_is_an_error(tmp_path, byte_ids):
+    nothing = Tokenizer(**{**vars(byte_ids), "encode": lambda texts: [[] for _ in texts]})
+    with pytest.raises(UserError, match="d has no token"):
+        build_corpus(tmp_path, documents(), nothing)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.npy", "corpus.json"])
+def test_a_damaged_corpus_is_refused(tmp_path, byte_ids, name):
+    build_corpus(tmp_path, documents(), byte_ids)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-8])
+    with pytest.raises(UserError, match=f"the corpus in .* is damaged .*delete {tmp_path}"):
+        build_corpus(tmp_path, documents(), byte_ids)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from sparse_coding.lm import corpus
+from sparse_coding.lm.documents import Documents
+from sparse_coding.lm.tokenizer import load_tokenizer
+def texts():
+    for i in range(100):
+        if i == 60: os.kill(os.getpid(), signal.SIGKILL)
+        yield f"document {i}"
+corpus.BATCH = 10
+tokenizer = load_tokenizer("x", choice="bytes", vocab_size=257)
+corpus.build_corpus(pathlib.Path(sys.argv[1]), Documents("d", "r", texts), tokenizer)
+"""
+
+
+def test_a_killed_build_leaves_nothing_that_counts(tmp_path, byte_ids):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert run.returncode == -signal.SIGKILL
+    (left,) = (p for p in (tmp_path / "killed").iterdir() if files.is_temporary(p))
+    texts = documents([f"document {i}" for i in range(100)])
+    build_corpus(tmp_path / "killed", texts, byte_ids)
+    build_corpus(tmp_path / "whole", texts, byte_ids)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not left.exists()
+
+
+def test_long_texts_are_cut_before_spaces(tmp_path, monkeypatch, byte_ids):
+    monkeypatch.setattr(corpus_module, "BATCH", 4)
+    encoded = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return byte_ids.encode(texts)
+
+    spy = Tokenizer(**{**vars(byte_ids), "encode": encode})
+    text = "to be or not" + 20 * "x"
+    corpus = build_corpus(tmp_path, documents([text]), spy)
+    assert encoded[:3] == ["to be", " or not" + "x", "x" * 8]
+    assert texts_of(corpus) == [text]
+
+
+def test_ids_seen_are_remembered_when_they_are_sorted_in(monkeypatch):
+    monkeypatch.setattr(corpus_module, "RECENT", 5)
+    numbers = np.random.default_rng(0).integers(0, 60, size=400).tolist()
+    seen, expected = Seen(), set()
+    for number in numbers:
+        assert seen.add(number) == (number not in expected)
+        expected.add(number)
+
+
+MEMORY = """
+import pathlib, sys
+import numpy as np
+from sparse_coding.lm import corpus
+from sparse_coding.lm.documents import Documents
+from sparse_coding.lm.packing import Packed
+from sparse_coding.lm.tokenizer import load_tokenizer
+n = int(sys.argv[2])
+def texts():
+    return (f"{i} " * 20_000 for i in range(n))
+def peak():  # of anonymous and file pages, since the process began
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
+tokenizer = load_tokenizer("x", choice="bytes", vocab_size=257)
+built = corpus.build_corpus(pathlib.Path(sys.argv[1]), Documents("d", "r", texts), tokenizer)
+order = np.arange(n)
+rows = Packed(built, documents=order, context_length=512, separator=256, packing="packed")
+for start in range(0, rows.n_rows - 64, 64):
+    rows.rows(start, start + 64)
+print(peak(), built.about["n_tokens"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_flat_in_the_size_of_the_text(tmp_path):
+    def run(n: int) -> tuple[int, int]:
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / str(n)), str(n)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return tuple(map(int, done.stdout.split()))
+
+    (small, few), (large, many) = run(50), run(400)
+    assert many > 7.9 * few  # 3 and 24 million tokens: 6 and 48 MB in the file
+    assert large < 1.1 * small

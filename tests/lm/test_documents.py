@@ -1,0 +1,195 @@
+"""Text comes whole, in order, streamed, and bad sources end in one line."""
+
+import contextlib
+import hashlib
+import json
+import platform
+import tracemalloc
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from sparse_coding.config import UserError
+from sparse_coding.lm.documents import (
+    LONGEST,
+    PIECE,
+    document_id,
+    is_held_out,
+    open_documents,
+)
+
+TEXTS = ["def f():\n    return 1\n", "zweite Datei: ß", "three"]
+
+
+def write_parquet(path, texts, column="text"):
+    table = pyarrow.table({column: texts, "meta": [{"pile_set_name": "x"}] * len(texts)})
+    pyarrow.parquet.write_table(table, path)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, and no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put_into_cache(hub_cache, dataset, *, sha, files):
+    """What `hf download` leaves; returns the folder of the files."""
+    folder = hub_cache / f"datasets--{dataset.replace('/', '--')}"
+    for name, texts in files.items():
+        path = folder / "snapshots" / sha / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, texts)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(sha)
+
+
+def test_the_standard_library_is_read_without_its_tests_and_packages():
+    documents = open_documents("stdlib")
+    texts = list(documents)
+    assert documents.revision == f"python {platform.python_version()}"
+    for module, is_there in ((contextlib, True), (json, True), (pytest, False)):
+        assert (Path(module.__file__).read_text() in texts) == is_there
+    assert 5e6 < sum(map(len, texts)) < 50e6
+    assert texts == list(documents)
+
+
+def test_texts_of_every_kind_of_file_come_back_in_order(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": TEXTS[0], "n": 1}])
+    write_parquet(tmp_path / "b.parquet", [TEXTS[1]])
+    (tmp_path / "c.txt").write_text(TEXTS[2])
+    (tmp_path / "d.md").write_text("not read")
+    assert list(open_documents(str(tmp_path))) == TEXTS
+    for i, name in enumerate(("a.jsonl", "b.parquet", "c.txt")):
+        assert list(open_documents(str(tmp_path / name))) == [TEXTS[i]]
+
+
+def test_empty_texts_are_left_out_and_broken_characters_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n{"text": null}\n{"text": "a\\ud800b"}\n')
+    assert list(open_documents(str(tmp_path / "a.jsonl"))) == ["a?b"]
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfx\xffy")  # a byte order mark, then no UTF-8
+    assert list(open_documents(str(tmp_path / "b.txt"))) == ["x\ufffdy"]
+
+
+def test_another_text_column_can_be_chosen(tmp_path):
+    write_parquet(tmp_path / "a.parquet", TEXTS, column="content")
+    path = str(tmp_path / "a.parquet")
+    assert list(open_documents(path, text_column="content")) == TEXTS
+    with pytest.raises(UserError, match=r"no column 'text'.*content, meta"):
+        open_documents(path)
+    with pytest.raises(UserError, match="a dict where text was expected"):
+        open_documents(path, text_column="meta")
+
+
+@pytest.mark.parametrize("block", [7, 1000, 2**20])
+def test_a_text_file_is_parted_at_end_of_text_whatever_the_block(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("sparse_coding.lm.documents.BLOCK", block)
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>two<|endoftext|>\n\n<|endoftext|>three")
+    assert list(open_documents(str(tmp_path / "a.txt"))) == ["one\n", "two", "three"]
+
+
+@pytest.mark.parametrize("block", [997, 2**20])
+def test_a_long_text_file_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("sparse_coding.lm.documents.BLOCK", block)
+    paragraph = "a line of text\n" * 30 + "\n"
+    text = paragraph * 200 + "x" * 3 * LONGEST + "\nlast line"
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(open_documents(str(tmp_path / "a.txt")))
+    assert "".join(pieces) == text
+    assert all(PIECE < len(piece) <= 2 * PIECE for piece in pieces[:-1])
+    assert all(piece.endswith("\n\n") for piece in pieces[: len(paragraph) * 200 // (2 * PIECE)])
+    (tmp_path / "b.txt").write_text(text[:LONGEST])
+    assert list(open_documents(str(tmp_path / "b.txt"))) == [text[:LONGEST]]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_memory_stays_flat_when_the_text_grows(tmp_path, suffix):
+    def peak(n_rows: int) -> int:
+        path = tmp_path / f"{n_rows}.{suffix}"
+        if suffix == "jsonl":
+            write_jsonl(path, [{"text": "word " * 200}] * n_rows)
+        else:
+            path.write_text("word " * 200 * n_rows)
+        tracemalloc.start()
+        n_characters = sum(len(text) for text in open_documents(str(path)))
+        assert n_characters == 1000 * n_rows
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak(16_000) < 1.1 * peak(4_000)
+
+
+def test_a_document_keeps_its_id_and_larger_shares_hold_out_more():
+    digest = hashlib.sha256("zwölf".encode()).digest()
+    assert document_id("zwölf") == int.from_bytes(digest[:8], "little") // 2
+    ids = [document_id(f"document {i}") for i in range(20_000)]
+    held = [i for i in ids if is_held_out(i, 0.05)]
+    # binomial: 1000 ± 31
+    assert 870 < len(held) < 1130
+    assert all(is_held_out(i, 0.1) for i in held)
+    assert not any(is_held_out(i, 0.0) for i in ids)
+    assert all(is_held_out(i, 1.0) for i in ids)
+
+
+def test_a_cached_hub_dataset_is_read_without_network_at_its_pinned_commit(hub_cache):
+    sha = "127bfedcd5047750df5ccf3a12979a47bfa0bafa"
+    files = {"data/train-00000-of-00001-4746b8785c874cc7.parquet": TEXTS}
+    put_into_cache(hub_cache, "NeelNanda/pile-10k", sha=sha, files=files)
+    documents = open_documents("NeelNanda/pile-10k")
+    assert list(documents) == TEXTS
+    assert (documents.name, documents.revision) == ("NeelNanda/pile-10k", sha)
+    with pytest.raises(UserError, match=r"no column 'words'.*text, meta"):
+        open_documents("NeelNanda/pile-10k", text_column="words")
+
+
+def test_a_cached_dataset_without_a_pin_says_its_commit_and_needs_a_train_split(hub_cache):
+    put_into_cache(hub_cache, "a/b", sha="c" * 40, files={"train.parquet": TEXTS})
+    assert open_documents("a/b").revision == "c" * 40
+    put_into_cache(hub_cache, "a/c", sha="d" * 40, files={"test-00000-of-00001.parquet": TEXTS})
+    with pytest.raises(UserError, match=r"a/c can't be read: .*train"):
+        open_documents("a/c")
+
+
+def test_a_hub_dataset_that_is_not_whole_in_the_cache_says_how_to_fetch_it(hub_cache):
+    with pytest.raises(UserError, match="hf download a/b --repo-type dataset`"):
+        open_documents("a/b")
+    files = {"data/train-00000-of-00002.parquet": TEXTS}
+    put_into_cache(hub_cache, "a/b", sha="c" * 40, files=files)
+    with pytest.raises(UserError, match="can't reach the hub for a/b"):
+        open_documents("a/b")
+
+
+def test_bad_sources_are_refused_with_the_reason(tmp_path, hub_cache):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": "b')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "torn.parquet").write_text("PAR1")
+    (tmp_path / "a.bin").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name, reason in {
+        "empty.txt": "is empty",
+        "blank.txt": "has no text in it",
+        "list.jsonl": "a row is a list",
+        "torn.parquet": "not a whole parquet file",
+        "a.bin": "can read .txt, .jsonl, .parquet only",
+        "folder": "holds no .txt",
+        "missing.txt": "no such file",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            open_documents(str(tmp_path / name))
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        list(open_documents(str(tmp_path / "torn.jsonl")))
+    for name in ("no/such/file", "a..b/c", "two words"):
+        with pytest.raises(UserError, match="no"):
+            open_documents(name)

@@ -1,0 +1,260 @@
+"""Batches are a random order of all rows, the same for a step however it is reached."""
+
+import threading
+import time
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from sparse_coding.config import UserError
+from sparse_coding.lm.reader import Reader
+
+CPU = torch.device("cpu")
+BATCH, WIDTH = 16, 3
+
+
+class Numbered:
+    """Shards whose rows are n, n + 1/2, -n for n = 0, 1, 2, ... in the order of the text."""
+
+    def __init__(self, *sizes: int):
+        self.rows = list(sizes)
+        self.loaded: list[tuple[int, int]] = []  # shard and thread
+
+    def load(self, k: int) -> torch.Tensor:
+        self.loaded.append((k, threading.get_ident()))
+        n = torch.arange(self.rows[k]) + sum(self.rows[:k])
+        return torch.stack([n, n + 0.5, -n], dim=1).half()
+
+    def shard_of(self, number: int) -> int:
+        ends = torch.tensor(self.rows).cumsum(0)
+        return int((number >= ends).sum())
+
+
+def reader(shards, **changes) -> Reader:
+    options = dict(batch_size=BATCH, n_steps=10**6, scale=1.0, seed=0, device=CPU, buffer_rows=100)
+    return Reader(shards, **options | changes)
+
+
+def numbers(r: Reader, steps) -> list[list[int]]:
+    """Which rows the batches of the steps have."""
+    return [r.batch(step)[:, 0].int().tolist() for step in steps]
+
+
+def dealt_in(r: Reader, steps) -> list[int]:
+    """Rows of all batches of the steps, one after another."""
+    return [n for batch in numbers(r, steps) for n in batch]
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 64, 64), (50, 7, 90, 33, 70, 6)])
+@pytest.mark.parametrize("buffer_rows", [1, 100, 10_000])
+def test_an_epoch_has_every_row_once_but_for_the_remainders(sizes, buffer_rows):
+    r = reader(Numbered(*sizes), buffer_rows=buffer_rows)
+    first_epoch = epoch_steps(r)
+    dealt = dealt_in(r, range(first_epoch))
+    assert len(dealt) == len(set(dealt)) == first_epoch * BATCH
+    assert set(dealt) <= set(range(256))
+    n_segments = len(r.segments) if buffer_rows < 256 else 1
+    assert 256 - len(dealt) < BATCH * n_segments
+    if buffer_rows == 10_000 or len(set(sizes)) == 1:  # 256 and 64 rows are whole batches
+        assert sorted(dealt) == list(range(256))
+
+
+def epoch_steps(r: Reader) -> int:
+    """Steps of the first epoch."""
+    r.segment_of(0)
+    assert r.epoch == 1
+    return r.segments[-1].first + r.segments[-1].n_steps
+
+
+def test_batches_are_float32_rows_times_the_scale():
+    r = reader(Numbered(200), scale=0.25, buffer_rows=50)
+    x = r.batch(3)
+    assert x.dtype == torch.float32
+    assert x.shape == (BATCH, WIDTH)
+    n = x[:, 0] * 4
+    assert torch.equal(n, n.round())
+    assert torch.equal(x, torch.stack([n, n + 0.5, -n], dim=1) * 0.25)
+    x.zero_()  # a batch is the caller's own
+    assert torch.equal(r.batch(3)[:, 0] * 4, n)
+
+
+def test_a_step_has_the_same_batch_however_it_is_reached():
+    sizes = (50, 7, 90, 33, 70, 6)
+    steps = range(40)  # two epochs and more
+    straight = numbers(reader(Numbered(*sizes)), steps)
+    assert numbers(reader(Numbered(*sizes)), steps) == straight
+    for first in (5, 17, 39):  # resumed there
+        assert numbers(reader(Numbered(*sizes)), range(first, 40)) == straight[first:]
+    jumps = [39, 0, 20, 20, 21, 3, 38, 4]
+    assert numbers(reader(Numbered(*sizes)), jumps) == [straight[step] for step in jumps]
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    r = reader(Numbered(128), buffer_rows=200)
+    first, second = (dealt_in(r, range(8 * e, 8 * e + 8)) for e in (0, 1))
+    other = dealt_in(reader(Numbered(128), buffer_rows=200, seed=1), range(8))
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(128))
+    for a, b in ((first, second), (first, other), (first, sorted(first))):
+        assert sum(x == y for x, y in zip(a, b, strict=True)) < 10  # 1 expected by chance
+
+
+def test_epochs_mix_other_shards_with_each_other():
+    r = reader(Numbered(*[20] * 12), buffer_rows=60)
+    steps = epoch_steps(r)
+    r.segment_of(3 * steps)
+    of_epochs = [
+        {s.shards for s in r.segments if e * steps <= s.first < (e + 1) * steps} for e in range(3)
+    ]
+    assert all(len(groups) == 4 for groups in of_epochs)
+    assert of_epochs[0] != of_epochs[1] != of_epochs[2]
+
+
+def test_a_batch_mixes_the_shards_of_the_buffer():
+    shards = Numbered(*[50] * 8)
+    small, large = (reader(shards, buffer_rows=n) for n in (100, 1000))
+    n_mixed = [len({shards.shard_of(n) for n in batch}) for batch in numbers(small, range(20))]
+    assert set(n_mixed) == {2}
+    assert min(len({shards.shard_of(n) for n in b}) for b in numbers(large, range(20))) >= 4
+
+
+def test_shards_smaller_than_a_batch_are_put_together():
+    r = reader(Numbered(*[5] * 10), buffer_rows=1)
+    steps = epoch_steps(r)
+    assert steps >= 2
+    dealt = dealt_in(r, range(steps))
+    assert len(dealt) == len(set(dealt)) == steps * BATCH
+
+
+def test_fewer_rows_than_a_batch_are_refused():
+    with pytest.raises(UserError, match=r"15 activations .*--batch-size 16"):
+        reader(Numbered(10, 5))
+    assert reader(Numbered(10, 6)).batch(0).shape == (BATCH, WIDTH)
+
+
+def test_the_next_rows_are_loaded_by_a_thread_each_shard_once_an_epoch():
+    shards = Numbered(*[48] * 4)
+    r = reader(shards, buffer_rows=48)
+    numbers(r, range(12))
+    here = [k for k, thread in shards.loaded if thread == threading.get_ident()]
+    assert len(here) == 1  # the first; all others were asked for ahead
+    assert sorted(k for k, _ in shards.loaded[:4]) == [0, 1, 2, 3]
+    r.close()
+
+
+def test_nothing_is_loaded_beyond_the_last_step():
+    shards = Numbered(*[48] * 4)
+    r = reader(shards, buffer_rows=48, n_steps=6)
+    numbers(r, range(6))
+    r.close()
+    assert len(shards.loaded) == 2
+    one_more = reader(again := Numbered(*[48] * 4), buffer_rows=48, n_steps=7)
+    numbers(one_more, range(7))
+    one_more.close()
+    assert len(again.loaded) == 3
+
+
+def test_closing_waits_for_one_shard_at_most():
+    shards = Numbered(*[8] * 40)
+    r = reader(shards, buffer_rows=160)  # half of the shards
+    load = shards.load
+
+    def slow_ahead(k: int) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)
+        return load(k)
+
+    shards.load = slow_ahead
+    r.batch(0)
+    r.close()
+    assert len(shards.loaded) <= 22  # of 20 + 20
+
+
+def test_what_fits_the_buffer_is_loaded_once():
+    shards = Numbered(48, 48)
+    numbers(reader(shards, buffer_rows=96), range(30))
+    assert sorted(k for k, _ in shards.loaded) == [0, 1]
+
+
+def test_an_error_of_the_loading_thread_reaches_the_caller():
+    shards = Numbered(*[48] * 4)
+    r = reader(shards, buffer_rows=48)
+    bad, load = r.segment_of(3).shards[0], shards.load
+
+    def fail_once(k: int) -> torch.Tensor:
+        if k == bad:
+            raise UserError(f"shard {k} is damaged")
+        return load(k)
+
+    shards.load = fail_once
+    numbers(r, range(3))
+    with pytest.raises(UserError, match=f"shard {bad} is damaged"):
+        r.batch(3)
+
+
+def test_nothing_is_being_loaded_once_it_is_closed():
+    shards, begun, running = Numbered(*[48] * 4), threading.Event(), []
+    r = reader(shards, buffer_rows=48)
+    load = shards.load
+
+    def slow_ahead(k: int) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            running.append(k)
+            begun.set()
+            time.sleep(0.2)
+            running.pop()
+        return load(k)
+
+    shards.load = slow_ahead
+    r.batch(0)
+    assert begun.wait(10)
+    r.close()
+    assert not running
+
+
+class Allocated:
+    """Buffers that torch.empty made, and the most rows alive at once."""
+
+    def __init__(self, monkeypatch):
+        self.made: list[tuple[StorageWeakRef, int]] = []
+        self.peak, self.empty = 0, torch.empty
+        monkeypatch.setattr(torch, "empty", self)
+
+    def __call__(self, shape, **options) -> torch.Tensor:
+        made = self.empty(shape, **options)
+        self.made.append((StorageWeakRef(made.untyped_storage()), len(made)))
+        self.peak = max(self.peak, sum(n for ref, n in self.made if not ref.expired()))
+        return made
+
+
+@pytest.mark.parametrize("n_shards", [8, 64])
+def test_no_more_than_two_buffers_are_held_however_long_the_text(monkeypatch, n_shards):
+    allocated = Allocated(monkeypatch)
+    r = reader(Numbered(*[32] * n_shards), buffer_rows=128)
+    for step in range(n_shards * 2 * 2):  # two epochs
+        r.batch(step)
+    r.close()
+    assert len(allocated.made) >= n_shards // 2  # buffers of four shards each
+    assert allocated.peak == 2 * 128
+
+
+def test_a_jump_holds_no_third_buffer(monkeypatch):
+    allocated = Allocated(monkeypatch)
+    r = reader(Numbered(*[48] * 4), buffer_rows=48)
+    r.batch(0)
+    end = time.monotonic() + 10
+    while len(allocated.made) < 2 and time.monotonic() < end:  # until the next rows are waiting
+        time.sleep(0.001)
+    r.batch(9)
+    r.close()
+    assert len(allocated.made) >= 3
+    assert allocated.peak == 2 * 48
+
+
+def test_rows_in_bfloat16_are_read_as_they_are():
+    shards = Numbered(64)
+    load = shards.load
+    shards.load = lambda k: load(k).bfloat16()
+    x = reader(shards).batch(0)
+    assert x.dtype == torch.float32
+    assert torch.equal(x, x.bfloat16().float())

@@ -1,0 +1,297 @@
+"""What a finished sweep shows: the best cell, the verdict, and the files that it names."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lm_builders import CPU, demo_subject, held_out_of, recipe_of, tiny_subject
+
+from sparse_coding.config import UserError
+from sparse_coding.files import write_json
+from sparse_coding.lm import activations
+from sparse_coding.lm import show as lm_results
+from sparse_coding.lm.activations import statistics
+from sparse_coding.lm.recipe import feature_density, sae_folder, with_activations
+from sparse_coding.lm.show import (
+    ShowChoice,
+    best_row,
+    check_fit,
+    evaluate_one,
+    is_shown,
+    show,
+    verdict,
+    write_page,
+)
+from sparse_coding.sae.saved import SparseAutoencoder, load_sae
+from sparse_coding.sweep.cells import row_path
+from sparse_coding.sweep.grid import make_grid
+
+NAN = math.nan
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("subjects")
+
+
+def row(fvu: float, l0: float, **values) -> dict:
+    """A row of results.csv."""
+    known = dict(l1_alpha=0.01, n_dict=64, dead_fraction=0.125, ce_clean=3.0, ce_spliced=3.1,
+                 ce_zero=5.0, ce_mean=4.0, ce_recovered=0.95)  # fmt: skip
+    return known | {"fvu": fvu, "l0": l0} | values
+
+
+# --- the best cell ---
+
+
+def test_the_best_cell_has_the_lowest_fvu_among_the_sparse_enough():
+    rows = [row(0.05, 90), row(0.2, 20), row(0.1, 32), row(0.15, 31)]
+    assert best_row(rows, most_l0=32) is rows[2]
+    assert best_row(rows, most_l0=31.5) is rows[3]
+    assert best_row(rows, most_l0=1000) is rows[0]
+
+
+def test_where_none_is_sparse_enough_the_sparsest_is_best():
+    rows = [row(0.05, 90), row(0.2, 60), row(0.1, 70)]
+    assert best_row(rows, most_l0=32) is rows[1]
+
+
+def test_a_diverged_cell_is_never_the_best_unless_all_are():
+    rows = [row(NAN, 0), row(math.inf, 1), row(0.3, 20), row(0.1, 50)]
+    assert best_row(rows, most_l0=32) is rows[2]
+    assert best_row(rows[:2] + rows[3:], most_l0=32) is rows[3]
+    assert best_row(rows[:1], most_l0=32) is rows[0]
+
+
+def test_the_verdict_says_how_good_the_best_is_and_what_ablation_costs():
+    rows = [row(0.05, 90), row(0.0912, 20.04)]
+    assert verdict(rows, most_l0=32) == (
+        "Best at l0 <= 32: fvu 0.091 at l0 20.0, ce_recovered 0.950 (l1_alpha 0.01, n_dict 64, "
+        "12.5% dead), on held-out documents. Cross-entropy 3.000 nats; ablation by zeros costs "
+        "2.00, by the mean 1.00, this autoencoder 0.100."
+    )
+
+
+def test_the_verdict_counts_the_diverged_cells():
+    rows = [row(NAN, 0, ce_recovered=NAN), row(0.1, 20), row(math.inf, 3)]
+    text = verdict(rows, most_l0=32)
+    assert text.startswith("2 cells diverged and are left out of this line. Best at l0 <= 32")
+    assert "fvu 0.100" in text
+    assert verdict(rows[::2], most_l0=32).startswith("All 2 cells diverged")
+
+
+def test_the_verdict_does_not_promise_an_l0_that_no_cell_has():
+    text = verdict([row(0.05, 90), row(0.2, 60)], most_l0=32)
+    assert text.startswith("No cell has l0 <= 32")
+    assert "fvu 0.200 at l0 60.0" in text
+    assert "Best at l0 <= 32" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [({"n_page_tokens": 0}, "--n-page-tokens 0"), ({"page_l0": 0.0}, "--page-l0 0.0"),
+     ({"page_l0": NAN}, "--page-l0 nan")],
+)  # fmt: skip
+def test_constants_out_of_range_are_refused_by_their_flag(change, flag):
+    choice = ShowChoice(page_l0=32.0, n_page_tokens=100, export="none")
+    with pytest.raises(UserError, match=flag):
+        replace(choice, **change)
+
+
+# --- an autoencoder from elsewhere ---
+
+
+def sae_of(width: int, **about) -> SparseAutoencoder:
+    rng = torch.Generator().manual_seed(1)
+    W = torch.nn.functional.normalize(torch.randn(12, width, generator=rng), dim=1)
+    return SparseAutoencoder(W.T.clone(), torch.zeros(12), W, torch.zeros(width), about)
+
+
+def test_an_autoencoder_of_another_width_is_refused(root):
+    with pytest.raises(UserError, match=r"width 16, but layer 1 mlp_act of .* has width 40"):
+        check_fit(sae_of(16), tiny_subject(root))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "gpt2-xl"),
+        ("weight_hash", "0" * 16),
+        ("layer", 2),
+        ("site", "mlp_out"),
+        ("tokenizer_fingerprint", "0" * 16),
+        ("held_out", 0.1),
+    ],
+)
+def test_an_autoencoder_trained_elsewhere_is_warned_of_by_what_differs(root, capsys, name, value):
+    subject = tiny_subject(root)
+    ours = subject.about
+    check_fit(sae_of(40, **ours), subject)
+    check_fit(sae_of(40), subject)  # says nothing of where it comes from
+    assert capsys.readouterr().err == ""
+    check_fit(sae_of(40, **(ours | {name: value})), subject)
+    expected = f"warning: trained on {name} {value}, evaluated on {ours[name]}\n"
+    assert capsys.readouterr().err == expected
+
+
+# --- all files ---
+
+
+@pytest.fixture(scope="module")
+def shown(root, tmp_path_factory):
+    """(folder, rows, cells, recipe, subject, figures) of a small sweep on the demo model."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparse_coding.figures.heatmap.DPI", 20)
+        patch.setattr(activations, "SHARD_BYTES", 20 * 128 * 256 * 2)
+        subject = demo_subject(root)  # where ce_recovered has values to draw
+        cells = make_grid(256, seeds=range(1), l1_exps=range(-12, -9), size_exps=range(-2, 0))
+        run = dict(folder=folder, cells=cells)
+        recipe = with_activations(recipe_of(subject), subject, **run, max_bytes=1e9)
+        task = recipe.prepare(cells)
+        for step in range(60):
+            task.ensemble.step_(task.batch_at(step))
+        for cell, (one, tensors) in zip(cells, task.evaluate(), strict=True):
+            recipe.save(folder, cell, tensors, one | {"seconds": 1.0})
+            write_json(folder / row_path(cell), one | {"seconds": 1.0})
+        rows = recipe.merged(folder, cells)
+        choice = ShowChoice(page_l0=8.0, n_page_tokens=2000, export="dictionary_learning")
+        figures = show(folder, rows, cells=cells, recipe=recipe, subject=subject, choice=choice,
+                       context={"command": "python run.py --some-flag"})  # fmt: skip
+    return folder, rows, cells, recipe, subject, figures
+
+
+def test_show_writes_every_figure_with_its_data_and_names_them(shown):
+    folder, *_, figures = shown
+    pngs = {p.name for p in (folder / "figures").glob("*.png")}
+    assert {path.name for path in figures.values()} == pngs
+    assert len(pngs) > 5
+    for path in figures.values():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        with open(path.with_suffix(".csv"), newline="") as file:
+            assert len(list(csv.reader(file))) > 1, path
+
+
+def test_the_report_has_the_verdict_every_cell_and_what_was_run(shown):
+    folder, rows, *_ = shown
+    report = (folder / "report.html").read_text()
+    assert verdict(rows, most_l0=8.0).replace("<", "&lt;") in report
+    assert "python run.py --some-flag" in report
+    assert lm_results.L1_TERMS["sum"] in report or "l1_alpha" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_the_page_of_features_is_of_the_best_cell(shown):
+    folder, rows, cells, *_ = shown
+    best = cells[rows.index(best_row(rows, most_l0=8.0))]
+    assert len({r["l0"] for r in rows}) > 1
+    page = (folder / "features.html").read_text()
+    assert best.name in page
+    assert not any(cell.name in page for cell in cells if cell is not best)
+    assert f"l0 {best_row(rows, most_l0=8.0)['l0']:.1f}" in page
+
+
+def test_the_page_looks_at_held_out_text_by_the_raw_autoencoder(shown, tmp_path, monkeypatch):
+    folder, _, cells, recipe, subject, _ = shown
+    seen = {}
+
+    def keep(path, data, **more) -> None:
+        seen.update(data=data, **more)
+
+    monkeypatch.setattr(lm_results, "write_feature_page", keep)
+    write_page(folder, cells[4], recipe=recipe, subject=subject, n_tokens=2000)
+    data = seen["data"]
+    held_out = held_out_of(subject, n_tokens=2000)
+    assert data.n_tokens == held_out.n_kept
+    sae = load_sae(sae_folder(folder, cells[4]))
+    codes = torch.cat([codes[keep] for _, keep, codes in held_out.codes(sae)])
+    assert data.n_active.tolist() == (codes > 0).sum(dim=0).tolist()
+    assert data.max_activation.tolist() == pytest.approx(codes.amax(dim=0).tolist(), rel=1e-5)
+    assert len(seen["token_texts"]) == subject.lm.vocab_size
+    cosine = sae.W_dec @ sae.W_dec.T - 2 * torch.eye(sae.n_dict)
+    assert data.nearest.index[:, 0].tolist() == cosine.argmax(dim=1).tolist()
+    # the direct path: down projection, final norm's gain, unembedding
+    gpt2 = subject.lm.model
+    effect = sae.W_dec @ gpt2.transformer.h[1].mlp.c_proj.weight
+    effect = (effect - effect.mean(dim=1, keepdim=True)) * gpt2.transformer.ln_f.weight
+    logits = effect @ gpt2.lm_head.weight.T
+    assert data.promoted.index[:, 0].tolist() == logits.argmax(dim=1).tolist()
+    assert data.suppressed.index[:, 0].tolist() == logits.argmin(dim=1).tolist()
+
+
+def test_a_page_can_be_made_where_ablation_costs_nothing(root, tmp_path):
+    subject = tiny_subject(root)
+    recipe = recipe_of(subject)
+    (cell,) = make_grid(40, seeds=range(1), l1_exps=range(-9, -8), size_exps=range(1))
+    ((one, tensors),) = recipe.prepare([cell]).evaluate()
+    assert math.isnan(one["ce_recovered"])
+    recipe.save(tmp_path, cell, tensors, one)
+    write_page(tmp_path, cell, recipe=recipe, subject=subject, n_tokens=200)
+    assert cell.name in (tmp_path / "features.html").read_text()
+
+
+def test_every_autoencoder_is_exported_with_the_same_output(shown):
+    folder, _, cells, recipe, *_ = shown
+    x = recipe.shards.load(0).float()[:50]
+    for cell in cells:
+        state = torch.load(folder / "dictionary_learning" / cell.name / "ae.pt", weights_only=True)
+        codes = torch.relu((x - state["bias"]) @ state["encoder.weight"].T + state["encoder.bias"])
+        x_hat = codes @ state["decoder.weight"].T + state["bias"]
+        sae = load_sae(sae_folder(folder, cell))
+        assert torch.allclose(x_hat, sae.decode(sae.encode(x)), atol=1e-4)
+
+
+def test_the_density_figures_data_are_counts_of_the_saved_densities(shown):
+    folder, _, cells, *_ = shown
+    with open(folder / "figures" / "densities.csv", newline="") as file:
+        bins = list(csv.DictReader(file))
+    found = 0
+    for cell in cells:
+        density = feature_density(sae_folder(folder, cell))
+        counts = {one["log10_low"]: int(one["n_features"]) for one in bins
+                  if one["cell"] == cell.name}  # fmt: skip
+        assert sum(counts.values()) == cell.n_dict
+        assert counts[""] == (density == 0).sum()
+        for low in (-2.0, -1.5, -1.25):
+            within = (density >= 10**low) & (density < 10 ** (low + 0.25))
+            assert counts[str(low)] == within.sum()
+            found += int(within.sum())
+    assert found > 100
+
+
+def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monkeypatch):
+    """And what was shown is on record, for a later choice."""
+    monkeypatch.setattr("sparse_coding.figures.heatmap.DPI", 20)
+    folder, rows, cells, recipe, subject, _ = shown
+    best = rows.index(best_row(rows, most_l0=8.0))
+    for k, cell in enumerate(cells):
+        sae = load_sae(sae_folder(folder, cell))
+        broken = {name: t * NAN if k == best else t for name, t in sae.tensors.items()}
+        density = torch.zeros(cell.n_dict) if k == best else torch.full((cell.n_dict,), 0.01)
+        recipe.save(tmp_path, cell, broken | {"density": density}, rows[k])
+    bad = dict.fromkeys(("fvu", "mse", "ce_spliced", "ce_recovered"), NAN)
+    with_nan = [one | bad if k == best else one for k, one in enumerate(rows)]
+    choice = ShowChoice(page_l0=8.0, n_page_tokens=500, export="dictionary_learning")
+    show(tmp_path, with_nan, cells=cells, recipe=recipe, subject=subject, choice=choice,
+         context={})  # fmt: skip
+    exported = {path.name for path in (tmp_path / "dictionary_learning").iterdir()}
+    assert exported == {cell.name for cell in cells} - {cells[best].name}
+    next_best = cells[with_nan.index(best_row(with_nan, most_l0=8.0))]
+    assert next_best.name in (tmp_path / "features.html").read_text()
+    assert "1 cells diverged" in (tmp_path / "report.html").read_text()
+    assert is_shown(tmp_path, choice)
+    assert not is_shown(tmp_path, replace(choice, page_l0=9.0))
+    assert not is_shown(tmp_path / "elsewhere", choice)
+
+
+def test_evaluating_a_saved_autoencoder_gives_the_numbers_of_the_table(shown):
+    folder, rows, cells, recipe, *_ = shown
+    for cell, one in zip(cells[:2], rows[:2], strict=True):
+        found = evaluate_one(load_sae(sae_folder(folder, cell)), recipe)
+        assert found == pytest.approx({name: one[name] for name in found}, rel=1e-6, nan_ok=True)
+    assert statistics(recipe.shards).mean.device == CPU
+    assert json.loads((folder / row_path(cells[0])).read_text())["fvu"] == rows[0]["fvu"]

@@ -1,0 +1,120 @@
+"""Results are taken only as their sums say, and merged only if they agree."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sparse_coding.config import UserError
+from sparse_coding.rental.remote import RemoteError
+from sparse_coding.rental.results import Results, merge, wrong_files
+
+STATE = {"cells/a.json": "1", "cells/b.json": "2", "metrics.jsonl": "x\n"}
+
+
+def make(folder: Path, files: dict[str, str]) -> str:
+    """Files with their sums; sha256 of the sums."""
+    shutil.rmtree(folder, ignore_errors=True)
+    lines = []
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        lines.append(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n")
+    (folder / "SHA256SUMS").write_text("".join(lines))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class There:
+    """Stands for Remote: a snapshot in a folder; `spoil` happens to what arrives."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.state, self.pulls = folder, make(folder, STATE), 0
+        self.spoil = []  # one function per pull, on what has arrived
+
+    def run(self, command: str, **options) -> str:
+        assert command.endswith("snapshot")
+        return json.dumps({"state": self.state})
+
+    def pull_folder(self, source: str, folder: Path, *, known: Path | None) -> None:
+        self.pulls += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.folder, folder)
+        if self.spoil:
+            self.spoil.pop(0)(folder)
+
+
+@pytest.fixture
+def there(tmp_path):
+    return There(tmp_path / "there")
+
+
+def flip(folder: Path) -> None:
+    (folder / "cells" / "a.json").write_text("9")
+
+
+def test_a_state_is_taken_once(there, tmp_path):
+    results = Results(tmp_path, 1)
+    assert results.pull(there) is True
+    assert (results.verified / "cells" / "b.json").read_text() == "2"
+    assert results.pull(there) is False
+    assert there.pulls == 1
+    assert Results(tmp_path, 1).state == there.state
+
+
+def test_a_flipped_byte_is_fetched_again(there, tmp_path):
+    there.spoil = [flip, lambda folder: (folder / "metrics.jsonl").unlink()]
+    results = Results(tmp_path, 1)
+    results.pull(there)
+    assert there.pulls == 3
+    assert wrong_files(results.verified) == []
+
+
+def test_what_stays_wrong_is_refused_and_the_state_before_is_kept(there, tmp_path):
+    results = Results(tmp_path, 1)
+    results.pull(there)
+    there.state = make(there.folder, STATE | {"cells/c.json": "3"})
+    there.spoil = [flip, flip, flip]
+    with pytest.raises(RemoteError, match=r"fetched 3 times, .*a\.json"):
+        results.pull(there)
+    assert wrong_files(results.verified) == []
+    assert not (results.verified / "cells" / "c.json").exists()
+
+
+def test_files_that_no_sum_names_are_wrong(there, tmp_path):
+    there.spoil = [lambda folder: (folder / "extra.pkl").write_text("x")]
+    results = Results(tmp_path, 1)
+    results.pull(there)
+    assert there.pulls == 2
+    assert not (results.verified / "extra.pkl").exists()
+
+
+def test_a_command_killed_between_two_renames_finds_the_old_state_again(there, tmp_path):
+    results = Results(tmp_path, 1)
+    results.pull(there)
+    results.verified.rename(results.old)
+    again = Results(tmp_path, 1)
+    assert again.state == there.state
+    assert wrong_files(again.verified) == []
+
+
+def test_two_shards_make_one_folder_and_a_cell_twice_must_be_the_same(tmp_path):
+    first, second = Results(tmp_path, 1), Results(tmp_path, 2)
+    make(first.verified, {"cells/a.json": "1", "config.json": "{shard 1}"})
+    make(second.verified, {"cells/b.json": "2", "cells/a.json": "1", "config.json": "{shard 2}"})
+    merge([first, second], tmp_path / "out")
+    names = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.json"))
+    assert names == ["cells/a.json", "cells/b.json", "config.json"]
+    merge([first, second], tmp_path / "out")  # again: nothing happens
+    make(second.verified, {"cells/a.json": "other"})
+    with pytest.raises(UserError, match=r"a\.json is there already with other contents"):
+        merge([first, second], tmp_path / "out")
+
+
+def test_a_state_that_was_edited_at_home_is_not_merged(tmp_path):
+    results = Results(tmp_path, 1)
+    make(results.verified, STATE)
+    flip(results.verified)
+    with pytest.raises(UserError, match=r"a\.json has changed since it was fetched"):
+        merge([results], tmp_path / "out")

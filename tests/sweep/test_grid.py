@@ -1,0 +1,79 @@
+"""The grid, its split over shards and over memory."""
+
+import pytest
+
+from sparse_coding.config import UserError
+from sparse_coding.sweep.grid import make_grid, plan_groups, split_by_cost
+
+
+def full_grid(n_seeds: int = 1):
+    return make_grid(512, seeds=range(n_seeds), l1_exps=range(-8, 9), size_exps=range(-3, 6))
+
+
+def test_the_full_grid_is_the_posts_153_autoencoders():
+    cells = full_grid()
+    assert len(cells) == len({cell.name for cell in cells}) == 153
+    assert sorted({cell.n_dict for cell in cells}) == [64 * 2**e for e in range(9)]
+    alphas = sorted({cell.l1_alpha for cell in cells})
+    assert alphas[0] == pytest.approx(0.01)
+    assert alphas[-1] == pytest.approx(100)
+    assert [cell.n_dict for cell in cells if cell.size_ratio == 1] == [512] * 17
+
+
+def test_names_sort_by_seed_then_size():
+    names = [cell.name for cell in full_grid(2) if cell.l1_exp == 0]
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize(("base", "low", "size"), [(12, -3, "1.5"), (1, -1, "0.5")])
+def test_sizes_that_are_no_whole_number_of_features_are_refused(base, low, size):
+    with pytest.raises(UserError, match=size):
+        make_grid(base, seeds=range(1), l1_exps=range(1), size_exps=range(low, 1))
+
+
+@pytest.mark.parametrize("n_shards", [1, 2, 3, 7, 200])
+def test_shards_are_disjoint_complete_and_balanced(n_shards):
+    cells = full_grid(2)
+    shards = split_by_cost(cells, n_shards)
+    assert len(shards) == n_shards
+    assert sorted(c.name for shard in shards for c in shard) == sorted(c.name for c in cells)
+    loads = [sum(cell.n_dict for cell in shard) for shard in shards]
+    assert max(loads) - min(loads) <= max(cell.n_dict for cell in cells)
+    assert shards == split_by_cost(cells, n_shards)
+
+
+COSTS = {  # of a cell, by what it is trained with; and how unequal 2, 4 and 8 shards may end
+    "dense": (lambda c: c.n_dict, (1.001, 1.001, 1.001)),
+    # ns of a step on a GPU, by arithmetic (LOG.md): 4.2 a feature at the lowest l1_alpha, where
+    # most features fire, 2.3 at the highest; and some for each autoencoder
+    "GPU": (lambda c: c.n_dict * (4.2 - 1.9 * (c.l1_exp + 8) / 16) + 500, (1.02, 1.02, 1.06)),
+    # us of a core, measured at n_dict 512 (LOG.md): 2 350 at e = -6, 1 300 at -4, 1 000 from 0 on
+    "CPU": (
+        lambda c: c.n_dict * max(2, 2 - c.l1_exp * (0.2 if c.l1_exp > -5 else 0.43)) + 50,
+        (1.05, 1.05, 1.18),
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", COSTS)
+def test_shards_of_the_full_grid_end_together_whatever_trains_them(engine):
+    """The slowest to the mean is what several GPUs or hosts lose; cells are dealt by n_dict."""
+    cost, most = COSTS[engine]
+    for n_shards, limit in zip((2, 4, 8), most, strict=True):
+        loads = [sum(map(cost, shard)) for shard in split_by_cost(full_grid(), n_shards)]
+        assert max(loads) / (sum(loads) / n_shards) < limit, n_shards
+
+
+def test_groups_hold_one_seed_and_fit_the_budget():
+    cells = full_grid(2)
+    groups = plan_groups(cells, budget=100_000, memory_of=sum)
+    assert [cell for group in groups for cell in group] == cells
+    for group in groups:
+        assert sum(cell.n_dict for cell in group) <= 100_000
+        assert len({cell.seed for cell in group}) == 1
+    assert len(plan_groups(cells, budget=1e9, memory_of=sum)) == 2  # one per seed
+
+
+def test_a_cell_larger_than_the_budget_is_refused_with_both_sizes():
+    with pytest.raises(UserError, match="n_dict 16384"):
+        plan_groups(full_grid(), budget=16_000, memory_of=sum)

@@ -1,0 +1,131 @@
+"""Planted controls: dictionaries and predictions whose metrics are known."""
+
+import pytest
+import torch
+
+from sparse_coding.sweep.metrics import (
+    ReconstructionSums,
+    ceiling_mmcs,
+    chance_mmcs,
+    max_cosine,
+    mmcs,
+    mmcs_with_larger,
+    n_matched,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def truth() -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return torch.nn.functional.normalize(torch.randn(512, 256, generator=rng), dim=1)
+
+
+def test_max_cosine_of_a_hand_computed_pair():
+    features = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # lengths do not matter
+    dictionary = torch.tensor([[3.0, 3.0], [0.0, -1.0]])
+    torch.testing.assert_close(max_cosine(features, dictionary), torch.tensor([0.5**0.5, 0.5**0.5]))
+    assert mmcs(dictionary, features).item() == pytest.approx((0.5**0.5 + 0) / 2)  # not symmetric
+
+
+def test_perfect_permuted_and_rescaled_dictionaries_have_mmcs_one(truth):
+    shuffled = truth[torch.randperm(512, generator=torch.Generator().manual_seed(1))] * 7
+    for dictionary in (truth, shuffled):
+        assert mmcs(truth, dictionary).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_negated_dictionary_is_not_a_found_one(truth):
+    assert mmcs(truth, -truth).item() < 0.25
+
+
+def test_a_dictionary_of_one_feature_repeated_finds_one_feature_only(truth):
+    repeated = truth[:1].expand(512, -1)
+    assert (max_cosine(truth, repeated) > 0.9).sum() == 1
+    assert mmcs(truth, repeated).item() < 0.05
+    assert mmcs(repeated, truth).item() == pytest.approx(1, abs=1e-5)  # dict to truth: all are true
+
+
+@pytest.mark.parametrize(
+    ("ratio", "chance"),
+    [(1 / 8, 0.146), (1 / 4, 0.161), (1 / 2, 0.178), (1, 0.188), (2, 0.203), (4, 0.213)],
+)
+def test_chance_level_is_the_tabulated_one(truth, ratio, chance):
+    assert chance_mmcs(truth, int(512 * ratio)) == pytest.approx(chance, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "most"), [(1 / 8, 0.25), (1 / 4, 0.37), (1 / 2, 0.59), (1, 1), (4, 1)]
+)
+def test_ceiling_is_that_of_exact_true_features(truth, ratio, most):
+    assert ceiling_mmcs(truth, int(512 * ratio)) == pytest.approx(most, abs=0.005)
+
+
+def test_chunks_and_stacks_change_nothing(truth, monkeypatch):
+    dictionaries = torch.randn(3, 100, 256, generator=torch.Generator().manual_seed(2))
+    whole = torch.stack([(d / d.norm(dim=1, keepdim=True) @ truth.T).amax(0) for d in dictionaries])
+    monkeypatch.setattr("sparse_coding.sweep.metrics.CHUNK", 7)
+    torch.testing.assert_close(max_cosine(truth, dictionaries), whole)
+
+
+def test_metrics_are_in_full_float32_whatever_training_uses(truth):
+    torch.set_float32_matmul_precision("high")
+    try:
+        inside = []
+        real = torch.Tensor.__matmul__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                torch.Tensor,
+                "__matmul__",
+                lambda a, b: inside.append(torch.get_float32_matmul_precision()) or real(a, b),
+            )
+            mmcs(truth, truth)
+        assert inside == ["highest"]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_mmcs_with_larger_is_the_mean_over_the_larger_ones_and_none_without(truth):
+    small = truth[:64]
+    other = torch.randn(256, 256, generator=torch.Generator().manual_seed(3))
+    expected = (1 + mmcs(small, other).item()) / 2
+    assert mmcs_with_larger(small, [truth, other]) == pytest.approx(expected, abs=1e-5)
+    assert mmcs_with_larger(small, []) is None
+
+
+def sums_of(x, predict, codes, batch_size) -> dict[str, float]:
+    """x (n, h) through a prediction and codes (n, n_dict), in batches."""
+    sums = ReconstructionSums(1, codes.shape[1], x.shape[1], CPU)
+    for i in range(0, len(x), batch_size):
+        part = slice(i, i + batch_size)
+        sums.add(x[part], predict(x[part])[None], codes[part].T[None])
+    return {name: value.item() for name, value in sums.result().items()}
+
+
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_controls_of_reconstruction_hold_for_any_batch_size(batch_size):
+    rng = torch.Generator().manual_seed(4)
+    x = torch.randn(100, 5, generator=rng) * 3 + 10  # a mean far from 0
+    codes = torch.zeros(100, 4)
+    codes[:, 0] = 2.0  # always on
+    codes[::4, 2] = 1.0  # on for a quarter
+    mean = x.mean(dim=0)
+    of_mean = sums_of(x, lambda b: mean.expand_as(b), codes, batch_size)
+    assert of_mean["fvu"] == pytest.approx(1, abs=1e-5)
+    assert of_mean["mse"] == pytest.approx((x - mean).square().mean().item(), rel=1e-5)
+    assert of_mean["l0"] == pytest.approx(1.25)
+    assert of_mean["l1"] == pytest.approx(2.25)
+    assert of_mean["n_dead"] == 2
+    of_identity = sums_of(x, lambda b: b, codes, batch_size)
+    assert of_identity["fvu"] == 0
+    of_zero = sums_of(x, torch.zeros_like, codes, batch_size)
+    assert of_zero["mse"] == pytest.approx(x.square().mean().item(), rel=1e-5)
+    assert of_zero["fvu"] > 1
+
+
+def test_n_matched_counts_features_that_the_next_larger_dictionary_has():
+    small = torch.eye(4)[:3]
+    larger = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 1, 1]])  # cosines 1, .96, .71
+    assert n_matched(small, [larger, torch.eye(4)]) == 2
+    assert n_matched(small, []) is None
