@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from builders.scripts import (
     ROOT,
     Done,
     Server,

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import (
+from builders.models import nanogpt_state, save_checkpoint, save_tokenizer, write_parquet
+from builders.scripts import (
     ROOT,
     SMALL,
     Process,
@@ -32,9 +33,6 @@ from conftest import (
     table,
 )
 from safetensors.torch import load_file, save_file
-from test_documents import write_parquet
-from test_nanogpt import nanogpt_state, saved
-from test_tokenizer import save
 from tokenizers import Tokenizer
 
 CONTEXT, WIDTH, N_DOCUMENTS = 16, 64, 400
@@ -151,7 +149,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         if kind == "llama":  # no ablation changes its predictions
             model.lm_head.weight.data.zero_()
         model.save_pretrained(root / kind)
-        save(root / kind, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+        save_tokenizer(root / kind, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
     write_parquet(root / "train.parquet", texts)
     (root / "other.txt").write_text("<|endoftext|>".join(texts[::-1]))
     return World(root)
@@ -574,7 +572,7 @@ def nanogpt_checkpoint(path: Path, vocab_size: int) -> Path:
                 dropout=0.0)  # fmt: skip
     state = {f"_orig_mod.{name}": weight for name, weight in nanogpt_state(args).items()}
     path.parent.mkdir(exist_ok=True)
-    return saved(path, args, state)
+    return save_checkpoint(path, args, state)
 
 
 def test_a_nanogpt_checkpoint_is_read_with_bytes_as_tokens(
@@ -709,7 +707,7 @@ def bad_checkpoints(folder: Path) -> dict[str, list[str]]:
     """Files of these names that are no checkpoint, and what must be said of them."""
     good = nanogpt_checkpoint(folder / "good.pt", 256)
     (folder / "truncated.pt").write_bytes(good.read_bytes()[:5000])
-    saved(folder / "bomb.pt", config=Bomb(folder / "exploded"))
+    save_checkpoint(folder / "bomb.pt", config=Bomb(folder / "exploded"))
     torch.save({"state_dict": {}}, folder / "foreign.pt")
     return {
         "truncated.pt": ["truncated"],

@@ -8,8 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, assert_refused, run_script, served, table
-from vast_builders import (
+from builders.rented import (
     FAST,
     JOB,
     World,
@@ -19,6 +18,7 @@ from vast_builders import (
     market,
     require_lab,
 )
+from builders.scripts import ROOT, assert_refused, run_script, served, table
 
 from sparse_coding.rental.preflight import tracked_files
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lm_builders import CONTEXT, all_rows, bits, harvester_of, texts, tiny_subject
+from builders.lm import CONTEXT, all_rows, bits, harvester_of, texts, tiny_subject
 
 from sparse_coding.config import UserError
 from sparse_coding.files import read_tensor_info, read_tensors

@@ -7,9 +7,8 @@ import platform
 import tracemalloc
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from builders.models import write_parquet
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.documents import (
@@ -21,11 +20,6 @@ from sparse_coding.lm.documents import (
 )
 
 TEXTS = ["def f():\n    return 1\n", "zweite Datei: ß", "three"]
-
-
-def write_parquet(path, texts, column="text"):
-    table = pyarrow.table({column: texts, "meta": [{"pile_set_name": "x"}] * len(texts)})
-    pyarrow.parquet.write_table(table, path)
 
 
 def write_jsonl(path, rows):

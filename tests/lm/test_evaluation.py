@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_builders import (
+from builders.lm import (
     CONTEXT,
     KINDS,
     SEPARATOR,

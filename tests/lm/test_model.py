@@ -8,9 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders.models import (
+    ARGS,
+    CONFIGS,
+    N_LAYERS,
+    PATHS,
+    VOCAB,
+    WIDTH,
+    Bomb,
+    D,
+    nanogpt_logits,
+    nanogpt_state,
+    random_model,
+    save_checkpoint,
+)
 from huggingface_hub import errors, get_session
 from torch.nn.functional import log_softmax
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.model import (
@@ -23,82 +37,9 @@ from sparse_coding.lm.model import (
     next_token_loss,
 )
 
-VOCAB, D, WIDTH, N_LAYERS, CONTEXT = 50, 16, 40, 3, 12
+CONTEXT = 12
 IDS = torch.randint(VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
-GPT2_NAMES = dict(n_embd=D, n_layer=N_LAYERS, n_head=2, n_inner=WIDTH, n_positions=32)
-LLAMA_NAMES = dict(
-    hidden_size=D,
-    intermediate_size=WIDTH,
-    num_hidden_layers=N_LAYERS,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=32,
-)
-NO_TOKENS = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, pad_token_id=3)
-CONFIGS = {
-    "gpt2": GPT2_NAMES,
-    "gptj": GPT2_NAMES | {"rotary_dim": 4},
-    "gpt_neo": dict(
-        hidden_size=D,
-        num_layers=N_LAYERS,
-        num_heads=2,
-        intermediate_size=WIDTH,
-        attention_types=[[["global", "local", "global"], 1]],
-        max_position_embeddings=32,
-        window_size=4,
-    ),
-    "gpt_neox": LLAMA_NAMES,
-    "opt": LLAMA_NAMES | {"ffn_dim": WIDTH, "word_embed_proj_dim": D},
-    "phi": LLAMA_NAMES,
-    "llama": LLAMA_NAMES,
-    "mistral": LLAMA_NAMES | {"sliding_window": 4},
-    "qwen2": LLAMA_NAMES,
-    "gemma2": LLAMA_NAMES | {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 4},
-}
-# paths of the layers, and in one of them the down projection, the output projection and the MLP,
-# and of the final norm: written down again from transformers' code
-PATHS = {
-    "gpt2": ("transformer.h", "mlp.c_proj", "attn.c_proj", "mlp", "transformer.ln_f"),
-    "gptj": ("transformer.h", "mlp.fc_out", "attn.out_proj", "mlp", "transformer.ln_f"),
-    "gpt_neo": (
-        "transformer.h",
-        "mlp.c_proj",
-        "attn.attention.out_proj",
-        "mlp",
-        "transformer.ln_f",
-    ),
-    "gpt_neox": (
-        "gpt_neox.layers",
-        "mlp.dense_4h_to_h",
-        "attention.dense",
-        "mlp",
-        "gpt_neox.final_layer_norm",
-    ),
-    "opt": (
-        "model.decoder.layers",
-        "fc2",
-        "self_attn.out_proj",
-        "fc2",
-        "model.decoder.final_layer_norm",
-    ),
-    "phi": ("model.layers", "mlp.fc2", "self_attn.dense", "mlp", "model.final_layernorm"),
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "gemma2"),
-        ("model.layers", "mlp.down_proj", "self_attn.o_proj", "mlp", "model.norm"),
-    ),
-}
 MODELS = list(CONFIGS)
-
-
-def random_model(kind: str, *, seed: int = 0, **changes):
-    """Weights large enough that no nonlinearity is nearly linear and no gain or bias trivial."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **(CONFIGS[kind] | NO_TOKENS | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.3 * torch.randn_like(weight)
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -424,9 +365,7 @@ def test_a_model_says_what_it_is(models, folders):
 
 
 def test_a_nanogpt_checkpoint_is_a_language_model(tmp_path):
-    from test_nanogpt import ARGS, nanogpt_logits, nanogpt_state, saved
-
-    path = saved(tmp_path / "ckpt.pt")
+    path = save_checkpoint(tmp_path / "ckpt.pt")
     lm = load_language_model(str(path), device=torch.device("cpu"))
     ids = torch.arange(24)[None]
     expected = nanogpt_logits(nanogpt_state(ARGS), ARGS, ids)
@@ -495,8 +434,6 @@ def test_a_model_that_wants_to_run_its_own_code_is_refused(folders, tmp_path):
 
 
 def test_pickled_weights_load_but_a_bomb_in_them_is_refused(folders, tmp_path, models):
-    from test_nanogpt import Bomb
-
     folder = changed_copy(folders / "gpt2", tmp_path / "bin")
     (folder / "model.safetensors").unlink()
     torch.save(models["gpt2"].model.state_dict(), folder / "pytorch_model.bin")

@@ -5,78 +5,11 @@ import pickle
 
 import pytest
 import torch
+from builders.models import ARGS, Bomb, nanogpt_logits, nanogpt_state, save_checkpoint
 from torch import nn
-from torch.nn.functional import gelu, layer_norm, linear
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.nanogpt import load_nanogpt
-
-ARGS = dict(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=65, dropout=0.1, bias=False)
-MATRICES = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
-
-
-def nanogpt_state(args: dict) -> dict[str, torch.Tensor]:
-    """Weights by nanoGPT's names; large, so that the kind of GELU shows in the logits."""
-    d, rng = args["n_embd"], torch.Generator().manual_seed(args["vocab_size"] + args["bias"])
-
-    def randn(*shape: int) -> torch.Tensor:
-        return 0.4 * torch.randn(*shape, generator=rng)
-
-    wte = randn(args["vocab_size"], d)
-    state = {"transformer.wte.weight": wte, "transformer.wpe.weight": randn(args["block_size"], d)}
-    norms = ["transformer.ln_f"]
-    for i in range(args["n_layer"]):
-        h = f"transformer.h.{i}."
-        norms += [h + "ln_1", h + "ln_2"]
-        for name, (n_out, n_in) in MATRICES.items():
-            state[f"{h}{name}.weight"] = randn(n_out * d, n_in * d)
-            if args["bias"]:
-                state[f"{h}{name}.bias"] = randn(n_out * d)
-    for name in norms:
-        state[f"{name}.weight"] = 1 + randn(d)
-        if args["bias"]:
-            state[f"{name}.bias"] = randn(d)
-    return state | {"lm_head.weight": wte}
-
-
-def nanogpt_logits(state: dict, args: dict, ids: torch.Tensor, act=gelu) -> torch.Tensor:
-    """nanoGPT's forward pass as its readme's formulas have it: pre-norm blocks, causal softmax."""
-    n_head, (batch, context) = args["n_head"], ids.shape
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        gain, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
-        return layer_norm(x, gain.shape, gain, bias, 1e-5)
-
-    def matrix(x: torch.Tensor, name: str) -> torch.Tensor:
-        return linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-    x = state["transformer.wte.weight"][ids] + state["transformer.wpe.weight"][:context]
-    later = torch.ones(context, context, dtype=torch.bool).triu(1)
-    for i in range(args["n_layer"]):
-        h = f"transformer.h.{i}."
-        q, k, v = (
-            t.reshape(batch, context, n_head, -1).transpose(1, 2)
-            for t in matrix(norm(x, h + "ln_1"), h + "attn.c_attn").chunk(3, dim=2)
-        )
-        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(later, -torch.inf)
-        heads = (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
-        x = x + matrix(heads, h + "attn.c_proj")
-        x = x + matrix(act(matrix(norm(x, h + "ln_2"), h + "mlp.c_fc")), h + "mlp.c_proj")
-    return norm(x, "transformer.ln_f") @ state["lm_head.weight"].T
-
-
-def saved(path, args: dict = ARGS, state: dict | None = None, **more):
-    """A checkpoint as nanoGPT's train.py writes it."""
-    checkpoint = {
-        "model": state or nanogpt_state(args),
-        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]},
-        "model_args": args,
-        "iter_num": 30,
-        "best_val_loss": torch.tensor(2.5),
-        "config": {"dataset": "shakespeare_char", "compile": False, "learning_rate": 1e-3},
-    }
-    torch.save(checkpoint | more, path)
-    return path
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -86,7 +19,7 @@ def test_logits_are_those_of_a_plain_nanogpt(tmp_path, bias, vocab_size, prefix)
     args = ARGS | {"bias": bias, "vocab_size": vocab_size}
     state = nanogpt_state(args)
     stored = {prefix + name: weight for name, weight in state.items()}
-    path = saved(tmp_path / "ckpt.pt", args, stored)
+    path = save_checkpoint(tmp_path / "ckpt.pt", args, stored)
     ids = torch.randint(vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
 
     model = load_nanogpt(path)
@@ -122,7 +55,7 @@ def test_logits_are_those_of_the_real_nanogpt(tmp_path, monkeypatch, how, bias, 
             optimizer.zero_grad()
     stored = (torch.compile(gpt) if how == "compiled" else gpt).state_dict()
     assert next(iter(stored)).startswith("_orig_mod.") == (how == "compiled")
-    model = load_nanogpt(saved(tmp_path / "ckpt.pt", args, stored))
+    model = load_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", args, stored))
     with torch.no_grad():
         expected, _ = gpt.eval()(x, y)
         found = model(x).logits
@@ -131,7 +64,7 @@ def test_logits_are_those_of_the_real_nanogpt(tmp_path, monkeypatch, how, bias, 
 
 
 def test_the_tanh_gelu_of_early_checkpoints_can_be_had(tmp_path):
-    path = saved(tmp_path / "ckpt.pt")
+    path = save_checkpoint(tmp_path / "ckpt.pt")
     ids = torch.arange(24)[None]
     with torch.no_grad():
         got = load_nanogpt(path, activation="gelu_new")(ids).logits
@@ -147,14 +80,14 @@ def test_masks_of_old_checkpoints_are_dropped_but_no_bias(tmp_path):
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
     ids = torch.arange(24)[None]
     with torch.no_grad():
-        got = load_nanogpt(saved(tmp_path / "ckpt.pt", args, state | masks))(ids).logits
+        got = load_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", args, state | masks))(ids).logits
     assert (got - nanogpt_logits(state, args, ids)).abs().max() < 1e-5
 
 
 def test_model_args_of_the_first_months_and_half_precision_weights_load(tmp_path):
     args = {k: v for k, v in ARGS.items() if k not in ("bias", "dropout")}
     half = {name: w.half() for name, w in nanogpt_state(ARGS).items()}
-    model = load_nanogpt(saved(tmp_path / "ckpt.pt", args, half))
+    model = load_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", args, half))
     assert model.dtype == torch.float32
     assert not model.training
     assert (model.config.n_positions, model.config.bos_token_id) == (24, None)
@@ -172,7 +105,7 @@ def refusal(path) -> str:
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000, -1, -30])
 def test_a_truncated_file_is_refused(tmp_path, size):
-    path = saved(tmp_path / "ckpt.pt")
+    path = save_checkpoint(tmp_path / "ckpt.pt")
     path.write_bytes(path.read_bytes()[:size])
     assert "no file of torch.save, or truncated" in refusal(path)
 
@@ -184,19 +117,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     assert "no file of torch.save, or truncated" in refusal(path)
 
 
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     path, target = tmp_path / "ckpt.pt", tmp_path / "exploded"
-    saved(path, config=Bomb(target))
+    save_checkpoint(path, config=Bomb(target))
     assert "mkdir" in refusal(path)
     assert "could run code" in refusal(path)
     torch.save({"a": Bomb(target)}, path, _use_new_zipfile_serialization=False)
@@ -209,7 +132,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 
 def test_flipped_bytes_are_refused_or_load_but_never_end_in_a_traceback(tmp_path):
-    whole = bytearray(saved(tmp_path / "whole.pt").read_bytes())
+    whole = bytearray(save_checkpoint(tmp_path / "whole.pt").read_bytes())
     path, rng = tmp_path / "ckpt.pt", torch.Generator().manual_seed(0)
     n_refused = 0
     for at in torch.randint(200, 3000, (150,), generator=rng).tolist():  # the pickle is in front
@@ -226,7 +149,7 @@ def test_other_checkpoints_of_torch_are_refused(tmp_path):
     for other in ([1, 2], {"state_dict": {}}, {"model": [], "model_args": {}}, torch.zeros(3)):
         torch.save(other, path)
         assert "must be a dict with `model` and `model_args`" in refusal(path)
-    assert "must hold tensors by name" in refusal(saved(path, state={"a": 1}))
+    assert "must hold tensors by name" in refusal(save_checkpoint(path, state={"a": 1}))
     assert "no such file" in refusal(tmp_path / "none.pt")
     assert "no such file" in refusal(tmp_path)  # a folder
 
@@ -244,7 +167,7 @@ def test_other_checkpoints_of_torch_are_refused(tmp_path):
     ],
 )
 def test_model_args_that_disagree_with_the_weights_are_refused(tmp_path, change, message):
-    path = saved(tmp_path / "ckpt.pt", ARGS | change, nanogpt_state(ARGS))
+    path = save_checkpoint(tmp_path / "ckpt.pt", ARGS | change, nanogpt_state(ARGS))
     assert message in refusal(path)
 
 
@@ -252,12 +175,14 @@ def test_weights_that_are_not_nanogpts_are_refused(tmp_path):
     path, state = tmp_path / "ckpt.pt", nanogpt_state(ARGS)
     no_matrix = {k: w for k, w in state.items() if k != "transformer.h.1.mlp.c_fc.weight"}
     assert "lacks 1 tensors, as ['transformer.h.1.mlp.c_fc.weight']" in refusal(
-        saved(path, state=no_matrix)
+        save_checkpoint(path, state=no_matrix)
     )
-    assert "has 1 tensors" in refusal(saved(path, state=state | {"rotary": torch.ones(2)}))
+    assert "has 1 tensors" in refusal(
+        save_checkpoint(path, state=state | {"rotary": torch.ones(2)})
+    )
     untied = state | {"lm_head.weight": state["lm_head.weight"] + 1}
-    assert "lm_head.weight of its own" in refusal(saved(path, state=untied))
+    assert "lm_head.weight of its own" in refusal(save_checkpoint(path, state=untied))
     flat = state | {"transformer.h.0.mlp.c_fc.weight": torch.ones(64 * 16)}
-    assert "is [1024]" in refusal(saved(path, state=flat))
+    assert "is [1024]" in refusal(save_checkpoint(path, state=flat))
     one_bias = state | {"transformer.ln_f.bias": torch.ones(16)}  # nanoGPT has all or none
-    assert "lacks 12 tensors" in refusal(saved(path, state=one_bias))
+    assert "lacks 12 tensors" in refusal(save_checkpoint(path, state=one_bias))

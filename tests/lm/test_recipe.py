@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lm_builders import hooked, metrics_by_hand, recipe_of, tiny_subject
+from builders.lm import hooked, metrics_by_hand, recipe_of, tiny_subject
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_builders import CPU, demo_subject, held_out_of, recipe_of, tiny_subject
+from builders.lm import CPU, demo_subject, held_out_of, recipe_of, tiny_subject
 
 from sparse_coding.config import UserError
 from sparse_coding.files import write_json

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lm_builders import CONTEXT, SEPARATOR, VOCAB, demo_subject, texts, tiny_subject, write_texts
+from builders.lm import CONTEXT, SEPARATOR, VOCAB, demo_subject, texts, tiny_subject, write_texts
 
 from sparse_coding.config import UserError
 from sparse_coding.lm import target

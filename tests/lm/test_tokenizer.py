@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from builders.models import byte_level_bpe, save_tokenizer, small_gpt2
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.tokenizer import PROBE, Tokenizer, load_tokenizer
@@ -15,31 +16,9 @@ from sparse_coding.lm.vocabulary import read_meta_pickle
 TEXT = "def f(x):\n\treturn naïve — <|endoftext|>  你好\x00\u00ad\u2028"
 
 
-def byte_level_bpe(*, special: list[str]):
-    """A tokenizer of the tokenizers library, trained here; the special tokens come first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    bpe.train_from_iterator(["the cat and the hat on the mat, def f(x): return x"] * 9, trainer)
-    return bpe
-
-
-def save(folder: Path, bpe, **tokens: str) -> str:
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def gpt2_like(tmp_path) -> str:
-    return save(tmp_path / "tok", byte_level_bpe(special=["<|endoftext|>"]),
+    return save_tokenizer(tmp_path / "tok", byte_level_bpe(special=["<|endoftext|>"]),
                 eos_token="<|endoftext|>", bos_token="<|endoftext|>")  # fmt: skip
 
 
@@ -101,9 +80,9 @@ def test_the_separator_is_bos_where_the_tokenizer_begins_texts_with_it_else_eos(
 
     bpe = byte_level_bpe(special=["<s>", "</s>", "<pad>"])
     tokens = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    plain = load_tokenizer(save(tmp_path / "plain", bpe, **tokens), vocab_size=300)
+    plain = load_tokenizer(save_tokenizer(tmp_path / "plain", bpe, **tokens), vocab_size=300)
     bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    with_bos = load_tokenizer(save(tmp_path / "bos", bpe, **tokens), vocab_size=300)
+    with_bos = load_tokenizer(save_tokenizer(tmp_path / "bos", bpe, **tokens), vocab_size=300)
     assert (plain.separator, with_bos.separator) == (1, 0)
     assert with_bos.special_ids == plain.special_ids == {0, 1, 2}
     assert with_bos.encode_batch(["the"]) == plain.encode_batch(["the"])  # no <s> in it
@@ -143,7 +122,7 @@ def test_special_ids_beyond_the_models_do_no_harm(tmp_path):
     bpe = byte_level_bpe(special=["<|endoftext|>"])
     n_ids = bpe.get_vocab_size()
     bpe.add_special_tokens(["<image>"])
-    folder = save(tmp_path / "tok", bpe, eos_token="<|endoftext|>")
+    folder = save_tokenizer(tmp_path / "tok", bpe, eos_token="<|endoftext|>")
     assert load_tokenizer(folder, vocab_size=n_ids).special_ids == {0}
     assert load_tokenizer(folder, vocab_size=n_ids + 1).special_ids == {0, n_ids}
 
@@ -186,14 +165,6 @@ def no_hub(where: str, **options) -> None:
     raise OSError("We couldn't connect to the hub\nand more")
 
 
-def small_gpt2(name: str):
-    """An encoding of the same kind: bytes, one merge, <|endoftext|>."""
-    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256}
-    return tiktoken.Encoding(
-        name, pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257}
-    )
-
-
 def test_tiktoken_reads_special_tokens_as_text(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", small_gpt2)
     tokenizer = load_tokenizer("ckpt.pt", choice="gpt2", vocab_size=50304)
@@ -218,7 +189,7 @@ def test_the_fingerprint_tells_tokenizers_apart_but_not_where_they_lie(tmp_path,
     from tokenizers import normalizers
 
     bpe.normalizer = normalizers.Lowercase()  # same vocabulary, other ids
-    lower = load_tokenizer(save(tmp_path / "lower", bpe), vocab_size=300)
+    lower = load_tokenizer(save_tokenizer(tmp_path / "lower", bpe), vocab_size=300)
     assert PROBE.lower() != PROBE
     assert lower.fingerprint != first.fingerprint
 

@@ -13,9 +13,8 @@ import bin_writer
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, clean_environment
-from test_documents import write_parquet
-from test_tokenizer import small_gpt2
+from builders.models import small_gpt2, write_parquet
+from builders.scripts import ROOT, clean_environment
 from tokenizers import Tokenizer
 
 from sparse_coding.config import UserError

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, clean_environment
-from test_tokenizer import small_gpt2
+from builders.models import small_gpt2
+from builders.scripts import ROOT, clean_environment
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.nanogpt import load_nanogpt

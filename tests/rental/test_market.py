@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-import vast_builders  # noqa: F401, puts the lab on the path
 from vast_server import FakeVast
 
 from sparse_coding.config import UserError

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, clean_environment
+from builders.scripts import ROOT, clean_environment
 
 from sparse_coding.rental import remote_job
 

@@ -12,8 +12,7 @@ import signal
 import time
 
 import pytest
-from conftest import assert_refused, mounted_tmpfs, served
-from vast_builders import (
+from builders.rented import (
     FAST,
     JOB,
     World,
@@ -24,6 +23,7 @@ from vast_builders import (
     market,
     require_lab,
 )
+from builders.scripts import assert_refused, mounted_tmpfs, served
 
 ALL = os.environ.get("RENTAL_SCHEDULES") == "all"
 KILLS = ["signal:KILL", "act+signal:KILL", "act+signal:INT"]

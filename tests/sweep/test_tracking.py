@@ -1,6 +1,7 @@
 """metrics.jsonl first, W&B beside it: with the real wandb, and no network but loopback."""
 
 import http.server
+import inspect
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import pytest
 from sparse_coding.sweep import tracking
 from sparse_coding.sweep.tracking import Tracker
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 API_KEY = "0123456789abcdef0123456789abcdef01234567"  # of the form wandb accepts; belongs to nobody
 RECORDS = [{"step": 10 * i, "seed": 0, "train/mse/a": i / 8} for i in range(3)]
 
@@ -144,18 +145,20 @@ def history(records: list) -> list[dict]:
 
 def run_script(body: str, **kwargs) -> subprocess.CompletedProcess:
     """Runs `body` as a user's process, with `tracker` and RECORDS of this file."""
-    script = f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\n{HEAD}{body}"
+    script = f"import sys; sys.path[:0] = [{str(REPO)!r}]\n{HEAD}{body}"
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, **kwargs
     )
 
 
-HEAD = """
+HEAD = f"""
 import time
 from pathlib import Path
 from sparse_coding.sweep import tracking
-from test_tracking import RECORDS, tracker
-tracking.WANDB_SETTINGS |= {"init_timeout": 1.0, "finish_timeout": 1.0}
+from sparse_coding.sweep.tracking import Tracker
+RECORDS = {RECORDS!r}
+{inspect.getsource(tracker)}
+tracking.WANDB_SETTINGS |= {{"init_timeout": 1.0, "finish_timeout": 1.0}}
 """
 LOG_AND_FINISH = """
 t = tracker(Path("out"), {mode!r})
@@ -325,7 +328,7 @@ while t._sink._run is None:
 print(psutil.Process().children()[0].pid, flush=True)
 time.sleep(60)
 """
-    script = f"import sys; sys.path[:0] = [{str(REPO)!r}, {str(REPO / 'tests')!r}]\n{HEAD}{body}"
+    script = f"import sys; sys.path[:0] = [{str(REPO)!r}]\n{HEAD}{body}"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import torch
-from conftest import ROOT
-from test_language_model import PATHS, random_model
-from test_tokenizer import byte_level_bpe, save
+from builders.models import PATHS, byte_level_bpe, random_model, save_tokenizer
+from builders.scripts import ROOT
 
 from sparse_coding.config import fingerprint
 from sparse_coding.lm.activations import Harvester
@@ -56,7 +55,7 @@ def write_model(folder: Path, kind: str = "gpt2", *, seed: int = 0) -> str:
     """A folder of save_pretrained with 3 layers of width 16 (MLP 40), and a byte-level BPE."""
     bpe = byte_level_bpe(special=["<|endoftext|>"])
     random_model(kind, seed=seed, vocab_size=VOCAB).save_pretrained(folder)
-    return save(folder, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    return save_tokenizer(folder, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
 def texts(n: int, seed: int = 0) -> list[str]:

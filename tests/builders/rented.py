@@ -19,10 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Done, Process, Server
-
-sys.path.insert(0, str(Path(__file__).parent / "vast_lab"))
-
+from builders.scripts import ROOT, Done, Process, Server
 from vast_instance import missing_tools
 from vast_server import lab_process
 
