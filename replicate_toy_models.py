@@ -22,8 +22,7 @@ import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
 from sparse_coding.files import read_csv, require_free_disk
-from sparse_coding.sweep.distributed import Shard, find_shard
-from sparse_coding.sweep.grid import Cell, check_grid, make_grid, plan_groups
+from sparse_coding.sweep.grid import Cell, Shard, check_grid, find_shard, make_grid, plan_groups
 from sparse_coding.sweep.hardware import (
     describe,
     memory_budget,

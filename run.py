@@ -26,12 +26,10 @@ from sparse_coding.files import read_csv, require_free_disk
 from sparse_coding.lm import show
 from sparse_coding.lm.activations import Harvester
 from sparse_coding.lm.evaluation import HeldOut
-from sparse_coding.lm.grid import Grid
-from sparse_coding.lm.recipe import LanguageRecipe, Optimisation, with_activations
+from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, with_activations
 from sparse_coding.lm.target import ModelChoice, Subject, TextChoice, flags_of, open_subject, stamps
 from sparse_coding.sae.saved import load_sae
-from sparse_coding.sweep.distributed import Shard, find_shard
-from sparse_coding.sweep.grid import Cell, plan_groups
+from sparse_coding.sweep.grid import Cell, Shard, find_shard, plan_groups
 from sparse_coding.sweep.hardware import describe, memory_budget, pick_device, set_precision
 from sparse_coding.sweep.run_folder import locked
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned

@@ -23,11 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import run
 from sparse_coding.config import parse_flags, pick, run_as_script
-from sparse_coding.lm.activation_store import open_store
-from sparse_coding.lm.activations import Harvester
-from sparse_coding.lm.grid import Grid
+from sparse_coding.lm.activations import Harvester, open_store
 from sparse_coding.lm.model import activations
-from sparse_coding.lm.recipe import LanguageRecipe
+from sparse_coding.lm.recipe import Grid, LanguageRecipe
 from sparse_coding.sae.batches import chunks, prefetched
 from sparse_coding.sae.spec import initial_autoencoder
 from sparse_coding.sweep.grid import Cell

@@ -3,7 +3,7 @@
 For each n_dict and share, one autoencoder per thread at h = 256, batch 256, its weights held (lr 0)
 and its biases set so that this share of the codes is above 0: microseconds of a core (other work on
 the machine counts little) for a step with only sparse and with only dense kernels, and as it
-chooses by itself (cpu_setup.DENSITY), interleaved, medians. The last column, how much longer than a
+chooses by itself (cpu.DENSITY), interleaved, medians. The last column, how much longer than a
 dense step that takes, must stay below 1.05.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/sparse_crossover.py
@@ -22,8 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
-from sparse_coding.sae.cpu import CpuEngine
-from sparse_coding.sae.cpu_setup import DENSITY
+from sparse_coding.sae.cpu import DENSITY, CpuEngine
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import Member
 from sparse_coding.sweep.hardware import describe, set_precision

@@ -37,8 +37,7 @@ from sparse_coding.lm.model import (
     next_token_loss,
 )
 from sparse_coding.lm.nanogpt import load_nanogpt
-from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
-from sparse_coding.lm.vocabulary import byte_names
+from sparse_coding.lm.tokenizer import Tokenizer, byte_names, load_tokenizer
 from sparse_coding.sweep.hardware import pick_device
 
 if TYPE_CHECKING:

@@ -30,12 +30,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any directory
 
-from bin_writer import Split, claim, is_written, write_bins
+from bin_writer import Split, claim, expected_tokens, is_written, text_bytes, write_bins
 
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
 from sparse_coding.files import require_free_disk, write_atomic, write_json
 from sparse_coding.lm.documents import Documents, document_id, is_held_out, open_documents
-from sparse_coding.lm.text_size import expected_tokens, text_bytes
 from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
 
 DESCRIPTION = __doc__.split("\n\n")[0]

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_coding.sae.export import export_dictionary_learning
-from sparse_coding.sae.saved import load_sae, save_sae
+from sparse_coding.sae.saved import export_dictionary_learning, load_sae, save_sae
 
 ACTIVATION_DIM, N_DICT, N_HEADS = 24, 96, 4
 ABOUT = {"model": "demo", "layer": 1, "site": "mlp_act", "context_length": 128, "dataset": "x"}

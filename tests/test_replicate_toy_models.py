@@ -41,8 +41,8 @@ COARSE = {"sparse_coding.figures.heatmap.DPI": 20}
 # a checkpoint every few steps, no figures
 OFTEN = {
     "sparse_coding.toy.replication.FIGURES": [],
-    "sparse_coding.sweep.progress.CHECKPOINT_SECONDS": 0.01,
-    "sparse_coding.sweep.progress.CHECKPOINT_SHARE": 1.0,
+    "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.01,
+    "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1.0,
 }
 HEADER = (
     "seed,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,mmcs_with_larger,"

@@ -1,20 +1,51 @@
-"""Activations of a language model in shards of rows, computed when asked for.
+"""Activations of a language model in shards of rows: computed when asked for, or kept on disk.
 
 A shard is a fixed stretch of the packed text, so it can be computed alone. Its rows are shuffled.
+
+On disk they are harvested once and read by every sweep on the same site:
+
+    <folder>/manifest.json              what the rows depend on, then every shard with its sha256
+    <folder>/shard-00000.safetensors    activations (rows, width), document_ids (those it has)
+    <folder>/text/                      the tokens, see corpus.py
+
+A killed harvest goes on with the shards that are missing, and a store may grow.
 """
 
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
-from sparse_coding.config import named_seed, require
+from sparse_coding.config import UserError, named_seed, require
+from sparse_coding.files import (
+    DISK_RESERVE,
+    existing,
+    is_temporary,
+    read_tensor_info,
+    read_tensors,
+    require_free_disk,
+    write_json,
+    write_tensors,
+)
 from sparse_coding.lm.model import LanguageModel, Site, activations
 from sparse_coding.lm.packing import Packed
+from sparse_coding.sae.cpu import one_thread_here
 
 SHARD_BYTES = 32 * 2**20  # of a shard, about; ours: small enough to mix many of them in memory
 STATISTICS_ROWS = 65_536  # rows behind the mean and the scale; ours, not tuned
@@ -123,3 +154,192 @@ def statistics(shards: Shards) -> Statistics:
         n, k = n + len(rows), k + 1
     require(squares > 0, "all activations are 0: is this the right layer and site?")
     return Statistics((total / n).float(), (n / squares) ** 0.5)
+
+
+MANIFEST, TEXT = "manifest.json", "text"
+EXTREME_NORM = 10.0  # x the median norm of the shard: such a row is counted as extreme
+
+
+def open_activations(
+    harvester: Harvester, folder: Path, about: dict, *, max_bytes: float, reserve: float = 0.0
+) -> Shards:
+    """The harvester's shards on disk, harvested now if need be; where they need more than
+    max_bytes, or than is free beside `reserve`, the harvester itself, which computes each shard as
+    it is read."""
+    n_rows, n_bytes = sum(harvester.rows), harvester.n_bytes
+    if n_rows < harvester.n_tokens:
+        epochs = harvester.n_tokens / n_rows
+        print(
+            f"{harvester.n_tokens:,} tokens requested, {n_rows:,} available = {epochs:.1f} epochs"
+        )
+    have = sum(path.stat().st_size for path in folder.glob("shard-*"))
+    free = shutil.disk_usage(existing(folder)).free - DISK_RESERVE - reserve + have
+    complete = all(shard_path(folder, k).exists() for k in range(len(harvester.rows)))
+    size = f"{n_rows:,} activations, {n_bytes / 1e6:,.0f} MB"
+    if n_bytes > max_bytes and not complete:
+        print(f"{size}, over --max-disk-gb {max_bytes / 1e9:g}: computed as they are read")
+        return harvester
+    if n_bytes > free and not complete:
+        print(f"{size}, {free / 1e9:.2f} GB free: computed as they are read")
+        return harvester
+    print(f"{size} in {folder}", flush=True)
+    return open_store(folder, harvester, about=about)
+
+
+class Store:
+    """Shards on disk. Each is checked against its sha256 when it is first read."""
+
+    def __init__(self, folder: Path, rows: list[int]):
+        self.folder, self.rows = folder, rows
+        self._checked: set[int] = set()
+
+    def load(self, k: int) -> Tensor:
+        path = shard_path(self.folder, k)
+        with _damage_named(path):
+            tensors, info = read_tensors(path)
+            if info["rows"] != self.rows[k]:
+                raise SafetensorError(f"{info['rows']} rows, not {self.rows[k]}")
+            if k not in self._checked and info["sha256"] != _sha256(tensors["activations"]):
+                raise SafetensorError("its sha256 differs")
+        self._checked.add(k)
+        return tensors["activations"]
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turns what a torn or foreign file raises into one line."""
+    try:
+        yield
+    except (SafetensorError, KeyError) as error:
+        message = f"{path} is damaged ({error}): delete it, then the same command harvests it again"
+        raise UserError(message) from None
+
+
+def shard_path(folder: Path, k: int) -> Path:
+    return folder / f"shard-{k:05d}.safetensors"
+
+
+def open_store(folder: Path, harvester: Harvester, *, about: dict) -> Store:
+    """The store of the harvester's shards: those that it lacks are harvested, with progress.
+
+    Waits while another process harvests into the same folder.
+
+    Args:
+        about: what the rows depend on; a store of something else is refused
+    Raises:
+        UserError: the folder belongs to something else; the disk is too small.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".harvest.lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that harvests into {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in folder.iterdir():
+            if is_temporary(path):  # of a killed harvest
+                path.unlink()
+        check_manifest(folder, about)
+        if not (folder / MANIFEST).exists():
+            write_json(folder / MANIFEST, {"about": about, "shards": {}})
+        missing = [k for k in range(len(harvester.rows)) if not shard_path(folder, k).exists()]
+        if missing:
+            _harvest(folder, harvester, missing)
+        _write_manifest(folder, about)
+    return Store(folder, harvester.rows)
+
+
+def claim_folder(folder: Path) -> None:
+    """Makes the folder, for text and activations.
+
+    Raises:
+        UserError: it can't be written, or holds something that is not ours.
+    """
+    is_file = os.path.exists(folder) and not folder.is_dir()  # os.path: False if it can't be
+    require(not is_file, f"--activations-dir {folder} is a file: choose another one")
+    if os.path.isdir(folder):
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        require(
+            not names or MANIFEST in names or names == {TEXT},
+            f"--activations-dir {folder} holds other things ({', '.join(sorted(names)[:3])}): "
+            "choose another one",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError
+    except OSError as error:  # below a file, read-only, too long, ...
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"--activations-dir {folder} can't be written: choose another one"
+        raise UserError(message) from None
+
+
+def check_manifest(folder: Path, about: dict) -> None:
+    """Raises UserError if the folder holds activations of something else."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text())["about"]
+        differing = [k for k in {**stored, **about} if stored.get(k) != about.get(k)]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a manifest of ours: choose another folder") from None
+    shown = ", ".join(f"{k} {stored.get(k)} there, {about.get(k)} here" for k in differing[:4])
+    require(
+        not differing,
+        f"--activations-dir {folder} holds other activations ({shown}): choose another one, or "
+        "delete it",
+    )
+
+
+def _harvest(folder: Path, harvester: Harvester, missing: list[int]) -> None:
+    """Computes and writes the shards; one is written while the next is computed."""
+    n_rows = sum(harvester.rows[k] for k in missing)
+    size = harvester.site.width * harvester.store_dtype.itemsize
+    require_free_disk(folder, n_rows * size)
+    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
+    with (
+        # with threads of its own it would take turns with those of the model
+        ThreadPoolExecutor(1, initializer=one_thread_here) as writer,
+        tqdm(total=n_rows, unit="tok", unit_scale=True, desc="harvest", mininterval=interval,
+             disable=sys.stderr is None) as bar,
+    ):  # fmt: skip
+        writing: Future | None = None
+        for k in missing:
+            parts = list(harvester.parts(k))
+            if writing:
+                writing.result()  # at most one shard waits in memory
+            writing = writer.submit(_write_shard, folder, harvester, k, parts)
+            bar.update(harvester.rows[k])
+        writing.result()
+
+
+def _write_shard(folder: Path, harvester: Harvester, k: int, parts: list[Tensor]) -> None:
+    """Assembles and writes shard k, while the model works on the next."""
+    rows, norms = harvester.assembled(k, parts)
+    parts.clear()  # memory
+    document_ids = torch.from_numpy(harvester.text.document_ids(*harvester.span(k)))
+    info = {
+        "rows": len(rows),
+        "sha256": _sha256(rows),
+        "n_extreme": int((norms > EXTREME_NORM * norms.median()).sum()),
+        "n_documents": len(document_ids),
+    }
+    tensors = {"activations": rows, "document_ids": document_ids}
+    write_tensors(shard_path(folder, k), tensors, info=info)
+
+
+def _write_manifest(folder: Path, about: dict) -> None:
+    """The manifest with all shards of the folder; their document ids are in their files."""
+    shards, totals = {}, {"n_rows": 0, "n_extreme": 0}
+    for path in sorted(folder.glob("shard-*")):
+        with _damage_named(path):
+            shards[path.name] = info = read_tensor_info(path)
+            totals["n_rows"] += info["rows"]
+            totals["n_extreme"] += info["n_extreme"]
+    write_json(folder / MANIFEST, {"about": about, **totals, "shards": shards})
+
+
+def _sha256(rows: Tensor) -> str:
+    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy()).hexdigest()

@@ -6,6 +6,8 @@ the text but for 24 bytes a document. A folder of a corpus holds
     tokens.bin      ids of all documents, one after another: uint16, or uint32 above 65 536 ids
     documents.npy   (n_documents, 3) int64: offset and length in tokens, id of the document
     corpus.json     what it is made of, counts and the sha256 of the tokens; written last
+
+nanoGPT's .bin files of token ids are a corpus too, and are used where they lie.
 """
 
 import array
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from sparse_coding.config import UserError, require
 from sparse_coding.files import is_temporary, require_free_disk, write_json, written_whole
 from sparse_coding.lm.documents import Documents, document_id
-from sparse_coding.lm.tokenizer import Tokenizer
+from sparse_coding.lm.tokenizer import Tokenizer, read_bin_manifest
 
 BATCH = 2**19  # characters encoded at once: some 30 MB in the tokenizers library
 RECENT = 2**16  # document ids kept in a set before they are sorted in
@@ -246,3 +248,108 @@ class _Writer:
             "n_duplicates": self.n_duplicates,
             "sha256": self.sha256.hexdigest(),
         }
+
+
+PIECE = 8192  # tokens of a document where no separator occurs; ours, not tuned
+SCAN = 2**22  # tokens read at once
+
+
+def open_bin(path: Path, tokenizer: Tokenizer, folder: Path) -> Corpus:
+    """The corpus of a .bin (uint16 ids without a header); where its documents lie is kept in
+    `folder`. It is scanned once, and again when its size or date has changed.
+
+    Documents are the stretches between separators, or pieces of PIECE tokens if none occurs. Equal
+    ones are kept once. The id of a document is a hash of its tokens.
+
+    Raises:
+        UserError: no such file, empty, of an odd size, ids that the model lacks; the folder holds
+            another corpus.
+    """
+    require(path.is_file(), f"--dataset {path}: no such file")
+    stat = path.stat()
+    require(stat.st_size > 0, f"{path} is empty")
+    require(stat.st_size % 2 == 0, f"{path} has an odd number of bytes: no file of uint16 ids")
+    must_match = {"fingerprint": tokenizer.fingerprint, "dtype": "uint16", "piece": PIECE}
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    with alone(folder):
+        if _stamp(folder) == stamp:
+            return open_folder(folder, path, must_match)
+        tokens = np.memmap(path, "uint16", mode="r")
+        must_match["sha256"], starts, stops = _scan(tokens, tokenizer, path)
+        _check_manifest(path, tokenizer, must_match["sha256"])
+        open_folder(folder, path, must_match)  # refuses if another corpus is there
+        index = _index(tokens, starts, stops)
+        require(len(index) > 0, f"{path} holds nothing but separators")
+        about = {
+            "dataset": str(path), "tokenizer": tokenizer.name, "n_tokens": len(tokens),
+            "n_duplicates": int((stops > starts).sum()) - len(index) // 3, "stamp": stamp,
+        }  # fmt: skip
+        write_index(folder, index, {**must_match, **about})
+        return open_folder(folder, path, must_match)
+
+
+def _scan(
+    tokens: np.memmap, tokenizer: Tokenizer, path: Path
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """(sha256 of the file, starts, stops of its documents)."""
+    sha256, found = hashlib.sha256(), []
+    for start in with_bar(range(0, len(tokens), SCAN), " blocks"):
+        block = tokens[start : start + SCAN]
+        largest = int(block.max())
+        require(
+            largest < tokenizer.vocab_size,
+            f"{path} has the id {largest}, the model only {tokenizer.vocab_size} ids: "
+            "choose the model that it was made for",
+        )
+        sha256.update(block)
+        if tokenizer.separator is not None:
+            found.append(np.flatnonzero(block == tokenizer.separator) + start)
+        drop_pages(tokens)
+    separators = np.concatenate([np.empty(0, np.int64), *found])
+    if len(separators):
+        return (
+            sha256.hexdigest(), np.append(0, separators + 1), np.append(separators, len(tokens))
+        )  # fmt: skip
+    starts = np.arange(0, len(tokens), PIECE)
+    return sha256.hexdigest(), starts, np.minimum(starts + PIECE, len(tokens))
+
+
+def _check_manifest(path: Path, tokenizer: Tokenizer, sha256: str) -> None:
+    """Raises UserError if prepare.py's manifest beside the .bin says that it is of another
+    tokenizer, or was whole once."""
+    about = read_bin_manifest(path.parent)
+    if path.stem not in about:
+        return
+    made_with = about["tokenizer"]
+    require(
+        made_with["fingerprint"] == tokenizer.fingerprint,
+        f"{path} was made with the tokenizer {made_with['name']}, not with {tokenizer.name} of the "
+        "model: choose the model that it was made for, or its --tokenizer",
+    )
+    require(
+        about[path.stem]["sha256"] == sha256,
+        f"{path} is damaged: its sha256 is not that of manifest.json beside it; make it again with "
+        "prepare.py --fresh",
+    )
+
+
+def _index(tokens: np.memmap, starts: np.ndarray, stops: np.ndarray) -> array.array:
+    """Offset, length and id of each document that is not empty and not there before."""
+    index, seen, n_read = array.array("q"), Seen(), 0
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        number = int.from_bytes(hashlib.sha256(tokens[start:stop]).digest()[:8], "little") >> 1
+        if stop > start and seen.add(number):
+            index.extend((start, stop - start, number))
+        n_read += stop - start
+        if n_read > SCAN:
+            drop_pages(tokens)
+            n_read = 0
+    return index
+
+
+def _stamp(folder: Path) -> list[int] | None:
+    """Size and date of the file that the folder's corpus was made of, if it holds one."""
+    try:
+        return json.loads((folder / "corpus.json").read_text()).get("stamp")
+    except (OSError, ValueError):
+        return None

@@ -1,4 +1,4 @@
-"""Cells of a sweep on a language model as training needs them: data, starts, metrics."""
+"""Cells of a sweep on a language model as training needs them: grid, data, starts, metrics."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,19 +11,17 @@ from torch import Tensor
 
 from sparse_coding.config import named_seed, require_flag
 from sparse_coding.files import read_tensors, write_tensors
-from sparse_coding.lm.activation_store import open_activations
-from sparse_coding.lm.activations import Shards, Statistics, statistics
+from sparse_coding.lm.activations import Shards, Statistics, open_activations, statistics
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Subject
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import WEIGHTS, SparseAutoencoder, save_sae
 from sparse_coding.sae.spec import Member, Schedule
-from sparse_coding.sweep.cells import merged_rows, missing_cells
-from sparse_coding.sweep.evaluation import reconstruction
-from sparse_coding.sweep.grid import Cell
+from sparse_coding.sweep.grid import Cell, check_grid, make_grid
 from sparse_coding.sweep.hardware import step_seconds
-from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched
+from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched, reconstruction
+from sparse_coding.sweep.run_folder import merged_rows, missing_cells
 from sparse_coding.sweep.training import Task
 
 COLUMNS = (
@@ -267,3 +265,53 @@ def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases change,
     and codes are in the units of x."""
     return tensors | {name: tensors[name] / scale for name in ("b_enc", "b_dec")}
+
+
+# l1_alpha = 10^(-15/4) gave an l0 of 25 at width 256, on the demo (LOG.md). The mse is a mean over
+# the width, so for equal l0 it falls as 1/width.
+L1_EXP, L1_WIDTH = -15, 256
+AROUND = 3  # steps of the default grid to either side
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The fields are flags of run.py, high ends exclusive.
+
+    l1_exp_low, l1_exp_high: both None: around an l0 of some 25
+    target_l0: if not empty, l1_alpha is found for each of these
+
+    Raises:
+        UserError: a flag out of its range.
+    """
+
+    l1_exp_low: int | None
+    l1_exp_high: int | None
+    expansion_exp_low: int
+    expansion_exp_high: int
+    target_l0: tuple[int, ...]
+    seed: int
+    n_seeds: int
+
+    def __post_init__(self) -> None:
+        given = self.l1_exp_low is not None
+        both = given == (self.l1_exp_high is not None)
+        require_flag(self, "l1_exp_low", both, "given together with --l1-exp-high")
+        check_grid(self if given else replace(self, l1_exp_low=0, l1_exp_high=1), "expansion_exp")
+        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
+        require_flag(self, "target_l0", fine, "at least 1 each, and all different")
+
+    def cells(self, width: int) -> list[Cell]:
+        """All cells of the run, on activations of this width."""
+        middle = L1_EXP + round(4 * math.log10(L1_WIDTH / width))
+        low, high = self.l1_exp_low, self.l1_exp_high
+        if self.target_l0:  # the controller's start
+            low, high = middle, middle + 1
+        elif low is None:
+            low, high = middle - AROUND, middle + AROUND + 1
+        cells = make_grid(
+            width,
+            seeds=range(self.seed, self.seed + self.n_seeds),
+            l1_exps=range(low, high),
+            size_exps=range(self.expansion_exp_low, self.expansion_exp_high),
+        )
+        return [replace(cell, target_l0=t) for cell in cells for t in self.target_l0 or (0,)]

@@ -15,8 +15,8 @@ import torch
 
 from sparse_coding.config import fingerprint, require, require_flag
 from sparse_coding.files import content_stamp
-from sparse_coding.lm.activation_store import TEXT, check_manifest, claim_folder
-from sparse_coding.lm.corpus import Corpus, build_corpus
+from sparse_coding.lm.activations import TEXT, check_manifest, claim_folder
+from sparse_coding.lm.corpus import Corpus, build_corpus, open_bin
 from sparse_coding.lm.documents import local_files, open_documents
 from sparse_coding.lm.model import (
     LanguageModel,
@@ -27,7 +27,6 @@ from sparse_coding.lm.model import (
     next_token_loss,
 )
 from sparse_coding.lm.packing import Packed, split
-from sparse_coding.lm.token_bin import open_bin
 from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
 from sparse_coding.sae.saved import load_sae
 

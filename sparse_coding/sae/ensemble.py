@@ -1,8 +1,8 @@
 """Many sparse autoencoders trained at once on one stream of batches.
 
 Autoencoders of one width form a Stack (stack.py has the formulas); all stacks see the same x. An
-engine steps them: with kernels that leave out the zeros, compiled for the CPU (cpu_engine.py) or a
-GPU (gpu_engine.py), else densely with torch, which is the reference. State and results are the same
+engine steps them: with kernels that leave out the zeros, compiled for the CPU (cpu.py) or a
+GPU (gpu.py), else densely with torch, which is the reference. State and results are the same
 but for rounding.
 
 On a CPU an autoencoder's numbers are the same bits whatever else is in the ensemble: each is
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.sae import gpu
-from sparse_coding.sae.cpu import CpuEngine, engine_bytes
-from sparse_coding.sae.cpu_setup import has_kernels, kernels_compile
+from sparse_coding.sae.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
 from sparse_coding.sae.spec import Member, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine, Scratch, Stack
 

@@ -40,7 +40,7 @@ TRIAL_ERROR = 0.1  # of a movement, relative; factors cut to tf32 give 0.02, to 
 def has_triton() -> bool:
     """Whether Triton is there; says so, once, if it isn't."""
     try:
-        from sparse_coding.sae import gpu_updates  # noqa: F401
+        from sparse_coding.sae import gpu_kernels  # noqa: F401
     except ImportError as error:
         _say_dense(str(error))
         return False
@@ -154,7 +154,7 @@ def rows_of_(stacks: list[Stack]) -> object:
 
 def launcher(rows: object, work: object, shape: object) -> Callable[[], None]:
     """A function that launches the kernels of a step on the current stream."""
-    from sparse_coding.sae import gpu_kernels, gpu_updates
+    from sparse_coding.sae import gpu_kernels
 
     n_saes, n_lists = len(work.saes), len(work.list_tiles)
     chunks = -(-shape.h // shape.update_h)
@@ -164,11 +164,11 @@ def launcher(rows: object, work: object, shape: object) -> Callable[[], None]:
         gpu_kernels.decode: n_saes
         * -(-shape.batch // shape.decode_b)
         * -(-shape.h // shape.decode_h),
-        gpu_updates.backward: n_lists,
-        gpu_updates.update_encoder: n_lists * chunks,
-        gpu_updates.update_decoder: n_lists * chunks,
-        gpu_updates.normalise: n_lists * chunks if chunks > 1 else 0,
-        gpu_updates.update_b_dec: n_saes * chunks if shape.b_dec else 0,
+        gpu_kernels.backward: n_lists,
+        gpu_kernels.update_encoder: n_lists * chunks,
+        gpu_kernels.update_decoder: n_lists * chunks,
+        gpu_kernels.normalise: n_lists * chunks if chunks > 1 else 0,
+        gpu_kernels.update_b_dec: n_saes * chunks if shape.b_dec else 0,
     }
 
     def launch() -> None:

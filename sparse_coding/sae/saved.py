@@ -3,8 +3,11 @@
 A saved one is a SAELens-6 folder: sae_weights.safetensors, then cfg.json. Those of sae_lens 6 load
 as well, if their architecture is standard, jumprelu or topk; others have parts that the formulas
 here lack, so they are refused by name.
+
+Autoencoders are written in dictionary_learning's format as well.
 """
 
+import io
 import json
 import re
 from dataclasses import dataclass, replace
@@ -14,7 +17,13 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import UserError, require
-from sparse_coding.files import read_tensors, write_json, write_tensors
+from sparse_coding.files import (
+    read_tensors,
+    require_free_disk,
+    write_atomic,
+    write_json,
+    write_tensors,
+)
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the names are SAELens's
 FORMAT_VERSION = "6.0.0"  # of SAELens: the first whose folders look like this
@@ -249,3 +258,43 @@ def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     rows[lengths == 0, 0] = 1.0
     scaled = {"W_enc": tensors["W_enc"] * lengths, "b_enc": tensors["b_enc"] * lengths}
     return {name: t.float() for name, t in ({"W_dec": rows} | scaled).items()}
+
+
+def export_dictionary_learning(folder: Path, sae: SparseAutoencoder, *, about: dict) -> None:
+    """Writes ae.pt and config.json for `dictionary_learning.AutoEncoder.from_pretrained`.
+
+    x_hat is the same; rows of W_dec get length 1, as it would otherwise make them on loading.
+    about: as in save_sae. ae.pt is torch's own format, loadable with weights_only=True.
+
+    Raises:
+        UserError: a jumprelu or topk SAE, or it would not fit on the disk.
+    """
+    require(
+        sae.threshold is None and sae.top_k is None,
+        "only SAEs with a plain ReLU can be exported to dictionary_learning",
+    )
+    tensors = sae.tensors | with_unit_rows(sae.tensors)
+    state = {
+        "bias": tensors["b_dec"],
+        "encoder.weight": tensors["W_enc"].T,  # of a torch.nn.Linear: (out, in)
+        "encoder.bias": tensors["b_enc"],
+        "decoder.weight": tensors["W_dec"].T,
+    }
+    buffer = io.BytesIO()
+    torch.save({name: t.float().cpu().contiguous() for name, t in state.items()}, buffer)
+    require_free_disk(folder, buffer.tell())
+    write_atomic(folder / "ae.pt", buffer.getvalue())
+    trainer = {
+        "dict_class": "AutoEncoder",
+        "trainer_class": "sparse_coding",
+        "activation_dim": sae.activation_dim,
+        "dict_size": sae.n_dict,
+        "l1_penalty": about.get("l1_alpha"),
+        "layer": about.get("layer"),
+        "lm_name": about.get("model"),
+        "submodule_name": about.get("site"),
+    }
+    sizes = {"d_submodule": sae.activation_dim, "ctx_len": about.get("context_length")}
+    write_json(
+        folder / "config.json", {"trainer": trainer, "buffer": sizes, "sparse_coding": about}
+    )

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
 BETAS = 0.9, 0.999  # of Adam
-DORMANT = 200  # steps without firing, after which a feature's moments move it no more (row_kernels)
+DORMANT = 200  # steps without firing, after which a feature's moments move it no more (cpu_kernels)
 # Of the controller that finds l1 for a wished l0, per step; ours, LOG.md
 L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
 L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement

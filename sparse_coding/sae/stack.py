@@ -149,7 +149,7 @@ class Stack:
 
     def wake_(self) -> None:
         """Moments of dormant features as if all had been stepped densely: sparse kernels owe them
-        the decay of the steps beyond DORMANT (row_kernels.py)."""
+        the decay of the steps beyond DORMANT (cpu_kernels.py)."""
         missed = (self.idle - DORMANT).clamp_(min=0)
         self.idle.zero_()
         for name in PARAMETERS if missed.any() else ():

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from sparse_coding.config import require
-from sparse_coding.sae.cpu_setup import has_kernels
+from sparse_coding.sae.cpu import has_kernels
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
 # Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are
@@ -42,7 +42,7 @@ def set_precision(flag: str, device: torch.device) -> str:
     """Sets and returns the precision of float32 GEMMs: float32, tf32 or bf16 (auto: tf32 on CUDA).
 
     It is that of their factors; sums and what is kept are float32. bf16 is for the kernels of
-    gpu_engine.py, torch takes tf32 in its place. To be called before the first parallel region of
+    gpu.py, torch takes tf32 in its place. To be called before the first parallel region of
     the process.
 
     Raises:

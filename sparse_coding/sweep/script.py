@@ -9,11 +9,15 @@ from pathlib import Path
 
 from sparse_coding.config import fingerprint, require_flag
 from sparse_coding.files import write_csv
-from sparse_coding.sweep.cells import may_merge, missing_cells
-from sparse_coding.sweep.distributed import Shard
-from sparse_coding.sweep.grid import Cell, split_by_cost
+from sparse_coding.sweep.grid import Cell, Shard, split_by_cost
 from sparse_coding.sweep.hardware import memory_budget
-from sparse_coding.sweep.run_folder import about_this_run, close_run_folder, open_run_folder
+from sparse_coding.sweep.run_folder import (
+    about_this_run,
+    close_run_folder,
+    may_merge,
+    missing_cells,
+    open_run_folder,
+)
 from sparse_coding.sweep.tracking import Tracker
 from sparse_coding.sweep.training import Recipe, train_missing_cells
 

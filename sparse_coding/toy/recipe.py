@@ -11,11 +11,15 @@ from sparse_coding.config import named_seed, require_flag
 from sparse_coding.files import read_tensors, write_tensors
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.spec import Member
-from sparse_coding.sweep.cells import merged_rows
-from sparse_coding.sweep.evaluation import agreement_with_truth, reconstruction, training_state
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.hardware import step_seconds
-from sparse_coding.sweep.metrics import mmcs_with_larger
+from sparse_coding.sweep.metrics import (
+    agreement_with_truth,
+    mmcs_with_larger,
+    reconstruction,
+    training_state,
+)
+from sparse_coding.sweep.run_folder import merged_rows
 from sparse_coding.sweep.training import Task
 from sparse_coding.toy.data import ToyData, ToyStream, make_world
 

@@ -81,7 +81,7 @@ def test_numbers_that_differ_from_dense_ones_are_not_measured(script, monkeypatc
         def steps_(self, xs, **options):
             super().steps_(-xs, **options)
 
-    monkeypatch.setattr(script.gpu_engine, "GpuEngine", Off)
+    monkeypatch.setattr(script.gpu, "GpuEngine", Off)
     monkeypatch.setattr(script, "about", lambda *arguments: None)
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
     assert script.main(flags) == 1
@@ -89,5 +89,5 @@ def test_numbers_that_differ_from_dense_ones_are_not_measured(script, monkeypatc
 
 
 def test_kernels_that_do_not_work_are_not_measured(script, monkeypatch):
-    monkeypatch.setattr(script.gpu_engine, "fault_of", lambda *arguments: "no compiler")
+    monkeypatch.setattr(script.gpu, "fault_of", lambda *arguments: "no compiler")
     assert not script.check(script.Config(**TINY), CPU, "float32", print)

@@ -103,7 +103,7 @@ def tiny_subject(
 def demo_subject(root: Path, **changes: object) -> Subject:
     """The small real model in assets/ on the source text of this package: layer 1, mlp_act."""
     if not (parquet := root / "source.parquet").exists():
-        sources = sorted((ROOT / "sparse_coding").glob("*.py"))
+        sources = sorted((ROOT / "sparse_coding").rglob("*.py"))
         write_texts(parquet, [path.read_text() or path.name for path in sources])
     options = dict(model="demo", dataset=str(parquet), context_length=128) | changes
     return tiny_subject(root, **options)

@@ -105,11 +105,11 @@ def make_checkout(folder: Path, *more: str) -> Path:
     folder.mkdir()
     for name in ("vastai_utils.py", ".gitignore", *more):
         shutil.copy(ROOT / name, folder)
-    package = folder / "sparse_coding"
-    package.mkdir()
-    for pattern in ("*.py", "*.sh", "*.html"):
-        for path in (ROOT / "sparse_coding").glob(pattern):
-            shutil.copy(path, package)
+    shutil.copytree(
+        ROOT / "sparse_coding",
+        folder / "sparse_coding",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     (folder / "requirements.txt").write_text("")
     (folder / "tiny_job.py").write_text(TINY_JOB)
     git(folder, "init", "-q")

@@ -26,12 +26,11 @@ TIMEOUT_S = 120  # of one run; a tiny one takes 1 to 5 s
 NO_FIGURES = {"sparse_coding.toy.replication.FIGURES": []}  # they take most of a tiny run
 SMALL = {  # for run.py: several shards and checkpoints, no figure but small density histograms
     "sparse_coding.lm.activations.SHARD_BYTES": 2**18,
-    "sparse_coding.sweep.progress.CHECKPOINT_SECONDS": 0.03,
-    "sparse_coding.sweep.progress.CHECKPOINT_SHARE": 1.0,
+    "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.03,
+    "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1.0,
     "sparse_coding.lm.target.SANITY_TOKENS": 512,
     "sparse_coding.lm.show.FIGURES": [],
     "sparse_coding.lm.show.FRONTIERS": [],
-    "sparse_coding.lm.run_figures.FRONTIERS": [],
     "sparse_coding.figures.heatmap.DPI": 20,
 }
 
@@ -47,10 +46,10 @@ for name in sys.argv[2:]:
 tyro.cli(int, args=["1"])
 runpy.run_path(script, run_name="preload")
 if "torch" in sys.modules:
-    from sparse_coding.sae import cpu_setup
+    from sparse_coding.sae import cpu
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        if cpu_setup.has_kernels():
-            cpu_setup.kernels_compile()
+        if cpu.has_kernels():
+            cpu.kernels_compile()
 gc.freeze()  # else every fork walks, and so copies, all of torch's objects when it ends
 while line := sys.stdin.readline():
     job = json.loads(line)

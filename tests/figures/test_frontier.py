@@ -17,7 +17,7 @@ from sparse_coding.figures.frontier import (
     frontier_points,
 )
 from sparse_coding.figures.heatmap import png_bytes
-from sparse_coding.lm.run_figures import DENSITIES, FRONTIERS
+from sparse_coding.lm.show import DENSITIES, FRONTIERS
 from sparse_coding.sweep.grid import Cell, make_grid
 
 FVU, CE = FRONTIERS

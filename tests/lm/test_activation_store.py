@@ -14,8 +14,9 @@ from builders.lm import CONTEXT, all_rows, bits, harvester_of, texts, tiny_subje
 
 from sparse_coding.config import UserError
 from sparse_coding.files import read_tensor_info, read_tensors
-from sparse_coding.lm import activation_store, activations
-from sparse_coding.lm.activation_store import (
+from sparse_coding.lm import activations
+from sparse_coding.lm.activations import (
+    Harvester,
     Store,
     check_manifest,
     claim_folder,
@@ -23,7 +24,6 @@ from sparse_coding.lm.activation_store import (
     open_store,
     shard_path,
 )
-from sparse_coding.lm.activations import Harvester
 
 WIDTH = 40  # of mlp_act
 TEXTS_PER_SHARD = 100  # rows of text: 8 shards
@@ -249,7 +249,7 @@ def test_what_exceeds_the_limit_or_the_free_space_is_computed_as_it_is_read(
     assert open_activations(harvester, **open_any, max_bytes=n_bytes - 1) is harvester
     assert "over --max-disk-gb" in capsys.readouterr().out
     usage = shutil.disk_usage(tmp_path)
-    nearly = usage._replace(free=n_bytes + activation_store.DISK_RESERVE - 1)
+    nearly = usage._replace(free=n_bytes + activations.DISK_RESERVE - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly)
     assert open_activations(harvester, **open_any, max_bytes=1e9) is harvester
     assert "free: computed as they are read" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_coding.config import UserError
-from sparse_coding.lm.grid import Grid
+from sparse_coding.lm.recipe import Grid
 
 PLAIN = dict(
     l1_exp_low=None,

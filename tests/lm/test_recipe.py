@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_coding.config import UserError
 from sparse_coding.files import write_json
 from sparse_coding.lm import activations
-from sparse_coding.lm.activation_store import Store
-from sparse_coding.lm.activations import Harvester
+from sparse_coding.lm.activations import Harvester, Store
 from sparse_coding.lm.recipe import (
     COLUMNS,
     LanguageRecipe,
@@ -29,8 +28,8 @@ from sparse_coding.lm.recipe import (
 from sparse_coding.sae.ensemble import ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sae.spec import Schedule
-from sparse_coding.sweep.cells import row_path
 from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.run_folder import row_path
 from sparse_coding.sweep.training import Task
 
 WIDTH = 40

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 
 from sparse_coding.figures.report import write_figures
-from sparse_coding.lm.run_figures import DENSITIES, FIGURES, FRONTIERS, write_more_figures
+from sparse_coding.lm.show import DENSITIES, FIGURES, FRONTIERS, write_more_figures
 from sparse_coding.sweep.grid import make_grid
 
 COLUMNS = (  # design.md §7

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from sparse_coding.config import UserError
-from sparse_coding.lm import token_bin
+from sparse_coding.lm.corpus import open_bin
 from sparse_coding.lm.packing import Packed
-from sparse_coding.lm.token_bin import open_bin
 from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
 
 SEP = 256
@@ -46,7 +45,7 @@ def test_the_file_is_not_copied(tmp_path, byte_ids):
 
 
 def test_without_a_separator_documents_are_pieces(tmp_path, byte_ids, monkeypatch):
-    monkeypatch.setattr(token_bin, "PIECE", 4)
+    monkeypatch.setattr("sparse_coding.lm.corpus.PIECE", 4)
     path = write(tmp_path / "a.bin", list(range(10)))
     corpus = open_bin(path, byte_ids, tmp_path / "corpus")
     assert corpus.offsets.tolist() == [0, 4, 8]
@@ -68,7 +67,7 @@ def test_blocks_do_not_change_what_is_found(tmp_path, byte_ids, monkeypatch):
     ids = np.random.default_rng(0).choice([1, 2, 3, SEP], size=500).tolist()
     path = write(tmp_path / "a.bin", ids)
     whole = open_bin(path, byte_ids, tmp_path / "whole")
-    monkeypatch.setattr(token_bin, "SCAN", 7)
+    monkeypatch.setattr("sparse_coding.lm.corpus.SCAN", 7)
     pieces = open_bin(path, byte_ids, tmp_path / "pieces")
     assert pieces.about == whole.about
     assert (pieces.offsets == whole.offsets).all()
@@ -80,7 +79,7 @@ def test_a_file_that_is_known_is_not_scanned_again(tmp_path, byte_ids, monkeypat
     before = open_bin(path, byte_ids, tmp_path / "corpus")
     os.utime(path, (0, 0))  # another date, the same tokens
     assert open_bin(path, byte_ids, tmp_path / "corpus").ids.tolist() == before.ids.tolist()
-    monkeypatch.setattr(token_bin, "_scan", lambda *args: pytest.fail("scanned again"))
+    monkeypatch.setattr("sparse_coding.lm.corpus._scan", lambda *args: pytest.fail("scanned again"))
     assert open_bin(path, byte_ids, tmp_path / "corpus").ids.tolist() == before.ids.tolist()
 
 

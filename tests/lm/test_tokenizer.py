@@ -10,8 +10,7 @@ import tiktoken
 from builders.models import byte_level_bpe, save_tokenizer, small_gpt2
 
 from sparse_coding.config import UserError
-from sparse_coding.lm.tokenizer import PROBE, Tokenizer, load_tokenizer
-from sparse_coding.lm.vocabulary import read_meta_pickle
+from sparse_coding.lm.tokenizer import PROBE, Tokenizer, load_tokenizer, read_meta_pickle
 
 TEXT = "def f(x):\n\treturn naïve — <|endoftext|>  你好\x00\u00ad\u2028"
 

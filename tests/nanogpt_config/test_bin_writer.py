@@ -20,8 +20,7 @@ from tokenizers import Tokenizer
 from sparse_coding.config import UserError
 from sparse_coding.lm.documents import Documents, document_id, is_held_out, open_documents
 from sparse_coding.lm.text_size import expected_tokens, text_bytes
-from sparse_coding.lm.tokenizer import load_tokenizer
-from sparse_coding.lm.vocabulary import read_meta_pickle
+from sparse_coding.lm.tokenizer import load_tokenizer, read_meta_pickle
 
 TEXTS = [f"document {i}: " + "the quick brown fox\n" * (i % 7 + 1) + "ß €" for i in range(300)]
 

@@ -7,7 +7,7 @@ import pytest
 from vast_server import FakeVast
 
 from sparse_coding.config import UserError
-from sparse_coding.rental.market import Market, Unavailable
+from sparse_coding.rental.market import INTERVALS, Market, Unavailable
 
 pytest.importorskip("vastai")
 OFFERS = [{"gpu_name": "RTX 3090", "dph_base": price} for price in (0.3, 0.1, 0.2)]
@@ -86,7 +86,7 @@ def test_only_instances_with_a_label_of_ours_are_listed_over_all_pages(lab, mark
 
 @pytest.mark.parametrize("answer", ["null", "object", "empty", "html", "410", "truncated"])
 def test_an_odd_list_is_never_an_empty_one(lab, market, monkeypatch, answer):
-    monkeypatch.setattr(market, "TRIES", 3)
+    monkeypatch.setattr("sparse_coding.rental.market.TRIES", 3)
     buy(market)
     lab.fault(path="/api/v1/instances/", action=answer, first=2)
     assert len(market.instances()) == 1
@@ -96,7 +96,7 @@ def test_an_odd_list_is_never_an_empty_one(lab, market, monkeypatch, answer):
 
 
 def test_an_odd_answer_about_one_instance_does_not_mean_that_it_is_gone(lab, market, monkeypatch):
-    monkeypatch.setattr(market, "TRIES", 2)
+    monkeypatch.setattr("sparse_coding.rental.market.TRIES", 2)
     number = buy(market).id
     assert market.exists(number)
     for answer in ("null", "object", "html", "500"):
@@ -138,11 +138,11 @@ def test_calls_to_one_endpoint_keep_their_distance(lab):
     began = time.monotonic()
     for _ in range(3):
         market.instances()
-    assert time.monotonic() - began > 2 * 1.2 * 0.1 * market.INTERVALS["list"]
+    assert time.monotonic() - began > 2 * 1.2 * 0.1 * INTERVALS["list"]
 
 
 def test_offers_without_a_price_are_no_offers(lab, market, monkeypatch):
-    monkeypatch.setattr(market, "TRIES", 2)
+    monkeypatch.setattr("sparse_coding.rental.market.TRIES", 2)
     body = json.dumps({"offers": [{"id": 1, "machine_id": 2, "gpu_name": "RTX 3090"}]})
     lab.fault(path="/bundles/", action="object", body=body)
     with pytest.raises(Unavailable, match="an offer without 'storage_cost'"):

@@ -1,6 +1,7 @@
 """Compiled kernels against the dense engine in float64, and against themselves in other threads."""
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.scripts import ROOT
 
-from sparse_coding.sae import cpu_setup
-from sparse_coding.sae.cpu import CpuEngine
-from sparse_coding.sae.cpu_setup import kernels_compile
+from sparse_coding.sae import cpu
+from sparse_coding.sae.cpu import CpuEngine, kernels_compile
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import BETAS, DORMANT, Member, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine
@@ -28,7 +29,7 @@ OPTIONS = {  # of the toy replication, and of run.py
 ALWAYS, NEVER = 1.0, -1.0  # densities up to which steps are sparse
 
 pytestmark = pytest.mark.skipif(
-    not cpu_setup.has_kernels(), reason="needs numba and a torch built with MKL"
+    not cpu.has_kernels(), reason="needs numba and a torch built with MKL"
 )
 
 
@@ -89,7 +90,7 @@ def in_float64(xs, options) -> dict[int, Ensemble]:
     return found
 
 
-@pytest.mark.parametrize("density", [None, ALWAYS, NEVER, cpu_setup.DENSITY])
+@pytest.mark.parametrize("density", [None, ALWAYS, NEVER, cpu.DENSITY])
 def test_parameters_equal_dense_training_in_float64_after_500_steps(
     xs, options, in_float64, density
 ):
@@ -185,7 +186,7 @@ def test_it_would_not_if_its_moments_had_not_decayed(monkeypatch):
 
 
 def test_movement_left_after_dormancy_is_below_the_resolution_of_float32():
-    """The bound of row_kernels.py, for one gradient after many steps without."""
+    """The bound of cpu_kernels.py, for one gradient after many steps without."""
     m, v, moved = 1 - BETAS[0], 1 - BETAS[1], 0.0
     for step in range(5000):
         m, v = m * BETAS[0], v * BETAS[1]
@@ -290,9 +291,8 @@ def test_without_numba_training_is_dense_and_one_line_says_so(missing, tmp_path:
         "    ensemble.step_(torch.ones(4, 8)); ensemble_bytes([8], 8, 4, cpu)\n"
         "print(type(ensemble.engine).__name__)\n"
     )
-    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     line, engine = done.stdout.splitlines()
     assert "no compiled kernels" in line
@@ -310,7 +310,7 @@ def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
         raise TypingError("no such type\nin detail")
 
     monkeypatch.setattr(cpu_kernels, "steps", steps)
-    monkeypatch.setattr(cpu_setup, "kernels_missing_in", lambda: None)
+    monkeypatch.setattr(cpu, "kernels_missing_in", lambda: None)
     monkeypatch.setattr("sparse_coding.sae.ensemble.kernels_compile", kernels_compile.__wrapped__)
     ensemble = Ensemble(members(), H, lr=LR, device=CPU)
     assert isinstance(ensemble.engine, DenseEngine)
@@ -320,23 +320,30 @@ def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
 
 
 def test_compiling_is_said_if_it_takes_long(capsys, monkeypatch):
-    monkeypatch.setattr(cpu_setup, "SAID_AFTER", 0.0)
-    with cpu_setup._said_if_slow("compiling"):
+    monkeypatch.setattr(cpu, "SAID_AFTER", 0.0)
+    with cpu._said_if_slow("compiling"):
         while not (said := capsys.readouterr().out):
             pass
     assert said == "compiling\n"
-    monkeypatch.setattr(cpu_setup, "SAID_AFTER", 30.0)
-    with cpu_setup._said_if_slow("compiling"):
+    monkeypatch.setattr(cpu, "SAID_AFTER", 30.0)
+    with cpu._said_if_slow("compiling"):
         pass
     assert capsys.readouterr().out == ""
 
 
-def test_kernels_are_kept_by_their_source():
-    """numba itself sees no change in a file that another kernel's file imports."""
-    from sparse_coding.sae import cpu_kernels, row_kernels
-
-    for kernel in (row_kernels.adam_, cpu_kernels.steps):
-        assert Path(row_kernels.CACHE_FOLDER).name in kernel._cache.cache_path
+def test_kernels_are_kept_by_their_source_and_the_constants_compiled_into_them(tmp_path):
+    """numba itself sees no change in a file that the kernels' file imports."""
+    names = set()
+    for name, edit in {"as it is": ("", ""), "edited": ("DORMANT = 200", "DORMANT = 100")}.items():
+        shutil.copytree(ROOT / "sparse_coding", tmp_path / name / "sparse_coding")
+        spec = tmp_path / name / "sparse_coding" / "sae" / "spec.py"
+        assert edit[0] in spec.read_text()
+        spec.write_text(spec.read_text().replace(*edit))
+        code = "from sparse_coding.sae.cpu_kernels import steps; print(steps._cache.cache_path)"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path / name, stdout=subprocess.PIPE, text=True)
+        names |= {part for part in Path(done.stdout).parts if part.startswith("kernels-")}
+    assert len(names) == 2
 
 
 BITS = """
@@ -353,12 +360,12 @@ print(hashlib.sha256(values.detach().numpy().tobytes()).hexdigest())
 def test_a_run_that_compiles_has_the_bits_of_those_that_load(tmp_path):
     """Two at once, of which one compiles, and one after them."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    command, root = [sys.executable, "-c", BITS], Path(__file__).parents[2]
-    options = dict(cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", BITS]
+    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     first = [subprocess.Popen(command, **options) for _ in range(2)]
     lines = [process.communicate(timeout=300)[0].splitlines() for process in first]
     lines.append(subprocess.run(command, **options, check=True).stdout.splitlines())
     assert all("compiling" in said for said, _ in lines[:2])
     assert len({bits for *_, bits in lines}) == 1
     assert len(lines[2]) == 1  # nothing to compile
-    assert len(list(tmp_path.rglob("sparse_kernels.steps-*.nbc"))) == 1
+    assert len(list(tmp_path.rglob("cpu_kernels.steps-*.nbc"))) == 1

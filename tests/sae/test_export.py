@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
-from sparse_coding.sae.export import export_dictionary_learning
-from sparse_coding.sae.saved import SparseAutoencoder
+from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning
 
 
 def random_sae(activation_dim: int = 5, n_dict: int = 12, **more) -> SparseAutoencoder:

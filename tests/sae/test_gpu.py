@@ -457,7 +457,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from sparse_coding.sae import gpu
 from sparse_coding.sae import gpu_kernels
-from sparse_coding.sae import gpu_updates
+from sparse_coding.sae import gpu_kernels
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -472,7 +472,7 @@ rows = gpu_kernels.Rows(*(torch.zeros(16, dtype=torch.int32 if name in integers 
                           for name in gpu_kernels.Rows._fields))
 tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 for name, (warps, stages) in gpu.LAUNCH.items():
-    kernel = getattr(gpu_kernels, name, None) or getattr(gpu_updates, name)
+    kernel = getattr(gpu_kernels, name)
     done = kernel.warmup(rows, work, shape, grid=(1,), num_warps=warps, num_stages=stages)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"]); file.flush()

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sparse_coding.files import write_json
-from sparse_coding.sweep.cells import (
+from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.metrics import mmcs, mmcs_with_larger
+from sparse_coding.sweep.run_folder import (
     checkpoints_of,
     groups_to_train,
     merged_rows,
@@ -12,8 +14,6 @@ from sparse_coding.sweep.cells import (
     row_path,
     unfinished_groups,
 )
-from sparse_coding.sweep.grid import make_grid
-from sparse_coding.sweep.metrics import mmcs, mmcs_with_larger
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_coding.config import UserError
-from sparse_coding.sweep.distributed import Shard, find_shard
+from sparse_coding.sweep.grid import Shard, find_shard
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import torch
 
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import Member
-from sparse_coding.sweep.evaluation import agreement_with_truth, reconstruction, training_state
+from sparse_coding.sweep.metrics import agreement_with_truth, reconstruction, training_state
 
 CPU = torch.device("cpu")
 H = 16

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_coding.sweep import progress
-from sparse_coding.sweep.progress import CheckpointClock, Progress, StopSignal
+from sparse_coding.sweep import training
 from sparse_coding.sweep.tracking import Tracker
+from sparse_coding.sweep.training import CheckpointClock, Progress, StopSignal
 
 
 class Time:
@@ -27,7 +27,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch) -> Time:
     clock = Time()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(training, "time", clock)
     return clock
 
 

@@ -50,7 +50,7 @@ def test_a_batch_is_a_function_of_world_seed_batch_seed_and_step(law):
 def test_the_first_batch_of_a_process_is_like_any_other():
     """MKL's erf may differ in its first call when threads share it: the stream warms it up."""
     code = (
-        "import torch; from tests.test_toy_data import POST, stream_of; torch.set_num_threads(2);"
+        "import torch; from tests.toy.test_data import POST, stream_of; torch.set_num_threads(2);"
         "[torch.randn(512, 512) @ torch.randn(512, 512) for _ in range(3)]; s = stream_of(POST);"
         "assert torch.equal(s.batch(5), s.batch(5))"
     )
