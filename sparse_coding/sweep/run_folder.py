@@ -16,8 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from sparse_coding.config import UserError, fingerprint, require
 from sparse_coding.files import (
@@ -29,6 +28,9 @@ from sparse_coding.files import (
     write_tensors,
 )
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, wait_for_all_ranks
+
+if TYPE_CHECKING:  # what rents machines loads no torch
+    from torch import Tensor
 
 PACKAGES = (
     "torch",
@@ -308,8 +310,8 @@ def merged_rows(
     folder: Path,
     cells: list[Cell],
     *,
-    decoder_of: Callable[[Path, Cell], Tensor],
-    compare: dict[str, Callable[[Tensor, list[Tensor]], float | None]],
+    decoder_of: "Callable[[Path, Cell], Tensor]",
+    compare: "dict[str, Callable[[Tensor, list[Tensor]], float | None]]",
 ) -> list[dict]:
     """One row per cell in the order of the cells, columns that compare dictionaries filled in.
 
