@@ -21,7 +21,7 @@ from sparse_coding.config import UserError, parse_flags, require, require_flag, 
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"prepare", "convert", "check"}  # of this folder; its other files are overrides
+NO_OVERRIDES = {"prepare", "bin_writer", "convert", "check"}  # other files here are overrides
 # defaults of nanoGPT's train.py at commit 3adf61e1 (2025-11-12): all keys that may be overridden
 NANOGPT = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200,
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def find(overrides: str) -> Path:
-    ours = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SCRIPTS)
+    ours = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NO_OVERRIDES)
     path = HERE / f"{overrides}.py" if overrides in ours else Path(overrides)
     require(
         path.is_file(), f"no overrides {overrides}: choose {', '.join(ours)} or a file of yours"

@@ -17,7 +17,6 @@ standard library (12 MB); 110 s of CPU time and at most 320 MB of memory for 206
 """
 
 import dataclasses
-import hashlib
 import math
 import pickle
 import re
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 from bin_writer import Split, claim, expected_tokens, is_written, text_bytes, write_bins
 
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
-from sparse_coding.files import require_free_disk, write_atomic, write_json
+from sparse_coding.files import require_free_disk, sha256, write_atomic, write_json
 from sparse_coding.lm.documents import Documents, document_id, is_held_out, open_documents
 from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
 
@@ -223,9 +222,7 @@ def finish(
         "exhausted": exhausted,  # the source has no more
     }
     for name, split in splits.items():
-        with open(folder / f"{name}.bin", "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        about[name] = dataclasses.asdict(split) | {"sha256": sha256}
+        about[name] = dataclasses.asdict(split) | {"sha256": sha256(folder / f"{name}.bin")}
         per_token = split.bytes / split.tokens
         print(f"{name}.bin: {split.documents:,} documents, {split.tokens:,} tokens "
               f"of {per_token:.2f} bytes")  # fmt: skip

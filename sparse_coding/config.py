@@ -1,4 +1,4 @@
-"""Command line, one-line errors, exit codes and named seeds."""
+"""Command line, one-line errors, exit codes, the progress bar and named seeds."""
 
 import contextlib
 import dataclasses
@@ -9,8 +9,11 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 C = TypeVar("C")
 
@@ -123,6 +126,23 @@ def _one_line(message: str) -> str:
     return " ".join(body)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of its message, the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def progress_bar(items: Iterable | None = None, **options: object) -> "tqdm":
+    """A bar on stderr, with the time left; 30 s apart where nobody watches, as in a log file.
+
+    options: of tqdm
+    """
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
+    silent = sys.stderr is None
+    return tqdm(items, mininterval=interval, dynamic_ncols=True, disable=silent, **options)
+
+
 def pick(cls: type[C], config: object, **more: object) -> C:
     """The dataclass `cls` from those fields of config that it has too; `more` names the others."""
     shared = {field.name for field in dataclasses.fields(cls)} - more.keys()
@@ -134,8 +154,12 @@ def named_seed(*names: object) -> int:
 
     sha256 rather than seed + offset, so that streams of neighbouring seeds share nothing.
     """
-    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return hash63("/".join(map(str, names)).encode())
+
+
+def hash63(data: bytes) -> int:
+    """The first 63 bits of its sha256: a number that fits into int64."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 1
 
 
 def fingerprint(constants: dict) -> str:

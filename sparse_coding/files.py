@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: text, json, csv, tensors.
+"""Files that are written whole or not at all: text, json, csv, tensors. And the one lock.
 
 Nothing is pickled. A file is written beside its place, synced and renamed, so a SIGKILL at any
 moment leaves either the old file or the new one.
@@ -6,6 +6,7 @@ moment leaves either the old file or the new one.
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
@@ -118,6 +119,30 @@ def content_stamp(paths: list[Path]) -> str:
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror}") from None
     return digest.hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    """Hex digits of the file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def held(path: Path, *, shared: bool = False, when_busy: Callable[[], None] = lambda: None):
+    """Holds the lock file, made if it is missing, against other processes; a killed one holds none.
+
+    Args:
+        shared: together with others that share it
+        when_busy: called before waiting for another process; it may raise instead
+    """
+    with open(path, "a+") as file:  # NFS: a shared lock reads
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            when_busy()
+            fcntl.flock(file, kind)
+        yield
 
 
 def existing(folder: Path) -> Path:

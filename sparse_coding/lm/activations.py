@@ -13,16 +13,14 @@ A killed harvest goes on with the shards that are missing, and a store may grow.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -30,12 +28,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
-from sparse_coding.config import UserError, named_seed, require
+from sparse_coding.config import UserError, named_seed, progress_bar, require
 from sparse_coding.files import (
     DISK_RESERVE,
     existing,
+    held,
     is_temporary,
     read_tensor_info,
     read_tensors,
@@ -230,12 +228,8 @@ def open_store(folder: Path, harvester: Harvester, *, about: dict) -> Store:
         UserError: the folder belongs to something else; the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".harvest.lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that harvests into {folder}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    waiting = f"waiting for another process that harvests into {folder}"
+    with held(folder / ".harvest.lock", when_busy=partial(print, waiting, flush=True)):
         for path in folder.iterdir():
             if is_temporary(path):  # of a killed harvest
                 path.unlink()
@@ -298,13 +292,11 @@ def _harvest(folder: Path, harvester: Harvester, missing: list[int]) -> None:
     n_rows = sum(harvester.rows[k] for k in missing)
     size = harvester.site.width * harvester.store_dtype.itemsize
     require_free_disk(folder, n_rows * size)
-    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
     with (
         # with threads of its own it would take turns with those of the model
         ThreadPoolExecutor(1, initializer=one_thread_here) as writer,
-        tqdm(total=n_rows, unit="tok", unit_scale=True, desc="harvest", mininterval=interval,
-             disable=sys.stderr is None) as bar,
-    ):  # fmt: skip
+        progress_bar(total=n_rows, unit="tok", unit_scale=True, desc="harvest") as bar,
+    ):
         writing: Future | None = None
         for k in missing:
             parts = list(harvester.parts(k))

@@ -12,20 +12,17 @@ nanoGPT's .bin files of token ids are a corpus too, and are used where they lie.
 
 import array
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import mmap
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from sparse_coding.config import UserError, require
-from sparse_coding.files import is_temporary, require_free_disk, write_json, written_whole
+from sparse_coding.config import UserError, hash63, progress_bar, require
+from sparse_coding.files import held, is_temporary, require_free_disk, write_json, written_whole
 from sparse_coding.lm.documents import Documents, document_id
 from sparse_coding.lm.tokenizer import Tokenizer, read_bin_manifest
 
@@ -88,7 +85,7 @@ def build_corpus(
             return found
         writer = _Writer(must_match["dtype"], max_tokens, max_bytes)
         with written_whole(path) as temporary, open(temporary, "wb") as file:
-            for batch in _batches(with_bar(documents, " documents")):
+            for batch in _batches(progress_bar(documents, desc="token ids", unit=" documents")):
                 if not writer.add(batch, tokenizer, file):
                     break
             require(writer.n_tokens > 0, f"{documents.name} has no token: choose another --dataset")
@@ -104,8 +101,7 @@ def build_corpus(
 def alone(folder: Path) -> Iterator[None]:
     """Waits for another process that builds here, then removes what a killed one left."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".corpus.lock", "a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(folder / ".corpus.lock"):
         for path in folder.iterdir():
             if is_temporary(path):
                 path.unlink()
@@ -142,15 +138,6 @@ def write_index(folder: Path, index: array.array, about: dict) -> None:
     with written_whole(folder / "documents.npy") as path, open(path, "wb") as file:
         np.save(file, documents, allow_pickle=False)
     write_json(folder / "corpus.json", {**about, "n_documents": len(documents)})
-
-
-def with_bar(items: Iterable, unit: str) -> Iterable:
-    """The items under a progress bar; 30 s apart where nobody watches, as in a log file."""
-    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
-    return tqdm(
-        items, "token ids", unit=unit, mininterval=interval, dynamic_ncols=True,
-        disable=sys.stderr is None,
-    )  # fmt: skip
 
 
 # --- text to tokens ---
@@ -293,7 +280,7 @@ def _scan(
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """(sha256 of the file, starts, stops of its documents)."""
     sha256, found = hashlib.sha256(), []
-    for start in with_bar(range(0, len(tokens), SCAN), " blocks"):
+    for start in progress_bar(range(0, len(tokens), SCAN), desc="token ids", unit=" blocks"):
         block = tokens[start : start + SCAN]
         largest = int(block.max())
         require(
@@ -337,7 +324,7 @@ def _index(tokens: np.memmap, starts: np.ndarray, stops: np.ndarray) -> array.ar
     """Offset, length and id of each document that is not empty and not there before."""
     index, seen, n_read = array.array("q"), Seen(), 0
     for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        number = int.from_bytes(hashlib.sha256(tokens[start:stop]).digest()[:8], "little") >> 1
+        number = hash63(tokens[start:stop])
         if stop > start and seen.add(number):
             index.extend((start, stop - start, number))
         n_read += stop - start

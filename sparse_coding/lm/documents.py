@@ -4,7 +4,6 @@ Documents are streamed in a fixed order, so memory stays flat whatever the size 
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparse_coding.config import UserError, require
+from sparse_coding.config import UserError, first_line, hash63, require
 from sparse_coding.files import content_stamp
 
 # commits of hub datasets that we name, so that a run means the same text next year
@@ -77,7 +76,7 @@ def open_documents(dataset: str, *, text_column: str = "text", revision: str = "
 
 def document_id(text: str) -> int:
     """63 bits of sha256 of the text: equal texts share it, so a copy never straddles a split."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return hash63(text.encode())
 
 
 def is_held_out(document_id: int, share: float) -> bool:
@@ -274,13 +273,9 @@ def _one_line_errors(dataset: str, revision: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise UserError(f"{dataset} has no revision {revision}") from None
     except ValueError as error:  # no split "train", a configuration to choose
-        raise UserError(f"{dataset} can't be read: {_first_line(error)}") from None
+        raise UserError(f"{dataset} can't be read: {first_line(error)}") from None
     except (OSError, errors.HTTPError) as error:
         raise UserError(
-            f"can't reach the hub for {dataset} ({_first_line(error)}): where there is network, "
+            f"can't reach the hub for {dataset} ({first_line(error)}): where there is network, "
             f"`{fetch}` puts it into the cache; or give a local file"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

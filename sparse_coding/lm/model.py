@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sparse_coding.config import UserError, require
+from sparse_coding.config import UserError, first_line, require
 from sparse_coding.lm.nanogpt import load_nanogpt
 
 if TYPE_CHECKING:
@@ -330,7 +330,7 @@ def load_pretrained(
         try:
             return _load(str(path), dtype, architectures, local_files_only=True)
         except OSError as error:
-            raise UserError(f"{name} can't be loaded: {_first_line(error)}") from error
+            raise UserError(f"{name} can't be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -370,7 +370,7 @@ def _from_hub(
     try:
         return _load(name, dtype, architectures, revision=revision)
     except OSError as error:
-        raise UserError(f"{name} can't be loaded from the hub: {_first_line(error)}") from error
+        raise UserError(f"{name} can't be loaded from the hub: {first_line(error)}") from error
 
 
 def _require_on_hub(name: str, revision: str) -> None:
@@ -390,12 +390,8 @@ def _require_on_hub(name: str, revision: str) -> None:
         fetch = f"hf download {name}" + f" --revision {revision}" * (revision != "main")
         raise UserError(
             f"{name} is no local folder and not in the cache, and the hub is out of reach "
-            f"({_first_line(error)}): fetch it beforehand with `{fetch}`"
+            f"({first_line(error)}): fetch it beforehand with `{fetch}`"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _load(
@@ -421,7 +417,7 @@ def _load(
             **where,
         )
     except (ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{name} can't be loaded: {_first_line(error)}") from error
+        raise UserError(f"{name} can't be loaded: {first_line(error)}") from error
     wrong = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
     require(not wrong, f"{name}: {len(wrong)} weights are missing or misshapen, as {wrong[:1]}")
     return model

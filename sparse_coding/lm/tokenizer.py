@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparse_coding.config import UserError, require
+from sparse_coding.config import UserError, first_line, require
 from sparse_coding.lm.model import require_reachable
 
 # what the token between documents is called in vocabularies that don't say which it is
@@ -243,7 +243,7 @@ def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> To
     try:
         own = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # the library raises Exception itself for a torn file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         remedy = f"`hf download {where}` where there is network puts it into the cache"
         if Path(where).is_dir():
             remedy = "save it there with tokenizer.save_pretrained"

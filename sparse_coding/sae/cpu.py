@@ -11,7 +11,6 @@ one is missing.
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import math
 import subprocess
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_coding.config import first_line
+from sparse_coding.files import held
 from sparse_coding.sae.spec import BETAS, Factors
 
 NO_END = 2**40  # of tiles
@@ -92,13 +93,12 @@ def kernels_compile() -> bool:
         with _said_if_slow("compiling the CPU kernels, once on this machine: some 15 s"):
             folder = kernels_missing_in()
             if folder:
-                with open(folder / "lock", "w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one compiles
+                with held(folder / "lock"):  # of several processes one compiles
                     if kernels_missing_in():
                         _compile_elsewhere()
             step_of_zeros()
     except NumbaError as error:
-        _say_slow(str(error).splitlines()[0])
+        _say_slow(first_line(error))
         return False
     return True
 

@@ -6,7 +6,6 @@ the same folder, or into folders that are copied together: the merge reads files
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from sparse_coding.config import UserError, fingerprint, require
 from sparse_coding.files import (
+    held,
     is_temporary,
     read_tensor_info,
     read_tensors,
@@ -107,17 +107,15 @@ def locked(folder: Path, shard_suffix: str = "") -> Iterator[None]:
     Raises:
         UserError: another process is there.
     """
-    locks = [(".run.lock", fcntl.LOCK_SH if shard_suffix else fcntl.LOCK_EX)]
-    if shard_suffix:
-        locks.append((f".run{shard_suffix}.lock", fcntl.LOCK_EX))
-    with contextlib.ExitStack() as held:
-        for name, kind in locks:
-            file = held.enter_context(open(folder / name, "a+"))  # NFS: LOCK_SH reads
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = f"another process is running in {folder}: wait for it or stop it"
-                raise UserError(message) from None
+
+    def refuse() -> None:
+        raise UserError(f"another process is running in {folder}: wait for it or stop it")
+
+    with contextlib.ExitStack() as locks:
+        lock = held(folder / ".run.lock", shared=bool(shard_suffix), when_busy=refuse)
+        locks.enter_context(lock)
+        if shard_suffix:
+            locks.enter_context(held(folder / f".run{shard_suffix}.lock", when_busy=refuse))
         yield
 
 

@@ -6,7 +6,6 @@ A sweep is trained in groups of cells that fit into memory together, one group a
 import contextlib
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from sparse_coding.config import Interrupted
+from sparse_coding.config import Interrupted, progress_bar
 from sparse_coding.files import write_json
 from sparse_coding.sae.batches import ahead_on, chunks, in_chunks
 from sparse_coding.sae.ensemble import Ensemble
@@ -129,11 +127,7 @@ class Progress:
         log_every: int,
         headline: tuple[str, Callable],
     ):
-        # 30 s where nobody watches: a log file is not filled with bars
-        interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
-        total = n_groups * n_steps
-        self.bar = tqdm(total=total, unit="step", mininterval=interval, dynamic_ncols=True,
-                        disable=sys.stderr is None)  # fmt: skip
+        self.bar = progress_bar(total=n_groups * n_steps, unit="step")
         self.tracker, self.log_every, self.n_steps = tracker, log_every, n_steps
         self.headline = headline
         self.best = math.nan

@@ -13,13 +13,13 @@ import bin_writer
 import numpy as np
 import pytest
 import tiktoken
+from bin_writer import expected_tokens, text_bytes
 from builders.models import small_gpt2, write_parquet
 from builders.scripts import ROOT, clean_environment
 from tokenizers import Tokenizer
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.documents import Documents, document_id, is_held_out, open_documents
-from sparse_coding.lm.text_size import expected_tokens, text_bytes
 from sparse_coding.lm.tokenizer import load_tokenizer, read_meta_pickle
 
 TEXTS = [f"document {i}: " + "the quick brown fox\n" * (i % 7 + 1) + "ß €" for i in range(300)]
