@@ -29,7 +29,7 @@ from replicate_toy_models import Config as ToyConfig
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import write_csv
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.spec import Member
+from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sae.stack import DenseEngine
 from sparse_coding.sweep.hardware import (
     describe,
@@ -56,8 +56,8 @@ class Config:
 def ensemble_of(n_dict: int, device: torch.device, *, dense: bool) -> Ensemble:
     """Two autoencoders that learn nothing."""
     n = 2 if device.type == "cuda" else max(2, torch.get_num_threads())
-    members = [Member(n_dict, 1e-3, seed) for seed in range(n)]
-    ensemble = Ensemble(members, H, lr=0.0, device=device)
+    specs = [SAESpec(n_dict, 1e-3, seed) for seed in range(n)]
+    ensemble = Ensemble(specs, H, lr=0.0, device=device)
     if dense and not isinstance(ensemble.engine, DenseEngine):
         ensemble.engine.density = -1.0
     return ensemble
@@ -66,7 +66,7 @@ def ensemble_of(n_dict: int, device: torch.device, *, dense: bool) -> Ensemble:
 def make_sparse_(ensemble: Ensemble, x: Tensor) -> None:
     """Lowers the biases until SPARSE of the codes are above 0."""
     for stack in ensemble.stacks:
-        for i in range(len(stack.members)):
+        for i in range(len(stack.specs)):
             pre = x[:16] @ stack.W_enc[i].T
             some = pre.flatten()[:: max(1, pre.numel() // 10**6)]
             stack.b_enc[i] = -some.quantile(1 - SPARSE)
@@ -79,9 +79,7 @@ def step_seconds(ensemble: Ensemble, xs: Tensor, seconds: float) -> float:
     the clock; each thread has an autoencoder, so none waits for another.
     """
     on_gpu = xs.device.type == "cuda"
-    clock, n_cores = (
-        (time.perf_counter, 1) if on_gpu else (time.process_time, len(ensemble.members))
-    )
+    clock, n_cores = (time.perf_counter, 1) if on_gpu else (time.process_time, len(ensemble.specs))
     found = []
     for _ in range(6):
         n, start = 0, clock()
@@ -129,13 +127,13 @@ def measure(cfg: Config, device: torch.device) -> list[dict]:
                 make_sparse_(ensemble, x)
             n_steps = ensemble.engine.steps_at_a_time
             seconds = step_seconds(ensemble, x.expand(n_steps, -1, -1).contiguous(), cfg.seconds)
-            n_features = n_dict * len(ensemble.members)
+            n_features = n_dict * len(ensemble.specs)
             line |= {f"{kind}_ns_per_feature": round(1e9 * seconds / n_features, 1)}
             if before is None:
                 before = peak_memory(device)
             if kind == "sparse":  # as an evaluation does
                 ensemble.stacks[0].forward(x)
-            sizes = [n_dict] * len(ensemble.members)
+            sizes = [n_dict] * len(ensemble.specs)
             del ensemble
         line["planned_mb"] = round(ensemble_bytes(sizes, H, BATCH, device) / 1e6, 1)
         line["taken_mb"] = round((peak_memory(device) - before) / 1e6, 1)

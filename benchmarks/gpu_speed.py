@@ -30,7 +30,7 @@ from sparse_coding.files import write_atomic
 from sparse_coding.sae import gpu
 from sparse_coding.sae.batches import ahead_on, chunks
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.spec import Member
+from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sae.stack import DenseEngine
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.sweep.hardware import describe, set_precision
@@ -155,11 +155,11 @@ def batches(task: Task, n: int) -> Tensor:
 def check(cfg: Config, device: torch.device, precision: str, say: Report) -> bool:
     """Whether kernels give the numbers of dense steps in float64."""
     n = cfg.check_dict
-    members = [Member(n, 10**e / n, seed=i) for i, e in enumerate((-1.5, -0.5, 0.5))]
+    specs = [SAESpec(n, 10**e / n, seed=i) for i, e in enumerate((-1.5, -0.5, 0.5))]
     xs = batches(task_of(cfg, range(1), device), cfg.check_steps)
     engines, found = (DenseEngine, DenseEngine, gpu.GpuEngine), []
     for engine, dtype in zip(engines, (torch.float64, torch.float32, torch.float32), strict=True):
-        ensemble = Ensemble(members, H, lr=1e-3, device=device, dtype=dtype)
+        ensemble = Ensemble(specs, H, lr=1e-3, device=device, dtype=dtype)
         ensemble.engine = engine(ensemble.stacks)
         ensemble.steps_(xs.to(dtype))
         found.append([p.double() for p in ensemble.stacks[0].parameters.values()])
@@ -214,7 +214,7 @@ def rows(cfg: Config, device: torch.device, say: Report) -> float:
     total = 0.0
     for ratio in all_sizes(cfg):
         task = task_of(cfg, range(ratio, ratio + 1), device)
-        n_saes, n_dict = len(task.ensemble.members), task.ensemble.members[0].n_dict
+        n_saes, n_dict = len(task.ensemble.specs), task.ensemble.specs[0].n_dict
         xs = batches(task, cfg.at_a_time)
         times = [seconds_per_step(task.ensemble, xs, cfg.seconds)]
         train(task, range(cfg.warm_steps), device)
@@ -233,7 +233,7 @@ def rows(cfg: Config, device: torch.device, say: Report) -> float:
 def grid(cfg: Config, device: torch.device, say: Report, peak: tuple[float, float]) -> float:
     """The whole grid at once; returns the seconds of the figure, data included."""
     task = task_of(cfg, all_sizes(cfg), device)
-    say(f"the grid: {len(task.ensemble.members)} SAEs")
+    say(f"the grid: {len(task.ensemble.specs)} SAEs")
     say("    step  us a step   GB  GFLOP  of the copy's GB/s, of the GEMM's FLOP/s")
     last = cfg.n_steps if cfg.full else cfg.warm_steps
     part, seconds = -(-last // 10), 0.0
@@ -249,7 +249,7 @@ def grid(cfg: Config, device: torch.device, say: Report, peak: tuple[float, floa
     say(f"the figure: {seconds:.1f} s, {how}, data included, evaluation and drawing not")
     if device.type == "cuda":
         recipe = ToyRecipe(DATA, "per_feature", 1e-3, cfg.n_steps, device)
-        planned = recipe.memory([m.n_dict for m in task.ensemble.members])
+        planned = recipe.memory([m.n_dict for m in task.ensemble.specs])
         taken = torch.cuda.max_memory_allocated(device) / 1e9
         say(f"memory: {taken:.2f} GB taken at most, {planned / 1e9:.2f} GB planned")
     return seconds

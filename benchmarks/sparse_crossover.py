@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.sae.cpu import DENSITY, CpuEngine
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.spec import Member
+from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sweep.hardware import describe, set_precision
 
 H, BATCH, N_STEPS = 256, 256, 4
@@ -42,7 +42,7 @@ class Config:
 def with_share_(ensemble: Ensemble, x: Tensor, share: float) -> None:
     """Sets the biases so that this share of the codes of x is above 0."""
     (stack,) = ensemble.stacks
-    for i in range(len(stack.members)):
+    for i in range(len(stack.specs)):
         pre = (x @ stack.W_enc[i].T).flatten()
         some = pre[:: max(1, len(pre) // 10**6)]
         stack.b_enc[i] = -some.quantile(1 - share) - (1.0 if share == 0 else 0.0)
@@ -54,7 +54,7 @@ def seconds(ensemble: Ensemble, engine: CpuEngine, xs: Tensor, n: int) -> float:
     start = time.process_time()
     for _ in range(n):
         ensemble.steps_(xs)
-    return (time.process_time() - start) / (n * len(xs) * len(ensemble.members))
+    return (time.process_time() - start) / (n * len(xs) * len(ensemble.specs))
 
 
 def main(argv: list[str]) -> int:
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     x = torch.randn(BATCH, H, generator=torch.Generator().manual_seed(0))
     xs = x.expand(N_STEPS, -1, -1).contiguous()
     for n_dict in cfg.sizes:
-        members = [Member(n_dict, 1e-3, seed) for seed in range(n_threads)]
-        ensemble = Ensemble(members, H, lr=0.0, device=CPU)
+        specs = [SAESpec(n_dict, 1e-3, seed) for seed in range(n_threads)]
+        ensemble = Ensemble(specs, H, lr=0.0, device=CPU)
         engines = [
             CpuEngine(ensemble.stacks, n_threads=n_threads, density=density)
             for density in (1.0, -1.0, DENSITY)

@@ -17,7 +17,7 @@ from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Subject
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import WEIGHTS, SparseAutoencoder, save_sae
-from sparse_coding.sae.spec import Member, Schedule
+from sparse_coding.sae.spec import SAESpec, Schedule
 from sparse_coding.sweep.grid import Cell, check_grid, make_grid
 from sparse_coding.sweep.hardware import step_seconds
 from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched, reconstruction
@@ -149,7 +149,7 @@ class LanguageRecipe:
             buffer_rows=o.buffer_rows(self.width),
         )
         ensemble = Ensemble(
-            members_of(group, o.l1_normalisation),
+            specs_of(group, o.l1_normalisation),
             self.width,
             lr=o.lr,
             device=self.device,
@@ -247,10 +247,10 @@ def sae_folder(folder: Path, cell: Cell) -> Path:
     return folder / "saes" / cell.name
 
 
-def members_of(cells: list[Cell], l1_normalisation: str) -> list[Member]:
-    """The cells as members of an ensemble, each with a start that its name determines."""
+def specs_of(cells: list[Cell], l1_normalisation: str) -> list[SAESpec]:
+    """The cells as specs of an ensemble, each with a start that its name determines."""
     return [
-        Member(
+        SAESpec(
             n_dict=cell.n_dict,
             l1=cell.l1_alpha / (cell.n_dict if l1_normalisation == "per_feature" else 1),
             seed=named_seed(cell.seed, "start", cell.n_dict, cell.l1_exp, cell.target_l0),

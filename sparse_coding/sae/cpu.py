@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +29,11 @@ from torch import Tensor
 
 from sparse_coding.config import first_line
 from sparse_coding.files import held
-from sparse_coding.sae.spec import BETAS, Factors
+from sparse_coding.sae.spec import BETAS, Factors, StepNumbers
+from sparse_coding.sae.stack import Stack
+
+if TYPE_CHECKING:
+    from sparse_coding.sae.cpu_kernels import Sae, Work
 
 NO_END = 2**40  # of tiles
 MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 holds; not tuned
@@ -191,14 +196,14 @@ class Scratch:
         self.gradients = cpu_kernels.Gradients(
             *(torch.empty(shape).numpy() for shape in gradient_shapes(batch, h))
         )
-        self.of_size: dict[int, object] = {}
+        self.of_size: dict[int, Work] = {}
 
     @property
     def n_bytes(self) -> int:
         flat = sum(t.numel() * t.element_size() for t in self.flat.values())
         return flat + sum(array.nbytes for array in self.gradients)
 
-    def work(self, n_dict: int) -> object:
+    def work(self, n_dict: int) -> "Work":
         """The Work of a dictionary of that size; valid until the next one's."""
         if not self.flat:
             # torch's memory begins at multiples of 64 bytes, as fast vector loads want it
@@ -223,6 +228,7 @@ def engine_bytes(n_dicts: list[int], h: int, batch: int, *, n_threads: int) -> i
 
 
 def steps_at_a_time(n_dicts: list[int], h: int) -> int:
+    """Steps between two looks at signals and checkpoints."""
     return int(max(1, min(MOST_STEPS, MOST_WEIGHTS / (sum(n_dicts) * h))))
 
 
@@ -232,7 +238,7 @@ class CpuEngine:
     density: share of codes above 0 up to which a step is sparse; 0 never, 1 always
     """
 
-    def __init__(self, stacks: list, *, n_threads: int, density: float = DENSITY):
+    def __init__(self, stacks: list[Stack], *, n_threads: int, density: float = DENSITY):
         from sparse_coding.sae import cpu_kernels
 
         self.kernels, self.stacks, self.density = cpu_kernels, stacks, density
@@ -248,25 +254,25 @@ class CpuEngine:
 
     def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
         """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
-        pace, x = paces(self.stacks[0], n_done, factors), xs.numpy()
+        numbers, x = step_numbers(self.stacks[0], n_done, factors), xs.numpy()
         if self.shared:
             for i in range(len(self.saes)):
-                self._together(i, x, pace)
+                self._together(i, x, numbers)
         else:
             order = sorted(range(len(self.saes)), key=lambda i: -self.seconds[i])  # ends even
-            list(self.pool.map(lambda i: self._alone(i, x, pace), order))
+            list(self.pool.map(lambda i: self._alone(i, x, numbers), order))
         for stack in self.stacks:
             for state in stack.adam.state.values():
                 state["step"] += len(xs)
 
-    def _alone(self, i: int, xs: np.ndarray, pace: np.ndarray) -> None:
+    def _alone(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i in this thread."""
         start, scratch, k = time.perf_counter(), self._scratch_for(xs), self.kernels
         work = scratch.work(self.sizes[i])
-        k.steps(self.saes[i], work, scratch.gradients, xs, pace, k.ALL, (0, NO_END))
+        k.steps(self.saes[i], work, scratch.gradients, xs, numbers, k.ALL, (0, NO_END))
         self.seconds[i] = time.perf_counter() - start
 
-    def _together(self, i: int, xs: np.ndarray, pace: np.ndarray) -> None:
+    def _together(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i by all threads, phase after phase."""
         k, work = self.kernels, self._scratch_for(xs).work(self.sizes[i])
         n_tiles, n_blocks = len(work.off), -(-xs.shape[1] // k.BLOCK)
@@ -274,7 +280,7 @@ class CpuEngine:
         def run(step: int, todo: int, n: int) -> None:
             def share(span: tuple[int, int]) -> None:
                 grads, now = self._scratch_for(xs).gradients, slice(step, step + 1)
-                k.steps(self.saes[i], work, grads, xs[now], pace[now], todo, span)
+                k.steps(self.saes[i], work, grads, xs[now], numbers[now], todo, span)
 
             n_shares = min(n, self.n_threads)
             ends = [n * j // n_shares for j in range(n_shares + 1)]
@@ -293,18 +299,18 @@ class CpuEngine:
     def _scratch_for(self, xs: np.ndarray) -> Scratch:
         """This thread's, allocated at its first steps and when the batch size changes."""
         _, batch, h = xs.shape
-        found = getattr(self.scratch, "value", None)
-        if found is None or found.batch != batch:
-            found = Scratch(max(self.sizes), batch, h, density=self.density)
-            self.scratch.value = found
-        return found
+        scratch = getattr(self.scratch, "of_thread", None)
+        if scratch is None or scratch.batch != batch:
+            scratch = Scratch(max(self.sizes), batch, h, density=self.density)
+            self.scratch.of_thread = scratch
+        return scratch
 
 
-def views(stack: object) -> list:
+def views(stack: Stack) -> "list[Sae]":
     """A stack's autoencoders as the kernels take them: views, stepping one changes the stack."""
     from sparse_coding.sae.cpu_kernels import Sae
 
-    none = torch.zeros(len(stack.members), 0)
+    none = torch.zeros(len(stack.specs), 0)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
     state = [stack.adam.state.get(stack.parameters.get(name)) for name in names]
     tensors = [stack.parameters.get(name, none) for name in names]
@@ -312,23 +318,20 @@ def views(stack: object) -> list:
         tensors += [of_one[k] if of_one else none for k in ("exp_avg", "exp_avg_sq")]
     tensors += [stack.idle, stack.l1.flatten(1), stack.target_l0.flatten(1)]
     arrays = [t.detach().numpy() for t in tensors]
-    return [Sae(*(a[i] for a in arrays)) for i in range(len(stack.members))]
+    return [Sae(*(a[i] for a in arrays)) for i in range(len(stack.specs))]
 
 
-def paces(stack: object, n_done: int, factors: list[Factors]) -> np.ndarray:
-    """(n, 6) float32: for each step the numbers that cpu_kernels.py names."""
-    group = stack.adam.param_groups[0]
-    return np.array(
-        [
-            (
-                stack.lr * f.lr / (1 - BETAS[0] ** t),
-                (1 - BETAS[1] ** t) ** -0.5,
-                group["eps"],
-                f.l1,
-                f.seek_l0,
-                stack.project,
-            )
-            for t, f in enumerate(factors, start=n_done + 1)
-        ],
-        np.float32,
-    )
+def step_numbers(stack: Stack, n_done: int, factors: list[Factors]) -> np.ndarray:
+    """StepNumbers of each step, (n, 6) float32."""
+    numbers = [
+        StepNumbers(
+            rate=stack.lr * f.lr / (1 - BETAS[0] ** t),
+            root=(1 - BETAS[1] ** t) ** -0.5,
+            eps=stack.adam.param_groups[0]["eps"],
+            l1_factor=f.l1,
+            seeks_l0=f.seek_l0,
+            project=stack.project,
+        )
+        for t, f in enumerate(factors, start=n_done + 1)
+    ]
+    return np.array(numbers, np.float32)

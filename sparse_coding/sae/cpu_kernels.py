@@ -34,10 +34,9 @@ from numba.extending import intrinsic
 from numpy import ndarray
 
 from sparse_coding.sae import spec
-from sparse_coding.sae.spec import BETAS, DORMANT, L0_CLAMP, L0_GAIN
+from sparse_coding.sae.spec import BETAS, DORMANT, L0_CLAMP, L0_GAIN, PLACE
 
-# Numbers of a step, in an array: lr / (1 − β₁^t), 1/√(1 − β₂^t), ...; the last two are 0 or 1
-RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, PROJECT = range(6)
+RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, PROJECT = PLACE
 BETA1, BETA2 = BETAS
 F0, F1 = np.float32(0), np.float32(1)
 # Sums may be reordered, as in any GEMM; NaN and infinities keep their meaning
@@ -187,8 +186,8 @@ def sparse_gradients(row, g, x, d_enc, d_dec, l1):
 
 
 @kernel
-def adam_(p, m, v, grad, pace):
-    rate, root, eps = pace[RATE], pace[ROOT], pace[EPS]
+def adam_(p, m, v, grad, numbers):
+    rate, root, eps = numbers[RATE], numbers[ROOT], numbers[EPS]
     for j in range(p.shape[0]):
         m[j] = np.float32(BETA1) * m[j] + np.float32(1 - BETA1) * grad[j]
         v[j] = np.float32(BETA2) * v[j] + np.float32(1 - BETA2) * grad[j] * grad[j]
@@ -196,8 +195,8 @@ def adam_(p, m, v, grad, pace):
 
 
 @kernel
-def adam_without_gradient_(p, m, v, pace):
-    rate, root, eps = pace[RATE], pace[ROOT], pace[EPS]
+def adam_without_gradient_(p, m, v, numbers):
+    rate, root, eps = numbers[RATE], numbers[ROOT], numbers[EPS]
     for j in range(p.shape[0]):
         m[j] *= np.float32(BETA1)
         v[j] *= np.float32(BETA2)
@@ -205,15 +204,15 @@ def adam_without_gradient_(p, m, v, pace):
 
 
 @kernel
-def rest(sae, f, pace):
+def rest(sae, f, numbers):
     """A feature that did not fire: its moments still carry it on, until it is dormant."""
     sae.idle[f] += 1
     if sae.idle[f] > DORMANT:
         return
     s = slice(f, f + 1)
-    adam_without_gradient_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], pace)
-    adam_without_gradient_(sae.W_enc[f], sae.W_enc_m[f], sae.W_enc_v[f], pace)
-    adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], pace)
+    adam_without_gradient_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], numbers)
+    adam_without_gradient_(sae.W_enc[f], sae.W_enc_m[f], sae.W_enc_v[f], numbers)
+    adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
     scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
 
 
@@ -233,7 +232,7 @@ def catch_up(sae, f):
 
 
 @kernel
-def fired(sae, f, d_bias, d_enc, d_dec, off, pace):
+def fired(sae, f, d_bias, d_enc, d_dec, off, numbers):
     """Adam of a feature's row, and its part of ∂b_dec into off."""
     catch_up(sae, f)
     W_enc, W_dec = sae.W_enc[f], sae.W_dec[f]
@@ -241,14 +240,14 @@ def fired(sae, f, d_bias, d_enc, d_dec, off, pace):
         for j in range(off.shape[0]):
             off[j] -= d_bias[0] * W_enc[j]
             d_enc[j] -= d_bias[0] * sae.b_dec[j]
-    if pace[PROJECT]:
+    if numbers[PROJECT]:
         along = dot(d_dec, W_dec)
         for j in range(d_dec.shape[0]):
             d_dec[j] -= along * W_dec[j]
     s = slice(f, f + 1)
-    adam_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], d_bias, pace)
-    adam_(W_enc, sae.W_enc_m[f], sae.W_enc_v[f], d_enc, pace)
-    adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, pace)
+    adam_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], d_bias, numbers)
+    adam_(W_enc, sae.W_enc_m[f], sae.W_enc_v[f], d_enc, numbers)
+    adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
     scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
 
 
@@ -339,12 +338,12 @@ def encode(sae, work, x, span):
 
 
 @kernel
-def choose(sae, work, pace):
+def choose(sae, work, numbers):
     """Whether this step is sparse: then codes are sorted by sample. Moves l1 where l0 is sought."""
     batch, total = work.codes.shape[1], 0
     for f in range(work.count.shape[0]):
         total += work.count[f]
-    if pace[SEEKS_L0] and sae.target_l0[0] > 0:
+    if numbers[SEEKS_L0] and sae.target_l0[0] > 0:
         off = np.float32(total / batch) / sae.target_l0[0]
         off = min(max(off, np.float32(1 / L0_CLAMP)), np.float32(L0_CLAMP))
         sae.l1[0] *= off ** np.float32(L0_GAIN)
@@ -409,10 +408,10 @@ def sum_rows_(out, W, work, b):
 
 
 @kernel
-def update(sae, work, x, grads, pace, span):
+def update(sae, work, x, grads, numbers, span):
     """Gradients and Adam of a span of tiles."""
     n_dict, sparse = sae.b_enc.shape[0], work.sparse[0]
-    l1 = sae.l1[0] * pace[L1_FACTOR] / np.float32(x.shape[0])
+    l1 = sae.l1[0] * numbers[L1_FACTOR] / np.float32(x.shape[0])
     for tile in range(span[0], min(span[1], work.off.shape[0])):
         t, e = tile * TILE, min(tile * TILE + TILE, n_dict)
         off = work.off[tile]
@@ -421,14 +420,14 @@ def update(sae, work, x, grads, pace, span):
             dense_gradients(sae.W_dec[t:e], work.codes[t:e], work.g, x, grads, l1)
         for f in range(t, e):
             if work.count[f] == 0:
-                rest(sae, f, pace)
+                rest(sae, f, numbers)
                 continue
             i = f - t if not sparse else 0  # one row only stays in L1
             d_bias, d_enc, d_dec = grads.b_enc[i : i + 1], grads.W_enc[i], grads.W_dec[i]
             if sparse:
                 row = work.codes[f], work.where[f, : work.count[f]], sae.W_dec[f]
                 d_bias[0] = sparse_gradients(row, work.g, x, d_enc, d_dec, l1)
-            fired(sae, f, d_bias, d_enc, d_dec, off, pace)
+            fired(sae, f, d_bias, d_enc, d_dec, off, numbers)
 
 
 @kernel
@@ -449,7 +448,7 @@ def dense_gradients(W_dec, codes, g, x, grads, l1):
 
 
 @kernel
-def finish(sae, work, pace):
+def finish(sae, work, numbers):
     """Adam of b_dec, whose gradient the tiles have left in parts."""
     if sae.b_dec.shape[0]:
         grad = work.off[0]
@@ -457,25 +456,25 @@ def finish(sae, work, pace):
             add_(grad, work.off[t])
         for b in range(work.g.shape[0]):
             add_(grad, work.g[b])
-        adam_(sae.b_dec, sae.b_dec_m, sae.b_dec_v, grad, pace)
+        adam_(sae.b_dec, sae.b_dec_m, sae.b_dec_v, grad, numbers)
 
 
 @kernel
-def steps(sae, work, grads, xs, paces, todo, span):
-    """Steps on each x of xs (n, batch, h); paces: (n, 6), numbers of each.
+def steps(sae, work, grads, xs, of_steps, todo, span):
+    """Steps on each x of xs (n, batch, h); of_steps: (n, 6), StepNumbers of each.
 
     todo: which phases, a sum; span: first and end of the tiles or blocks. One function for threads
     that work alone or share, since code compiled twice may round in two ways.
     """
     for i in range(xs.shape[0]):
-        x, pace = xs[i], paces[i]
+        x, numbers = xs[i], of_steps[i]
         if todo & ENCODE:
             encode(sae, work, x, span)
         if todo & CHOOSE:
-            work.sparse[0] = choose(sae, work, pace)
+            work.sparse[0] = choose(sae, work, numbers)
         if todo & DECODE:
             decode(sae, work, x, span)
         if todo & UPDATE:
-            update(sae, work, x, grads, pace, span)
+            update(sae, work, x, grads, numbers, span)
         if todo & FINISH:
-            finish(sae, work, pace)
+            finish(sae, work, numbers)

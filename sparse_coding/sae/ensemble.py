@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_coding.sae import gpu
 from sparse_coding.sae.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
-from sparse_coding.sae.spec import Member, Schedule
+from sparse_coding.sae.spec import SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine, Scratch, Stack
 
 
@@ -26,7 +26,7 @@ class Ensemble:
     """All autoencoders of a group of cells, stacked by width.
 
     Args:
-        members: in any order; results come back in this order
+        specs: in any order; results come back in this order
         dtype: float32, or float64 for reference runs
         b_dec: its start, (activation_dim,); None fixes it at 0
         project: whether gradients are projected
@@ -34,7 +34,7 @@ class Ensemble:
 
     def __init__(
         self,
-        members: list[Member],
+        specs: list[SAESpec],
         activation_dim: int,
         *,
         lr: float,
@@ -45,19 +45,19 @@ class Ensemble:
         schedule: Schedule = Schedule(),  # noqa: B008, frozen
     ):
         self.activation_dim = activation_dim
-        self.members, self.schedule, self.n_steps_done = members, schedule, 0
+        self.specs, self.schedule, self.n_steps_done = specs, schedule, 0
         self.scratch = Scratch(device, dtype)
-        order = sorted(range(len(members)), key=lambda i: members[i].n_dict)  # stable
+        order = sorted(range(len(specs)), key=lambda i: specs[i].n_dict)  # stable
         self.stacks: list[Stack] = []
         self.place: dict[int, tuple[int, int]] = {}  # member -> (stack, position in it)
-        for _, group in groupby(order, key=lambda i: members[i].n_dict):
+        for _, group in groupby(order, key=lambda i: specs[i].n_dict):
             indices = list(group)
             self.place |= {i: (len(self.stacks), k) for k, i in enumerate(indices)}
-            stack_members = [members[i] for i in indices]
+            of_stack = [specs[i] for i in indices]
             options = dict(
                 lr=lr, eps=schedule.eps, scratch=self.scratch, b_dec=b_dec, project=project
             )
-            self.stacks.append(Stack(stack_members, activation_dim, **options))
+            self.stacks.append(Stack(of_stack, activation_dim, **options))
         self.engine = engine_of(self.stacks)
 
     def step_(self, x: Tensor) -> None:
@@ -71,8 +71,8 @@ class Ensemble:
         self.n_steps_done = steps.stop
 
     def in_order(self, per_stack: list[list]) -> list:
-        """Values listed per stack, as one list in the order of `members`."""
-        return [per_stack[s][k] for s, k in (self.place[i] for i in range(len(self.members)))]
+        """Values listed per stack, as one list in the order of `specs`."""
+        return [per_stack[s][k] for s, k in (self.place[i] for i in range(len(self.specs)))]
 
     def dictionary(self, i: int) -> dict[str, Tensor]:
         """Autoencoder i as saved: W_enc (activation_dim, n_dict), b_enc (n_dict,),

@@ -11,13 +11,18 @@ import functools
 import math
 import subprocess
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparse_coding.sae.cpu import paces
-from sparse_coding.sae.spec import Factors, Member
+from sparse_coding.config import first_line
+from sparse_coding.sae.cpu import step_numbers
+from sparse_coding.sae.spec import Factors, SAESpec
 from sparse_coding.sae.stack import DenseEngine, Scratch, Stack
+
+if TYPE_CHECKING:  # Triton may be missing
+    from sparse_coding.sae.gpu_kernels import Rows, Shape, Work
 
 MOST_STEPS = 16  # at a time; their batches are made while others train
 DOT = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # torch's names for float32 GEMMs
@@ -51,7 +56,7 @@ def _say_dense(reason: str) -> None:
     print(f"Triton kernels can't be used, so the GPU trains densely, slower: {reason}", flush=True)
 
 
-def shape_of(h: int, batch: int, *, b_dec: bool, project: bool, dot: str, **tiles: int) -> object:
+def shape_of(h: int, batch: int, *, b_dec: bool, project: bool, dot: str, **tiles: int) -> "Shape":
     """What kernels are compiled for; tiles are no larger than what they cover.
 
     tiles: other than those of gpu_kernels.Shape
@@ -66,7 +71,7 @@ def shape_of(h: int, batch: int, *, b_dec: bool, project: bool, dot: str, **tile
     return shape._replace(**{name: min(getattr(shape, name), n) for name, n in least.items()})
 
 
-def work_shapes(sizes: list[int], shape: object) -> dict[str, tuple]:
+def work_shapes(sizes: list[int], shape: "Shape") -> dict[str, tuple]:
     """(shape, dtype) of each field of Work, for autoencoders of these sizes."""
     f32, i32 = torch.float32, torch.int32
     n, n_rows, h, batch = len(sizes), sum(sizes), shape.h, shape.batch
@@ -75,7 +80,7 @@ def work_shapes(sizes: list[int], shape: object) -> dict[str, tuple]:
     )
     return {
         "x": ((batch, h), f32),
-        "pace": ((6,), f32),
+        "numbers": ((6,), f32),
         "saes": ((n, 3), i32),
         "encode_tiles": ((of_encode, 2), i32),
         "list_tiles": ((of_lists, 2), i32),
@@ -106,7 +111,7 @@ def engine_bytes(n_dicts: list[int], h: int, batch: int) -> int:
     return max(work + 3 * steps_at_a_time(h) * 4 * batch * h, 4 * sum(n_dicts) * h)
 
 
-def make_work(sizes: list[int], shape: object, device: torch.device) -> object:
+def make_work(sizes: list[int], shape: "Shape", device: torch.device) -> "Work":
     """Scratch for autoencoders of these sizes, with its tables of tiles filled: largest first."""
     from sparse_coding.sae.gpu_kernels import Work
 
@@ -132,7 +137,7 @@ def join_(tensors: list[Tensor], *row: int) -> Tensor:
     return whole
 
 
-def rows_of_(stacks: list[Stack]) -> object:
+def rows_of_(stacks: list[Stack]) -> "Rows":
     """The stacks' parameters and moments as the kernels take them."""
     from sparse_coding.sae.gpu_kernels import Rows
 
@@ -152,7 +157,7 @@ def rows_of_(stacks: list[Stack]) -> object:
     return Rows(**found)
 
 
-def launcher(rows: object, work: object, shape: object) -> Callable[[], None]:
+def launcher(rows: "Rows", work: "Work", shape: "Shape") -> Callable[[], None]:
     """A function that launches the kernels of a step on the current stream."""
     from sparse_coding.sae import gpu_kernels
 
@@ -194,7 +199,7 @@ class GpuEngine:
         if self.rows.W_dec.is_cuda:
             torch.cuda.empty_cache()  # what the parts were in
         self.dot = DOT[torch.get_float32_matmul_precision()]
-        self.sizes = [stack.n_dict for stack in stacks for _ in stack.members]
+        self.sizes = [stack.n_dict for stack in stacks for _ in stack.specs]
         self.steps_at_a_time = steps_at_a_time(stacks[0].W_dec.shape[2])
         self.ready: tuple | None = None  # a shape, its Work, and a function that steps
 
@@ -209,25 +214,25 @@ class GpuEngine:
         else:
             self.run_(shape, xs, n_done=n_done, factors=factors)
 
-    def run_(self, shape: object, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
+    def run_(self, shape: "Shape", xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
         """The same with kernels for this shape, whatever they give."""
         if self.ready is None or self.ready[0] != shape:
             self.ready = None  # memory first
             work = make_work(self.sizes, shape, xs.device)
             self.ready = shape, work, self._replayed(launcher(self.rows, work, shape))
         _, work, step = self.ready
-        numbers = torch.from_numpy(paces(self.stacks[0], n_done, factors))  # (n, 6)
+        of_steps = torch.from_numpy(step_numbers(self.stacks[0], n_done, factors))  # (n, 6)
         if xs.is_cuda:  # no waiting for what the GPU has still to do
-            numbers = numbers.pin_memory().to(xs.device, non_blocking=True)
-        for x, pace in zip(xs, numbers, strict=True):
+            of_steps = of_steps.pin_memory().to(xs.device, non_blocking=True)
+        for x, numbers in zip(xs, of_steps, strict=True):
             work.x.copy_(x)
-            work.pace.copy_(pace)
+            work.numbers.copy_(numbers)
             step()
         counts = [state["step"] for stack in self.stacks for state in stack.adam.state.values()]
         torch._foreach_add_(counts, len(xs))
 
     def _replayed(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """launch as a CUDA graph, whose input is what stands in Work.x and Work.pace."""
+        """launch as a CUDA graph, whose input is what stands in Work.x and Work.numbers."""
         if not self.graph:
             return launch
         try:
@@ -236,31 +241,29 @@ class GpuEngine:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 launch()
         except RuntimeError as error:
-            print(f"no CUDA graph, so small grids train slower: {_first_line(error)}", flush=True)
+            print(f"no CUDA graph, so small grids train slower: {first_line(error)}", flush=True)
             return launch
         return graph.replay
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 @functools.cache
-def fault_of(shape: object, device: torch.device) -> str:
+def fault_of(shape: "Shape", device: torch.device) -> str:
     """What is wrong with the kernels of this shape, or "". Says so, once."""
     from triton.errors import TritonError
 
     try:
         error = trial_error(shape, device)
         fault = "" if error <= TRIAL_ERROR else f"they are off by {error:.0%}"  # NaN is a fault
-    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        fault = _first_line(error)  # a shape that doesn't fit, no compiler for the launch, ...
+    except TritonError as error:  # the lines before the last quote the kernel
+        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        fault = f"{type(error).__name__}: {first_line(error)}"  # no compiler for the launch, ...
     if fault:
         _say_dense(fault)
     return fault
 
 
-def trial_error(shape: object, device: torch.device) -> float:
+def trial_error(shape: "Shape", device: torch.device) -> float:
     """Distance of the kernels' steps from dense ones in float64, relative; of the worst parameter.
 
     Adam with an eps of 1 takes steps in proportion to the gradient, which are compared as such.
@@ -269,12 +272,12 @@ def trial_error(shape: object, device: torch.device) -> float:
     xs = torch.randn(3, shape.batch, shape.h, generator=torch.Generator().manual_seed(0))
     xs[1] = xs[1, 0]
     xs, moved = (xs * shape.h**-0.5).to(device), []
-    members = [Member(n, 1e-3, seed=n, tied=True) for n in (shape.encode_f + 8, shape.list_f + 8)]
+    specs = [SAESpec(n, 1e-3, seed=n, tied=True) for n in (shape.encode_f + 8, shape.list_f + 8)]
     for dtype in (torch.float32, torch.float64):
         options = dict(lr=shape.h / 4, eps=1.0, project=shape.project)
         options |= dict(b_dec=xs[0, 0] / 4 if shape.b_dec else None)
         scratch = Scratch(device, dtype)
-        stacks = [Stack([member], shape.h, scratch=scratch, **options) for member in members]
+        stacks = [Stack([member], shape.h, scratch=scratch, **options) for member in specs]
         parameters = [p for stack in stacks for p in stack.parameters.values()]
         before = [p.clone() for p in parameters]
         factors = [Factors(1.0, 1.0, False)] * len(xs)

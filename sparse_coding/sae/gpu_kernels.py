@@ -24,32 +24,33 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sparse_coding.sae import spec
 
 DORMANT = tl.constexpr(spec.DORMANT)
 L0_GAIN, L0_CLAMP = tl.constexpr(spec.L0_GAIN), tl.constexpr(spec.L0_CLAMP)
-SEEKS_L0 = tl.constexpr(4)  # place in a step's numbers, cpu.paces
+RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, _ = map(tl.constexpr, spec.PLACE)
 
 
 class Rows(NamedTuple):
     """Parameters with Adam's moments (_m, _v) of all autoencoders, one after the other."""
 
-    W_enc: object  # (n_rows, h)
-    W_enc_m: object
-    W_enc_v: object
-    W_dec: object  # (n_rows, h)
-    W_dec_m: object
-    W_dec_v: object
-    b_enc: object  # (n_rows,)
-    b_enc_m: object
-    b_enc_v: object
-    b_dec: object  # (n_saes, h); unused where it is fixed at 0
-    b_dec_m: object
-    b_dec_v: object
-    idle: object  # (n_rows,) int32: steps since a feature fired
-    l1: object  # (n_saes,)
-    target_l0: object  # (n_saes,), 0 where l1 stays
+    W_enc: Tensor  # (n_rows, h)
+    W_enc_m: Tensor
+    W_enc_v: Tensor
+    W_dec: Tensor  # (n_rows, h)
+    W_dec_m: Tensor
+    W_dec_v: Tensor
+    b_enc: Tensor  # (n_rows,)
+    b_enc_m: Tensor
+    b_enc_v: Tensor
+    b_dec: Tensor  # (n_saes, h); unused where it is fixed at 0
+    b_dec_m: Tensor
+    b_dec_v: Tensor
+    idle: Tensor  # (n_rows,) int32: steps since a feature fired
+    l1: Tensor  # (n_saes,)
+    target_l0: Tensor  # (n_saes,), 0 where l1 stays
 
 
 class Work(NamedTuple):
@@ -59,23 +60,23 @@ class Work(NamedTuple):
         back those at rest, whose moments still move them; what is between is left alone
     """
 
-    x: object  # (batch, h)
-    pace: object  # (6,)
-    saes: object  # (n_saes, 3) int32: first row, end of rows, first tile of lists
-    encode_tiles: object  # (tiles, 2) int32: autoencoder, first feature
-    list_tiles: object  # (tiles, 2) int32: autoencoder, first slot
-    codes: object  # (n_rows, batch), written only where count is above 0
-    count: object  # (n_rows, blocks) int32: codes that are not 0 in a block of encode_b samples
-    feature: object  # (n_rows,) int32
-    missed: object  # (n_rows,) int32: steps of decay that the moments of a row are behind
-    n_fired: object  # (n_saes,) int32
-    n_resting: object  # (n_saes,) int32
-    g: object  # (n_saes, batch, h)
-    delta: object  # (n_rows, batch), of features that fired
-    bias_grad: object  # (n_rows,): ∂b_enc of features that fired
-    along: object  # (n_rows,): length of ∂W_dec along the row
-    off: object  # (list tiles, h): Σ over a tile of ∂b_enc W_enc
-    norm: object  # (n_rows, chunks of h): squared length
+    x: Tensor  # (batch, h)
+    numbers: Tensor  # (6,)
+    saes: Tensor  # (n_saes, 3) int32: first row, end of rows, first tile of lists
+    encode_tiles: Tensor  # (tiles, 2) int32: autoencoder, first feature
+    list_tiles: Tensor  # (tiles, 2) int32: autoencoder, first slot
+    codes: Tensor  # (n_rows, batch), written only where count is above 0
+    count: Tensor  # (n_rows, blocks) int32: codes that are not 0 in a block of encode_b samples
+    feature: Tensor  # (n_rows,) int32
+    missed: Tensor  # (n_rows,) int32: steps of decay that the moments of a row are behind
+    n_fired: Tensor  # (n_saes,) int32
+    n_resting: Tensor  # (n_saes,) int32
+    g: Tensor  # (n_saes, batch, h)
+    delta: Tensor  # (n_rows, batch), of features that fired
+    bias_grad: Tensor  # (n_rows,): ∂b_enc of features that fired
+    along: Tensor  # (n_rows,): length of ∂W_dec along the row
+    off: Tensor  # (list tiles, h): Σ over a tile of ∂b_enc W_enc
+    norm: Tensor  # (n_rows, chunks of h): squared length
 
 
 class Shape(NamedTuple):
@@ -86,7 +87,9 @@ class Shape(NamedTuple):
     batch: int
     b_dec: bool  # whether it is trained
     project: bool
-    dot: str  # precision of factors in GEMMs: ieee, tf32, tf32x3, bf16
+    # precision of factors in GEMMs: ieee, tf32, tf32x3, bf16. Triton before 3.7 takes it as an
+    # argument only from a constant of the kernel's own
+    dot: str
     encode_f: int = 128
     encode_b: int = 128
     encode_k: int = 32
@@ -122,6 +125,7 @@ def encode(rows, work, S: tl.constexpr):
     F: tl.constexpr = S.encode_f
     B: tl.constexpr = S.encode_b
     K: tl.constexpr = S.encode_k
+    D: tl.constexpr = S.dot
     blocks: tl.constexpr = (S.batch + B - 1) // B
     t, of_b = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     s, start = tl.load(work.encode_tiles + 2 * t), tl.load(work.encode_tiles + 2 * t + 1)
@@ -133,7 +137,7 @@ def encode(rows, work, S: tl.constexpr):
     for start_k in range(0, S.h, K):
         k = start_k + tl.arange(0, K)
         W = block(rows.W_enc, row, k, S.h, there)
-        acc = matmul(W, tl.trans(block(work.x, b, k, S.h, b < S.batch)), acc, S.dot)
+        acc = matmul(W, tl.trans(block(work.x, b, k, S.h, b < S.batch)), acc, D)
         if S.b_dec:
             shift += W * tl.load(rows.b_dec + s * S.h + k, mask=k < S.h, other=0.0)[None, :]
     bias = tl.load(rows.b_enc + row, mask=there, other=0.0)
@@ -178,7 +182,7 @@ def choose(rows, work, S: tl.constexpr):
     tl.store(work.n_fired + s, n_fired)
     tl.store(work.n_resting + s, n_resting)
     target = tl.load(rows.target_l0 + s)
-    if (target > 0) & (tl.load(work.pace + SEEKS_L0) > 0):
+    if (target > 0) & (tl.load(work.numbers + SEEKS_L0) > 0):
         off = n_codes.to(tl.float32) / S.batch / target
         off = tl.minimum(tl.maximum(off, 1 / L0_CLAMP), L0_CLAMP)
         tl.store(rows.l1 + s, tl.load(rows.l1 + s) * tl.exp2(tl.log2(off) * L0_GAIN))
@@ -197,6 +201,7 @@ def decode(rows, work, S: tl.constexpr):
     B: tl.constexpr = S.decode_b
     H: tl.constexpr = S.decode_h
     K: tl.constexpr = S.decode_k
+    D: tl.constexpr = S.dot
     blocks: tl.constexpr = (S.batch + B - 1) // B
     chunks: tl.constexpr = (S.h + H - 1) // H
     s = (tl.num_programs(0) - 1 - tl.program_id(0)) // (blocks * chunks)  # the largest first
@@ -209,7 +214,7 @@ def decode(rows, work, S: tl.constexpr):
         fired = slot < n_fired
         row = first + tl.load(work.feature + first + slot, mask=fired, other=0).to(tl.int64)
         codes = codes_of(work, row, start_b, B, fired, S)
-        acc = matmul(tl.trans(codes), block(rows.W_dec, row, j, S.h, fired), acc, S.dot)
+        acc = matmul(tl.trans(codes), block(rows.W_dec, row, j, S.h, fired), acc, D)
     acc -= block(work.x, b, j, S.h, b < S.batch)
     if S.b_dec:
         acc += tl.load(rows.b_dec + s * S.h + j, mask=j < S.h, other=0.0)[None, :]
@@ -220,7 +225,6 @@ def decode(rows, work, S: tl.constexpr):
 
 BETA1, BETA2 = (tl.constexpr(beta) for beta in spec.BETAS)
 LOG2_BETA1, LOG2_BETA2 = (tl.constexpr(math.log2(beta)) for beta in spec.BETAS)
-RATE, ROOT, EPS, L1_FACTOR = (tl.constexpr(i) for i in range(4))  # places in cpu.paces
 
 
 @triton.jit
@@ -241,15 +245,15 @@ def any_of(mask):
 
 
 @triton.jit
-def adam(p, m, v, at, mask, grad, missed, pace):
+def adam(p, m, v, at, mask, grad, missed, numbers):
     """Parameters after a step of Adam, not stored; their moments are, after what they missed."""
     decay_m, decay_v = tl.exp2(missed * LOG2_BETA1), tl.exp2(missed * LOG2_BETA2)
     m_new = tl.load(m + at, mask=mask, other=0.0) * decay_m * BETA1 + grad * (1 - BETA1)
     v_new = tl.load(v + at, mask=mask, other=0.0) * decay_v * BETA2 + grad * grad * (1 - BETA2)
     tl.store(m + at, m_new, mask=mask)
     tl.store(v + at, v_new, mask=mask)
-    root = tl.sqrt(v_new) * tl.load(pace + ROOT) + tl.load(pace + EPS)
-    return tl.load(p + at, mask=mask, other=0.0) - tl.load(pace + RATE) * m_new / root
+    root = tl.sqrt(v_new) * tl.load(numbers + ROOT) + tl.load(numbers + EPS)
+    return tl.load(p + at, mask=mask, other=0.0) - tl.load(numbers + RATE) * m_new / root
 
 
 @triton.jit
@@ -257,10 +261,11 @@ def backward(rows, work, S: tl.constexpr):
     F: tl.constexpr = S.list_f
     B: tl.constexpr = S.backward_b
     K: tl.constexpr = S.backward_k
+    D: tl.constexpr = S.dot
     s, row, fired, moves = listed(work, tl.program_id(0), S)
     if any_of(moves):
         g = work.g + s.to(tl.int64) * S.batch * S.h
-        l1 = tl.load(rows.l1 + s) * tl.load(work.pace + L1_FACTOR) / S.batch
+        l1 = tl.load(rows.l1 + s) * tl.load(work.numbers + L1_FACTOR) / S.batch
         bias_grad, along = tl.zeros([F], tl.float32), tl.zeros([F], tl.float32)
         for start in range(0, tl.where(any_of(fired), S.batch, 0), B):
             b = start + tl.arange(0, B)
@@ -268,7 +273,7 @@ def backward(rows, work, S: tl.constexpr):
             for start_k in range(0, S.h, K):
                 k = start_k + tl.arange(0, K)
                 W = block(rows.W_dec, row, k, S.h, fired)
-                acc = matmul(W, tl.trans(block(g, b, k, S.h, b < S.batch)), acc, S.dot)
+                acc = matmul(W, tl.trans(block(g, b, k, S.h, b < S.batch)), acc, D)
             codes = codes_of(work, row, start, B, fired, S)
             delta = tl.where(codes != 0, acc + l1, 0.0)
             inside = fired[:, None] & (b < S.batch)[None, :]
@@ -279,7 +284,7 @@ def backward(rows, work, S: tl.constexpr):
         tl.store(work.along + row, along, mask=fired)
         missed = tl.load(work.missed + row, mask=moves, other=0).to(tl.float32)
         b_enc = adam(
-            rows.b_enc, rows.b_enc_m, rows.b_enc_v, row, moves, bias_grad, missed, work.pace
+            rows.b_enc, rows.b_enc_m, rows.b_enc_v, row, moves, bias_grad, missed, work.numbers
         )
         tl.store(rows.b_enc + row, b_enc, mask=moves)
 
@@ -288,6 +293,7 @@ def backward(rows, work, S: tl.constexpr):
 def update_encoder(rows, work, S: tl.constexpr):
     F: tl.constexpr = S.list_f
     H: tl.constexpr = S.update_h
+    D: tl.constexpr = S.dot
     chunks: tl.constexpr = (S.h + H - 1) // H
     t, j = tl.program_id(0) // chunks, tl.program_id(0) % chunks * H + tl.arange(0, H)
     s, row, fired, moves = listed(work, t, S)
@@ -296,7 +302,7 @@ def update_encoder(rows, work, S: tl.constexpr):
         for start in range(0, tl.where(any_of(fired), S.batch, 0), S.update_k):
             b = start + tl.arange(0, S.update_k)
             delta = block(work.delta, row, b, S.batch, fired)
-            grad = matmul(delta, block(work.x, b, j, S.h, b < S.batch), grad, S.dot)
+            grad = matmul(delta, block(work.x, b, j, S.h, b < S.batch), grad, D)
         if S.b_dec:
             bias_grad = tl.load(work.bias_grad + row, mask=fired, other=0.0)
             through = bias_grad[:, None] * block(rows.W_enc, row, j, S.h, fired)
@@ -305,7 +311,7 @@ def update_encoder(rows, work, S: tl.constexpr):
             grad -= bias_grad[:, None] * b_dec[None, :]
         at, mask = row[:, None] * S.h + j[None, :], moves[:, None] & (j < S.h)[None, :]
         missed = tl.load(work.missed + row, mask=moves, other=0).to(tl.float32)[:, None]
-        W = adam(rows.W_enc, rows.W_enc_m, rows.W_enc_v, at, mask, grad, missed, work.pace)
+        W = adam(rows.W_enc, rows.W_enc_m, rows.W_enc_v, at, mask, grad, missed, work.numbers)
         tl.store(rows.W_enc + at, W, mask=mask)
 
 
@@ -313,6 +319,7 @@ def update_encoder(rows, work, S: tl.constexpr):
 def update_decoder(rows, work, S: tl.constexpr):
     F: tl.constexpr = S.list_f
     H: tl.constexpr = S.update_h
+    D: tl.constexpr = S.dot
     chunks: tl.constexpr = (S.h + H - 1) // H
     chunk = tl.program_id(0) % chunks
     s, row, fired, moves = listed(work, tl.program_id(0) // chunks, S)
@@ -323,13 +330,13 @@ def update_decoder(rows, work, S: tl.constexpr):
         for start in range(0, tl.where(any_of(fired), S.batch, 0), S.update_k):
             b = start + tl.arange(0, S.update_k)
             codes = codes_of(work, row, start, S.update_k, fired, S)
-            grad = matmul(codes, block(g, b, j, S.h, b < S.batch), grad, S.dot)
+            grad = matmul(codes, block(g, b, j, S.h, b < S.batch), grad, D)
         if S.project:
             along = tl.load(work.along + row, mask=fired, other=0.0)
             grad -= along[:, None] * block(rows.W_dec, row, j, S.h, fired)
         at, mask = row[:, None] * S.h + j[None, :], moves[:, None] & (j < S.h)[None, :]
         missed = tl.load(work.missed + row, mask=moves, other=0).to(tl.float32)[:, None]
-        W = adam(rows.W_dec, rows.W_dec_m, rows.W_dec_v, at, mask, grad, missed, work.pace)
+        W = adam(rows.W_dec, rows.W_dec_m, rows.W_dec_v, at, mask, grad, missed, work.numbers)
         norm = tl.where(moves, tl.sum(W * W, 1), 1.0)
         if chunks == 1:
             W /= tl.sqrt(norm)[:, None]
@@ -368,5 +375,6 @@ def update_b_dec(rows, work, S: tl.constexpr):
         t = start + tl.arange(0, 16)
         grad -= block(work.off, t, j, S.h, t < first + tiles)
     at, mask = s * S.h + j, j < S.h
-    b_dec = adam(rows.b_dec, rows.b_dec_m, rows.b_dec_v, at, mask, tl.sum(grad, 0), 0.0, work.pace)
+    grad = tl.sum(grad, 0)
+    b_dec = adam(rows.b_dec, rows.b_dec_m, rows.b_dec_v, at, mask, grad, 0.0, work.numbers)
     tl.store(rows.b_dec + at, b_dec, mask=mask)

@@ -1,4 +1,4 @@
-"""What the autoencoders of an ensemble are: their sizes, starts and schedule."""
+"""What the autoencoders of an ensemble are: sizes, starts, schedule, and the numbers of a step."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from torch.nn.functional import normalize
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
 BETAS = 0.9, 0.999  # of Adam
 DORMANT = 200  # steps without firing, after which a feature's moments move it no more (cpu_kernels)
-# Of the controller that finds l1 for a wished l0, per step; ours, LOG.md
+# Of the controller that finds l1 for a target l0, per step; ours, LOG.md
 L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
 L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement
 
 
 @dataclass(frozen=True)
-class Member:
+class SAESpec:
     """One autoencoder of an ensemble.
 
-    l1: weight of mean Σ codes in the loss, l1_alpha times its normalisation
+    l1: weight of mean Σ codes in the loss, l1_alpha times its normalisation (sweep/grid.py)
     seed: of its start
     tied: start with W_enc = W_decᵀ / 2 and b_enc = 0 instead of torch.nn.Linear's
     target_l0: l1 is only where a controller starts that seeks this l0; 0: l1 stays
@@ -30,6 +30,20 @@ class Member:
     seed: int
     tied: bool = False
     target_l0: float = 0.0
+
+
+class StepNumbers(NamedTuple):
+    """What the kernels of all engines are told of one step, as an array in this order."""
+
+    rate: float  # lr / (1 − β₁^t)
+    root: float  # 1/√(1 − β₂^t)
+    eps: float
+    l1_factor: float
+    seeks_l0: float  # 0 or 1
+    project: float  # 0 or 1
+
+
+PLACE = StepNumbers(*range(len(StepNumbers._fields)))  # of each number in the array
 
 
 class Factors(NamedTuple):
@@ -56,18 +70,22 @@ class Schedule:
     eps: float = 1e-8
 
     def lr_factor(self, step: int) -> float:
+        """Of the learning rate at this step, from 0."""
         rise = min(1.0, (step + 1) / (self.lr_warmup + 1))
         if self.decay_start is None or step < self.decay_start:
             return rise
         return rise * (self.n_steps - step) / (self.n_steps - self.decay_start)
 
     def l1_factor(self, step: int) -> float:
+        """Of l1 at this step, from 0."""
         return min(1.0, step / self.l1_warmup) if self.l1_warmup else 1.0
 
     def seeks_l0(self, step: int) -> bool:
+        """Whether the controller of l1 is at work: not while l1 is still rising."""
         return step >= self.l1_warmup
 
     def at(self, step: int) -> Factors:
+        """All of one step."""
         return Factors(self.lr_factor(step), self.l1_factor(step), self.seeks_l0(step))
 
 

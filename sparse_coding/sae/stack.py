@@ -34,7 +34,7 @@ from sparse_coding.sae.spec import (
     L0_CLAMP,
     L0_GAIN,
     Factors,
-    Member,
+    SAESpec,
     initial_autoencoder,
 )
 
@@ -60,7 +60,7 @@ class Stack:
 
     def __init__(
         self,
-        members: list[Member],
+        specs: list[SAESpec],
         activation_dim: int,
         *,
         lr: float,
@@ -69,23 +69,23 @@ class Stack:
         b_dec: Tensor | None = None,
         project: bool = False,
     ):
-        self.members, self.scratch, self.lr, self.project = members, scratch, lr, project
-        self.n_dict = members[0].n_dict
+        self.specs, self.scratch, self.lr, self.project = specs, scratch, lr, project
+        self.n_dict = specs[0].n_dict
         to = {"device": scratch.device, "dtype": scratch.dtype}
-        stacked = _stacked_starts(members, activation_dim, **to)
+        stacked = _stacked_starts(specs, activation_dim, **to)
         if b_dec is not None:
-            stacked["b_dec"] = b_dec.to(**to).repeat(len(members), 1)  # (n_saes, h)
+            stacked["b_dec"] = b_dec.to(**to).repeat(len(specs), 1)  # (n_saes, h)
         self.parameters = {
             k: torch.nn.Parameter(t, requires_grad=False) for k, t in stacked.items()
         }
         self.W_enc, self.b_enc, self.W_dec = (self.parameters[name] for name in PARAMETERS)
         self.b_dec = self.parameters.get("b_dec")
-        self.l1 = torch.tensor([m.l1 for m in members], **to).view(-1, 1, 1)
-        self.target_l0 = torch.tensor([m.target_l0 for m in members], **to).view(-1, 1, 1)
-        self.seeks_l0 = any(m.target_l0 for m in members)
-        self.adam = _adam_in_place(self.parameters.values(), lr=lr, betas=BETAS, eps=eps)
+        self.l1 = torch.tensor([spec.l1 for spec in specs], **to).view(-1, 1, 1)
+        self.target_l0 = torch.tensor([spec.target_l0 for spec in specs], **to).view(-1, 1, 1)
+        self.seeks_l0 = any(spec.target_l0 for spec in specs)
+        self.adam = _adam_in_place(self.parameters.values(), lr=lr, eps=eps)
         # steps since a feature fired, as far as sparse kernels count them; no moments, no hurry
-        shape = (len(members), self.n_dict)
+        shape = (len(specs), self.n_dict)
         self.idle = torch.full(shape, DORMANT, dtype=torch.int32, device=scratch.device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,14 +142,14 @@ class Stack:
             self.b_dec.grad = g.sum(dim=1) - torch.bmm(through_encoder, self.W_enc).squeeze(1)
 
     def _seek_l0_(self, codes: Tensor) -> None:
-        """Moves l1 toward the wished l0, where one is wished."""
+        """Moves l1 toward the target l0, where there is one."""
         l0 = torch.count_nonzero(codes, dim=(1, 2)).view(-1, 1, 1) / codes.shape[2]
         off = (l0 / self.target_l0).clamp(1 / L0_CLAMP, L0_CLAMP)
         self.l1.copy_(torch.where(self.target_l0 > 0, self.l1 * off**L0_GAIN, self.l1))
 
-    def wake_(self) -> None:
-        """Moments of dormant features as if all had been stepped densely: sparse kernels owe them
-        the decay of the steps beyond DORMANT (cpu_kernels.py)."""
+    def catch_up_(self) -> None:
+        """Decays the moments of dormant features for the steps beyond DORMANT, in which sparse
+        kernels left them alone (cpu_kernels.py): as if all had been stepped densely."""
         missed = (self.idle - DORMANT).clamp_(min=0)
         self.idle.zero_()
         for name in PARAMETERS if missed.any() else ():
@@ -159,18 +159,26 @@ class Stack:
                 state[moment] *= decay if name == "b_enc" else decay.unsqueeze(2)
 
 
-def _stacked_starts(members: list[Member], activation_dim: int, **to: object) -> dict[str, Tensor]:
+def _stacked_starts(
+    specs: list[SAESpec], activation_dim: int, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """name -> (n_saes, ...)"""
-    starts = [initial_autoencoder(activation_dim, m.n_dict, m.seed, tied=m.tied) for m in members]
-    stacked = {name: torch.stack([s[name] for s in starts]).to(**to) for name in PARAMETERS}
-    if to["dtype"] == torch.float64:  # rows of length 1 in the precision at hand
+    starts = [
+        initial_autoencoder(activation_dim, spec.n_dict, spec.seed, tied=spec.tied)
+        for spec in specs
+    ]
+    stacked = {
+        name: torch.stack([start[name] for start in starts]).to(device, dtype)
+        for name in PARAMETERS
+    }
+    if dtype == torch.float64:  # rows of length 1 in the precision at hand
         stacked["W_dec"] = normalize(stacked["W_dec"], dim=2)
     return stacked
 
 
-def _adam_in_place(parameters: Iterable[Tensor], **options: object) -> torch.optim.Adam:
+def _adam_in_place(parameters: Iterable[Tensor], *, lr: float, eps: float) -> torch.optim.Adam:
     """Fused Adam whose moments stay where they are from the start: other engines hold views."""
-    adam = torch.optim.Adam(parameters, fused=True, **options)
+    adam = torch.optim.Adam(parameters, lr=lr, betas=BETAS, eps=eps, fused=True)
     for parameter in adam.param_groups[0]["params"]:
         adam.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
@@ -191,6 +199,6 @@ class DenseEngine:
     def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
         """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
         for stack in self.stacks:
-            stack.wake_()
+            stack.catch_up_()
             for x, of_step in zip(xs, factors, strict=True):
                 stack.step_(x, of_step)

@@ -138,13 +138,13 @@ class ReconstructionSums:
 
 @full_float32()
 def reconstruction(ensemble: Ensemble, batches: Iterable[Tensor]) -> dict[str, list[float]]:
-    """l0, l1, mse, fvu, n_dead over all samples of the batches, in the order of the members.
+    """l0, l1, mse, fvu, n_dead over all samples of the batches, in the order of the specs.
 
     Args:
         batches: each (batch_size, activation_dim)
     """
     h, device = ensemble.activation_dim, ensemble.scratch.device
-    sums = [ReconstructionSums(len(s.members), s.n_dict, h, device) for s in ensemble.stacks]
+    sums = [ReconstructionSums(len(s.specs), s.n_dict, h, device) for s in ensemble.stacks]
     for x in batches:
         for stack, total in zip(ensemble.stacks, sums, strict=True):
             codes, x_hat = stack.forward(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_coding.config import named_seed, require_flag
 from sparse_coding.files import read_tensors, write_tensors
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.spec import Member
+from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.hardware import step_seconds
 from sparse_coding.sweep.metrics import (
@@ -74,9 +74,9 @@ class ToyRecipe:
         training = stream(self.data, batch_seed=named_seed(seed, "batches"))
         at_evaluation = replace(self.data, batch_size=EVALUATION["batch_size"])
         fresh = stream(at_evaluation, batch_seed=named_seed(seed, "evaluation"))
-        members = members_of(group, self.l1_normalisation)
+        specs = specs_of(group, self.l1_normalisation)
         ensemble = Ensemble(
-            members, self.data.activation_dim, lr=self.learning_rate, device=self.device
+            specs, self.data.activation_dim, lr=self.learning_rate, device=self.device
         )
 
         def evaluate() -> list[tuple[dict, dict[str, Tensor]]]:
@@ -108,13 +108,13 @@ def dictionary_path(folder: Path, cell: Cell) -> Path:
     return folder / "dictionaries" / f"{cell.name}.safetensors"
 
 
-def members_of(cells: list[Cell], l1_normalisation: str) -> list[Member]:
-    """The cells as members of an ensemble, each with a start of its own that its name determines.
+def specs_of(cells: list[Cell], l1_normalisation: str) -> list[SAESpec]:
+    """The cells as specs of an ensemble, each with a start of its own that its name determines.
 
     l1_normalisation: per_feature divides l1_alpha by n_dict (the post), sum does not
     """
     return [
-        Member(
+        SAESpec(
             n_dict=cell.n_dict,
             l1=cell.l1_alpha / (cell.n_dict if l1_normalisation == "per_feature" else 1),
             seed=named_seed(cell.seed, "start", cell.n_dict, cell.l1_exp),

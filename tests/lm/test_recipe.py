@@ -20,8 +20,8 @@ from sparse_coding.lm.recipe import (
     COLUMNS,
     LanguageRecipe,
     feature_density,
-    members_of,
     sae_folder,
+    specs_of,
     unscaled,
     with_activations,
 )
@@ -141,7 +141,7 @@ def test_training_resumed_from_a_state_has_the_same_bits(recipe):
 
 
 def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
-    of_sum, per_feature = (members_of(cells(), kind) for kind in ("sum", "per_feature"))
+    of_sum, per_feature = (specs_of(cells(), kind) for kind in ("sum", "per_feature"))
     assert [m.l1 for m in of_sum] == pytest.approx([1e-2, 10**-1.75] * 2)
     assert [m.l1 * m.n_dict for m in per_feature] == pytest.approx([1e-2, 10**-1.75] * 2)
     assert [m.n_dict for m in of_sum] == [20, 20, 40, 40]
@@ -150,10 +150,10 @@ def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
 
 def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
     wishes = [replace(cell, target_l0=t) for cell in cells() for t in (0, 4, 8)]
-    members = members_of(wishes, "sum")
-    assert len({m.seed for m in members}) == 12
-    assert members_of(wishes[5:6], "sum")[0].seed == members[5].seed
-    assert [m.target_l0 for m in members[:3]] == [0, 4, 8]
+    specs = specs_of(wishes, "sum")
+    assert len({m.seed for m in specs}) == 12
+    assert specs_of(wishes[5:6], "sum")[0].seed == specs[5].seed
+    assert [m.target_l0 for m in specs[:3]] == [0, 4, 8]
 
 
 # --- rows ---

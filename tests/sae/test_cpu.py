@@ -14,7 +14,7 @@ from builders.scripts import ROOT
 from sparse_coding.sae import cpu
 from sparse_coding.sae.cpu import CpuEngine, kernels_compile
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.spec import BETAS, DORMANT, Member, Schedule
+from sparse_coding.sae.spec import BETAS, DORMANT, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine
 from sparse_coding.toy.data import ToyData, ToyStream, make_world
 
@@ -39,13 +39,13 @@ def xs() -> torch.Tensor:
     return torch.stack([stream.batch(step) for step in range(500)])
 
 
-def members(n_dict: int = 256) -> list[Member]:
+def specs(n_dict: int = 256) -> list[SAESpec]:
     alphas = (0.03, 0.3, 3.0, 0.1, 1.0)
-    return [Member(n_dict, alpha / n_dict, seed) for seed, alpha in enumerate(alphas)]
+    return [SAESpec(n_dict, alpha / n_dict, seed) for seed, alpha in enumerate(alphas)]
 
 
 def build(
-    of: list[Member], *, density: float | None = None, n_threads: int = 2, dtype=torch.float32,
+    of: list[SAESpec], *, density: float | None = None, n_threads: int = 2, dtype=torch.float32,
     h: int = H, **options,
 ) -> Ensemble:  # fmt: skip
     """density: None for the dense engine of torch."""
@@ -82,10 +82,10 @@ def options(request) -> dict:
 @pytest.fixture(scope="module")
 def in_float64(xs, options) -> dict[int, Ensemble]:
     """Steps -> dense in float64."""
-    ensemble, found = build(members(), dtype=torch.float64, **options), {}
+    ensemble, found = build(specs(), dtype=torch.float64, **options), {}
     for steps in (100, 500):
         train(ensemble, xs[ensemble.n_steps_done : steps])
-        found[steps] = build(members(), dtype=torch.float64, **options)
+        found[steps] = build(specs(), dtype=torch.float64, **options)
         found[steps].load_state_(ensemble.state())
     return found
 
@@ -98,12 +98,12 @@ def test_parameters_equal_dense_training_in_float64_after_500_steps(
     other. From then on they differ by some 1e-3, dense float32 (density None) as well: so after 500
     steps only the median over autoencoders can be held to 1e-3.
     """
-    compiled = build(members(), density=density, **options)
+    compiled = build(specs(), density=density, **options)
     for steps, most, middle in ((100, 2e-3, 1e-4), (500, 2e-2, 1e-3)):
         train(compiled, xs[compiled.n_steps_done : steps])
         distances = {
             (i, name): distance(compiled.dictionary(i)[name], expected)
-            for i in range(len(compiled.members))
+            for i in range(len(compiled.specs))
             for name, expected in in_float64[steps].dictionary(i).items()
             if expected.any()
         }
@@ -115,7 +115,7 @@ def test_parameters_equal_dense_training_in_float64_after_500_steps(
 def test_sizes_that_fit_no_tile_block_or_vector_equal_dense_training_too(density):
     n_dict, h, batch = 131, 7, 75
     x = torch.rand(40, batch, h, generator=torch.Generator().manual_seed(0)) - 0.4
-    of = [Member(n_dict, 1e-3, 0), Member(5, 1e-3, 1)]
+    of = [SAESpec(n_dict, 1e-3, 0), SAESpec(5, 1e-3, 1)]
     options = dict(b_dec=x.mean(dim=(0, 1)), project=True, h=h)
     compiled = train(build(of, density=density, **options), x)
     expected = train(build(of, dtype=torch.float64, **options), x)
@@ -138,7 +138,7 @@ def firing_again(dormant_steps: int) -> tuple[torch.Tensor, int]:
 
 def two_features(**options) -> Ensemble:
     """Feature 0 codes dimension 0, feature 1 dimension 1; b_enc is small, so they fire by these."""
-    ensemble = build([Member(8, 1e-3, 0)], h=8, **options)
+    ensemble = build([SAESpec(8, 1e-3, 0)], h=8, **options)
     stack = ensemble.stacks[0]
     stack.W_enc.copy_(torch.eye(8)).mul_(0.8)
     stack.W_dec.copy_(torch.eye(8))
@@ -210,7 +210,7 @@ def test_bits_depend_neither_on_threads_nor_on_steps_at_a_time_nor_on_neighbours
     xs, options, density
 ):
     """16 threads share each of these autoencoders of 8 tiles, one thread takes them alone."""
-    of, x = members(1024)[:2], xs[:12]
+    of, x = specs(1024)[:2], xs[:12]
     alone = train(build(of, density=density, n_threads=1, **options), x)
     for n_threads, at_a_time in ((2, 5), (3, 1), (16, 12)):
         other = build(of, density=density, n_threads=n_threads, **options)
@@ -224,7 +224,7 @@ def test_a_resume_has_the_same_bits_across_the_switch_and_with_dormant_features(
     def share_of_codes(ensemble: Ensemble, step: int) -> float:
         return float((ensemble.stacks[0].forward(xs[step])[0] > 0).float().mean())
 
-    of, options = [Member(256, 30 / 256, 0)], OPTIONS["run"]
+    of, options = [SAESpec(256, 30 / 256, 0)], OPTIONS["run"]
     straight = build(of, density=0.1, **options)
     assert share_of_codes(straight, 0) > 0.2  # dense at first
     checkpoints = {}
@@ -252,9 +252,9 @@ def test_each_engine_goes_on_from_the_others_checkpoint_with_dormant_features(fi
 
 
 def test_a_checkpoint_from_before_there_were_kernels_is_read(xs):
-    begun = train(build(members()), xs[:50])
+    begun = train(build(specs()), xs[:50])
     old = {name: t.clone() for name, t in begun.state().items() if not name.endswith(".idle")}
-    gone_on = build(members(), density=0.35)
+    gone_on = build(specs(), density=0.35)
     gone_on.load_state_(old)
     train(gone_on, xs[50:100])
     train(begun, xs[50:100])
@@ -262,7 +262,7 @@ def test_a_checkpoint_from_before_there_were_kernels_is_read(xs):
 
 
 def test_the_controller_of_l0_is_that_of_the_dense_engine(xs):
-    of = [Member(64, 1e-3, 3, tied=True, target_l0=target) for target in (4.0, 0.0)]
+    of = [SAESpec(64, 1e-3, 3, tied=True, target_l0=target) for target in (4.0, 0.0)]
     options = dict(b_dec=torch.zeros(H), schedule=Schedule(n_steps=500, l1_warmup=20))
     dense, compiled = (train(build(of, density=d, **options), xs[:200]) for d in (None, 0.35))
     assert compiled.l1(0) == pytest.approx(dense.l1(0), rel=1e-3)
@@ -272,7 +272,7 @@ def test_the_controller_of_l0_is_that_of_the_dense_engine(xs):
 
 @pytest.mark.parametrize("density", [None, ALWAYS, NEVER])
 def test_an_autoencoder_that_diverges_does_so_visibly(xs, density):
-    ensemble = build(members()[:1], density=density)
+    ensemble = build(specs()[:1], density=density)
     x = xs[:3].clone()
     x[1, 5, 3] = float("nan")
     train(ensemble, x)
@@ -284,10 +284,10 @@ def test_without_numba_training_is_dense_and_one_line_says_so(missing, tmp_path:
     code = (
         f"import sys; sys.modules['{missing}'] = None\n"
         "import torch; from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes\n"
-        "from sparse_coding.sae.spec import Member\n"
+        "from sparse_coding.sae.spec import SAESpec\n"
         "cpu = torch.device('cpu')\n"
         "for _ in range(2):\n"
-        "    ensemble = Ensemble([Member(8, 1e-3, 0)], 8, lr=1e-3, device=cpu)\n"
+        "    ensemble = Ensemble([SAESpec(8, 1e-3, 0)], 8, lr=1e-3, device=cpu)\n"
         "    ensemble.step_(torch.ones(4, 8)); ensemble_bytes([8], 8, 4, cpu)\n"
         "print(type(ensemble.engine).__name__)\n"
     )
@@ -312,7 +312,7 @@ def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "steps", steps)
     monkeypatch.setattr(cpu, "kernels_missing_in", lambda: None)
     monkeypatch.setattr("sparse_coding.sae.ensemble.kernels_compile", kernels_compile.__wrapped__)
-    ensemble = Ensemble(members(), H, lr=LR, device=CPU)
+    ensemble = Ensemble(specs(), H, lr=LR, device=CPU)
     assert isinstance(ensemble.engine, DenseEngine)
     (line,) = capsys.readouterr().out.splitlines()
     assert "several times slower" in line
@@ -349,8 +349,8 @@ def test_kernels_are_kept_by_their_source_and_the_constants_compiled_into_them(t
 BITS = """
 import hashlib, torch
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.spec import Member
-ensemble = Ensemble([Member(64, 1e-3, 0)], 32, lr=1e-3, device=torch.device("cpu"))
+from sparse_coding.sae.spec import SAESpec
+ensemble = Ensemble([SAESpec(64, 1e-3, 0)], 32, lr=1e-3, device=torch.device("cpu"))
 ensemble.steps_(torch.randn(100, 64, 32, generator=torch.Generator().manual_seed(0)))
 values = torch.cat([p.flatten() for p in ensemble.stacks[0].parameters.values()])
 print(hashlib.sha256(values.detach().numpy().tobytes()).hexdigest())

@@ -7,7 +7,7 @@ from torch import nn
 from sparse_coding.config import named_seed
 from sparse_coding.sae.cpu import DENSITY, Scratch
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.spec import Member, Schedule, initial_autoencoder
+from sparse_coding.sae.spec import SAESpec, Schedule, initial_autoencoder
 from sparse_coding.toy.data import ToyData, ToyStream, make_world
 
 CPU = torch.device("cpu")
@@ -21,8 +21,8 @@ def batches(n: int, dtype=torch.float32) -> list[torch.Tensor]:
     return [stream.batch(step).to(dtype) for step in range(n)]
 
 
-def member(n_dict: int, alpha: float) -> Member:
-    return Member(n_dict, alpha / n_dict, named_seed("test", n_dict, alpha))
+def member(n_dict: int, alpha: float) -> SAESpec:
+    return SAESpec(n_dict, alpha / n_dict, named_seed("test", n_dict, alpha))
 
 
 class ReferenceSAE(nn.Module):
@@ -44,7 +44,7 @@ class ReferenceSAE(nn.Module):
         return ((x - codes @ self.W_dec) ** 2).mean() + l1 * codes.sum(dim=1).mean()
 
 
-def train_reference(m: Member) -> ReferenceSAE:
+def train_reference(m: SAESpec) -> ReferenceSAE:
     sae = ReferenceSAE(initial_autoencoder(H, m.n_dict, m.seed))
     adam = torch.optim.Adam(sae.parameters(), lr=LR, foreach=False, fused=False)
     for x in batches(N_STEPS, torch.float64):
@@ -55,8 +55,8 @@ def train_reference(m: Member) -> ReferenceSAE:
     return sae
 
 
-def trained(members: list[Member], dtype=torch.float32, n_steps=N_STEPS) -> Ensemble:
-    ensemble = Ensemble(members, H, lr=LR, device=CPU, dtype=dtype)
+def trained(specs: list[SAESpec], dtype=torch.float32, n_steps=N_STEPS) -> Ensemble:
+    ensemble = Ensemble(specs, H, lr=LR, device=CPU, dtype=dtype)
     for x in batches(n_steps, dtype):
         ensemble.step_(x)
     return ensemble
@@ -68,23 +68,23 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def members() -> list[Member]:
+def specs() -> list[SAESpec]:
     return [member(n, alpha) for alpha in ALPHAS for n in SIZES]  # sizes interleaved on purpose
 
 
 @pytest.fixture(scope="module")
-def in_float32(members) -> Ensemble:
-    return trained(members)
+def in_float32(specs) -> Ensemble:
+    return trained(specs)
 
 
 @pytest.fixture(scope="module")
-def in_float64(members) -> Ensemble:
-    return trained(members, torch.float64)
+def in_float64(specs) -> Ensemble:
+    return trained(specs, torch.float64)
 
 
 @pytest.mark.parametrize("i", range(len(ALPHAS) * len(SIZES)))
-def test_ensemble_equals_single_autograd_sae_after_200_steps(members, in_float32, in_float64, i):
-    reference = train_reference(members[i])
+def test_ensemble_equals_single_autograd_sae_after_200_steps(specs, in_float32, in_float64, i):
+    reference = train_reference(specs[i])
     expected = {
         "W_enc": reference.W_enc.detach().T,
         "b_enc": reference.b_enc.detach(),
@@ -95,15 +95,15 @@ def test_ensemble_equals_single_autograd_sae_after_200_steps(members, in_float32
         assert distance(in_float32.dictionary(i)[name], parameter) < 2e-3, name
 
 
-def test_a_member_has_the_same_bits_alone_as_among_others(members, in_float32):
+def test_a_member_has_the_same_bits_alone_as_among_others(specs, in_float32):
     for i in (0, 3, 5):
-        alone = trained([members[i]]).dictionary(0)
+        alone = trained([specs[i]]).dictionary(0)
         for name, tensor in in_float32.dictionary(i).items():
             assert torch.equal(tensor, alone[name]), (i, name)
 
 
-def test_dictionary_rows_have_length_one_at_the_start_and_after_every_step(members):
-    ensemble = Ensemble(members, H, lr=LR, device=CPU)
+def test_dictionary_rows_have_length_one_at_the_start_and_after_every_step(specs):
+    ensemble = Ensemble(specs, H, lr=LR, device=CPU)
     for x in [None, *batches(3)]:
         if x is not None:
             ensemble.step_(x)
@@ -125,8 +125,8 @@ def test_start_depends_on_the_seed_alone():
     assert not torch.equal(a, c)
 
 
-def test_forward_computes_the_formulas_of_the_docstring(members):
-    ensemble = Ensemble(members, H, lr=LR, device=CPU)
+def test_forward_computes_the_formulas_of_the_docstring(specs):
+    ensemble = Ensemble(specs, H, lr=LR, device=CPU)
     x = batches(1)[0]
     saved = ensemble.dictionary(1)  # alpha 0.01, n_dict 512
     s, k = ensemble.place[1]
@@ -138,20 +138,20 @@ def test_forward_computes_the_formulas_of_the_docstring(members):
     )
 
 
-def test_dictionary_has_the_names_and_shapes_of_the_contract(members):
-    saved = Ensemble(members, H, lr=LR, device=CPU).dictionary(3)
+def test_dictionary_has_the_names_and_shapes_of_the_contract(specs):
+    saved = Ensemble(specs, H, lr=LR, device=CPU).dictionary(3)
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     assert shapes == {"W_enc": (H, 512), "b_enc": (512,), "W_dec": (512, H), "b_dec": (H,)}
     assert not saved["b_dec"].any()
 
 
-def test_state_loaded_into_a_new_ensemble_continues_with_the_same_bits(members):
+def test_state_loaded_into_a_new_ensemble_continues_with_the_same_bits(specs):
     xs = batches(12)
-    straight = Ensemble(members, H, lr=LR, device=CPU)
+    straight = Ensemble(specs, H, lr=LR, device=CPU)
     for x in xs[:7]:
         straight.step_(x)
     state = {name: tensor.clone() for name, tensor in straight.state().items()}
-    resumed = Ensemble(members, H, lr=LR, device=CPU)
+    resumed = Ensemble(specs, H, lr=LR, device=CPU)
     resumed.load_state_(state)
     for x in xs[7:]:
         straight.step_(x)
@@ -212,13 +212,13 @@ def test_b_dec_projection_and_schedule_equal_autograd(dtype):
     rng = torch.Generator().manual_seed(5)
     x = [torch.rand(32, h, generator=rng, dtype=torch.float64) ** 3 for _ in range(n_steps)]
     b_dec = torch.cat(x).mean(dim=0)
-    members = [Member(n_dict, l1, seed=i, tied=True) for i, l1 in enumerate((0.001, 0.02))]
+    specs = [SAESpec(n_dict, l1, seed=i, tied=True) for i, l1 in enumerate((0.001, 0.02))]
     schedule = Schedule(n_steps=n_steps, lr_warmup=5, l1_warmup=10, decay_start=40)
     options = dict(b_dec=b_dec, project=True, schedule=schedule)
-    ensemble = Ensemble(members, h, lr=3e-3, device=CPU, dtype=dtype, **options)
+    ensemble = Ensemble(specs, h, lr=3e-3, device=CPU, dtype=dtype, **options)
     for batch in x:
         ensemble.step_(batch.to(dtype))
-    for i, m in enumerate(members):
+    for i, m in enumerate(specs):
         sae = FullReference(initial_autoencoder(h, n_dict, m.seed, tied=True), b_dec)
         adam = torch.optim.Adam(sae.parameters(), lr=3e-3, foreach=False, fused=False)
         for step, batch in enumerate(x):
@@ -240,11 +240,11 @@ def test_b_dec_projection_and_schedule_equal_autograd(dtype):
 def test_the_controller_brings_l0_to_the_wished_one_and_resumes_with_the_same_bits():
     stream = ToyStream(DATA, make_world(DATA, 0), batch_seed=1, device=CPU)
     schedule = Schedule(n_steps=1500, l1_warmup=50, decay_start=1200)
-    members = [Member(64, 1e-3, seed=3, tied=True, target_l0=t) for t in (4.0, 0.0, 12.0)]
-    ensemble = Ensemble(members, H, lr=3e-3, device=CPU, b_dec=torch.zeros(H), schedule=schedule)
+    specs = [SAESpec(64, 1e-3, seed=3, tied=True, target_l0=t) for t in (4.0, 0.0, 12.0)]
+    ensemble = Ensemble(specs, H, lr=3e-3, device=CPU, b_dec=torch.zeros(H), schedule=schedule)
     for step in range(700):
         ensemble.step_(stream.batch(step))
-    resumed = Ensemble(members, H, lr=3e-3, device=CPU, b_dec=torch.zeros(H), schedule=schedule)
+    resumed = Ensemble(specs, H, lr=3e-3, device=CPU, b_dec=torch.zeros(H), schedule=schedule)
     resumed.load_state_({name: tensor.clone() for name, tensor in ensemble.state().items()})
     for step in range(700, 1500):
         ensemble.step_(stream.batch(step))

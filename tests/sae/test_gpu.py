@@ -4,19 +4,21 @@ Whatever needs a GPU itself (graphs, streams) is at the end and skipped without 
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
+from builders.scripts import ROOT
 from torch import Tensor
 
 from sparse_coding.sae import gpu
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.gpu import GpuEngine, launcher, make_work, shape_of, trial_error
-from sparse_coding.sae.spec import DORMANT, Factors, Member, Schedule
+from sparse_coding.sae.spec import DORMANT, Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.toy.data import LAWS, ToyData, ToyStream, make_world
@@ -41,12 +43,12 @@ def xs() -> Tensor:
     return torch.stack([stream.batch(step) for step in range(120)]).to(DEVICE)
 
 
-def members(n_dict: int = 48) -> list[Member]:
+def specs(n_dict: int = 48) -> list[SAESpec]:
     alphas = (0.3, 0.03, 3.0)
-    return [Member(n_dict, alpha / n_dict, seed) for seed, alpha in enumerate(alphas)]
+    return [SAESpec(n_dict, alpha / n_dict, seed) for seed, alpha in enumerate(alphas)]
 
 
-def build(of: list[Member], *, dense: bool = False, dtype=torch.float32, h: int = H,
+def build(of: list[SAESpec], *, dense: bool = False, dtype=torch.float32, h: int = H,
           graph: bool = False, tiles: dict | None = None, **options) -> Ensemble:  # fmt: skip
     ensemble = Ensemble(of, h, lr=LR, device=DEVICE, dtype=dtype, **options)
     stacks = ensemble.stacks
@@ -56,7 +58,7 @@ def build(of: list[Member], *, dense: bool = False, dtype=torch.float32, h: int 
     return ensemble
 
 
-def in_float64(of: list[Member], **options) -> Ensemble:
+def in_float64(of: list[SAESpec], **options) -> Ensemble:
     return build(of, dense=True, dtype=torch.float64, **options)
 
 
@@ -86,7 +88,7 @@ def copied(ensemble: Ensemble) -> dict[str, Tensor]:
 @pytest.mark.parametrize("options", [{}, RUN], ids=["toy", "run"])
 def test_each_kernel_computes_its_formula_on_ragged_sizes(xs, options):
     """Of one step from the start, after which all that the kernels handed on still stands there."""
-    of = [Member(40, 1e-3, 0), Member(70, 1e-3, 1), Member(70, 1e-2, 2)]
+    of = [SAESpec(40, 1e-3, 0), SAESpec(70, 1e-3, 1), SAESpec(70, 1e-2, 2)]
     ensemble = build(of, tiles=SMALL, **options)
     start = {i: {k: t.double() for k, t in ensemble.dictionary(i).items()} for i in range(3)}
     engine, x = ensemble.engine, xs[0].cpu().double()
@@ -142,7 +144,7 @@ def test_lists_hold_who_fired_from_the_front_and_who_rests_from_the_back():
     from sparse_coding.sae.gpu_kernels import choose
 
     sizes, rng = [5, 90, 64], torch.Generator().manual_seed(0)
-    engine = build([Member(n, 1e-3, n, target_l0=3.0) for n in sizes], tiles=SMALL).engine
+    engine = build([SAESpec(n, 1e-3, n, target_l0=3.0) for n in sizes], tiles=SMALL).engine
     sizes = engine.sizes  # by width
     shape = shape_of(H, BATCH, b_dec=False, project=False, dot="ieee", **SMALL)
     work = make_work(sizes, shape, DEVICE)
@@ -151,7 +153,7 @@ def test_lists_hold_who_fired_from_the_front_and_who_rests_from_the_back():
     )
     idle = torch.randint(DORMANT - 3, DORMANT + 3, (sum(sizes),), generator=rng)
     work.count.copy_(count)
-    work.pace.copy_(torch.ones(6))
+    work.numbers.copy_(torch.ones(6))
     work.missed.fill_(-1)
     engine.rows.idle.copy_(idle)
     choose[(3,)](engine.rows, work, shape)
@@ -177,7 +179,7 @@ def test_lists_hold_who_fired_from_the_front_and_who_rests_from_the_back():
 
 def test_parameters_equal_dense_training_in_float64_after_110_steps(xs):
     """With all that run.py has: b_dec, projection, a schedule, an l0 that is sought."""
-    of = [Member(30, 1e-3, 5, tied=True, target_l0=4.0)]
+    of = [SAESpec(30, 1e-3, 5, tied=True, target_l0=4.0)]
     schedule = Schedule(200, lr_warmup=20, l1_warmup=40, decay_start=90)
     expected, ours = (make(of, **RUN, schedule=schedule) for make in (in_float64, build))
     train(expected, xs[:110])
@@ -189,7 +191,7 @@ def test_parameters_equal_dense_training_in_float64_after_110_steps(xs):
 
 
 def test_the_toy_replication_equals_dense_training_in_float64_after_110_steps(xs):
-    of = members()[2:]
+    of = specs()[2:]
     expected, ours = (train(make(of), xs[:110]) for make in (in_float64, build))
     for name in PARAMETERS:
         assert distance(ours.dictionary(0)[name], expected.dictionary(0)[name]) < 1e-3, name
@@ -210,7 +212,7 @@ def firing(n: int, second_only: bool, seed: int) -> Tensor:
 
 def two_features(**options) -> Ensemble:
     """Feature 0 codes dimension 0, feature 1 dimension 1; b_enc is small, so they fire by these."""
-    ensemble = build([Member(8, 1e-3, 0)], h=8, **options)
+    ensemble = build([SAESpec(8, 1e-3, 0)], h=8, **options)
     stack = ensemble.stacks[0]
     stack.W_enc.copy_(torch.eye(8)).mul_(0.8)
     stack.W_dec.copy_(torch.eye(8))
@@ -279,7 +281,7 @@ def test_features_that_never_fired_are_never_touched():
 def test_bits_depend_neither_on_steps_at_a_time_nor_on_neighbours_and_a_resume_has_them(
     xs, options
 ):
-    of, x = [Member(20, 1e-3, 7), *members()[:2]], xs[:6]
+    of, x = [SAESpec(20, 1e-3, 7), *specs()[:2]], xs[:6]
     together = train(build(of, **options), x)
     resumed = train(build(of, **options), x[:4], 3)
     gone_on = build(of, **options)
@@ -291,8 +293,8 @@ def test_bits_depend_neither_on_steps_at_a_time_nor_on_neighbours_and_a_resume_h
 
 
 def test_each_engine_goes_on_from_the_others_state(xs):
-    expected = train(in_float64(members()), xs[:9])
-    ensemble = train(build(members()), xs[:3])
+    expected = train(in_float64(specs()), xs[:9])
+    ensemble = train(build(specs()), xs[:3])
     for engine in (DenseEngine(ensemble.stacks), GpuEngine(ensemble.stacks, graph=False, **WHOLE)):
         ensemble.engine = engine
         train(ensemble, xs[ensemble.n_steps_done :][:3])
@@ -306,8 +308,8 @@ def test_each_engine_goes_on_from_the_others_state(xs):
 def test_an_autoencoder_that_diverges_does_so_visibly_and_alone_on_finite_data(xs):
     x = xs[:2].clone()
     x[0, 5, 3] = float("nan")
-    assert train(build(members()[:1]), x).dictionary(0)["W_enc"].isnan().any()
-    ensemble = build(members()[:2])
+    assert train(build(specs()[:1]), x).dictionary(0)["W_enc"].isnan().any()
+    ensemble = build(specs()[:2])
     ensemble.stacks[0].W_dec[0] = float("nan")
     train(ensemble, xs[:2])
     assert ensemble.dictionary(0)["W_enc"].isnan().any()
@@ -318,7 +320,7 @@ def test_an_autoencoder_that_diverges_does_so_visibly_and_alone_on_finite_data(x
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_no_kernel_writes_beside_its_tensors(xs, bad):
     """Each of them between two strips of a value that must stay, then with NaN or inf too."""
-    of, strip, whole = [Member(n, 1e-2, n) for n in (5, 48, 70)], 300, []
+    of, strip, whole = [SAESpec(n, 1e-2, n) for n in (5, 48, 70)], 300, []
 
     def fenced(values: tuple) -> tuple:
         found = []
@@ -333,7 +335,7 @@ def test_no_kernel_writes_beside_its_tensors(xs, bad):
     shape = shape_of(H, BATCH, b_dec=True, project=True, dot="ieee", **SMALL)
     rows, work = fenced(engine.rows), fenced(make_work(engine.sizes, shape, DEVICE))
     launch = launcher(rows, work, shape)
-    work.pace.copy_(torch.tensor([1e-3, 1.0, 1e-8, 1.0, 1.0, 1.0]))
+    work.numbers.copy_(torch.tensor([1e-3, 1.0, 1e-8, 1.0, 1.0, 1.0]))
     work.x.copy_(xs[0])
     launch()
     work.x[5, 3] = bad
@@ -347,7 +349,7 @@ def test_no_kernel_writes_beside_its_tensors(xs, bad):
 
 
 def test_the_stacks_tensors_become_parts_of_one_matrix_and_keep_their_values():
-    of = [Member(n, 1e-3, n, target_l0=t) for n, t in ((70, 3.0), (40, 0.0), (70, 5.0))]
+    of = [SAESpec(n, 1e-3, n, target_l0=t) for n, t in ((70, 3.0), (40, 0.0), (70, 5.0))]
     ensemble = Ensemble(of, H, lr=LR, device=DEVICE, b_dec=torch.arange(float(H)))
     before, objects = copied(ensemble), list(ensemble.state().values())
     dictionaries = [ensemble.dictionary(i) for i in range(3)]
@@ -373,7 +375,7 @@ def test_the_full_grid_plans_for_less_than_16_gb_on_a_gpu():
 
 
 def test_memory_plan_covers_what_the_engine_allocates(xs):
-    of = [Member(n, 1e-3, n) for n in (5, 48, 70, 70)]
+    of = [SAESpec(n, 1e-3, n) for n in (5, 48, 70, 70)]
     ensemble = build(of, **RUN)
     ensemble.engine.tiles = {}
     train(ensemble, xs[:1])
@@ -388,6 +390,10 @@ def broken(kind: str):
             from triton.runtime.errors import OutOfResources
 
             raise OutOfResources(300_000, 232_448, "shared memory")
+        if kind == "is of another Triton":
+            from triton.errors import TritonError
+
+            raise TritonError("at 16:14:\n    acc = matmul(W, x)\n          ^\n'str' has no type\n")
         return float("nan") if kind == "gives NaN" else 0.3
 
     return trial
@@ -395,13 +401,18 @@ def broken(kind: str):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("does not compile", "shared memory"), ("gives NaN", "nan"), ("is off", "30%")],
+    [
+        ("does not compile", "shared memory"),
+        ("is of another Triton", "'str' has no type"),
+        ("gives NaN", "nan"),
+        ("is off", "30%"),
+    ],
 )
 def test_kernels_that_do_not_work_are_said_once_and_left(xs, capsys, monkeypatch, kind, said):
     monkeypatch.setattr(gpu, "trial_error", broken(kind))
     gpu.fault_of.cache_clear()
-    expected = train(build(members(), dense=True), xs[:3])
-    ours = train(build(members()), xs[:3], 1)
+    expected = train(build(specs(), dense=True), xs[:3])
+    ours = train(build(specs()), xs[:3], 1)
     gpu.fault_of.cache_clear()
     assert same_bits(ours, expected)
     (line,) = capsys.readouterr().out.splitlines()
@@ -428,9 +439,8 @@ def test_without_triton_a_line_says_that_a_gpu_trains_densely():
         "import torch; from sparse_coding.sae.ensemble import ensemble_bytes\n"
         "print([ensemble_bytes([8], 8, 4, torch.device('cuda')) for _ in range(2)])\n"
     )
-    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     line, planned = done.stdout.splitlines()
     assert "Triton kernels can't be used" in line
@@ -441,7 +451,7 @@ def test_without_triton_a_line_says_that_a_gpu_trains_densely():
 def test_a_graph_that_cannot_be_captured_is_said_and_steps_are_launched(xs, capsys):
     if ON_GPU:
         pytest.skip("it can be captured")
-    expected, ours = (build(members()[:1]) for _ in range(2))
+    expected, ours = (build(specs()[:1]) for _ in range(2))
     ours.engine.graph = True
     train(ours, xs[:2], 1)
     (line,) = capsys.readouterr().out.splitlines()
@@ -455,9 +465,7 @@ from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from sparse_coding.sae import gpu
-from sparse_coding.sae import gpu_kernels
-from sparse_coding.sae import gpu_kernels
+from sparse_coding.sae import gpu, gpu_kernels
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -485,24 +493,45 @@ for name, (warps, stages) in gpu.LAUNCH.items():
 """
 
 
+@pytest.fixture(scope="module")
+def triton_of(tmp_path_factory) -> Callable[[str], str]:
+    """Where a version of Triton is installed, apart from the environment's own."""
+
+    @functools.cache
+    def installed(version: str) -> str:
+        folder = tmp_path_factory.mktemp("triton")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+        return str(folder)
+
+    return installed
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's compiler is for Linux")
 @pytest.mark.parametrize(
     ("capability", "h", "batch", "run", "most_kb"),
     [(90, 256, 256, 0, 227), (86, 3072, 1024, 1, 99)],
     ids=["H100, toy", "RTX 3090, run.py"],
 )
-def test_kernels_compile_for_gpus_without_spilled_registers(capability, h, batch, run, most_kb):
-    """To machine code, on any machine: the compiler and the assembler come with Triton."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
+@pytest.mark.parametrize(
+    "version",
+    ["ours", *(pytest.param(v, marks=pytest.mark.long) for v in ("3.4.0", "3.6.0"))],
+)
+def test_kernels_compile_for_gpus_without_spilled_registers(
+    triton_of, version, capability, h, batch, run, most_kb
+):
+    """To machine code, on any machine: the compiler and the assembler come with Triton. 3.6 is what
+    common images have, 3.4 the oldest that can compile these kernels."""
+    path = [str(ROOT)] if version == "ours" else [triton_of(version), str(ROOT)]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(path)}
     numbers = [str(n) for n in (capability, h, batch, run, most_kb)]
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, *numbers], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    assert found.keys() == gpu.LAUNCH.keys()
-    for name, (spilled, tensor_cores, fits) in found.items():
+    used = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert used.keys() == gpu.LAUNCH.keys()
+    for name, (spilled, tensor_cores, fits) in used.items():
         assert spilled == "0", name
         assert fits == "1", name
         multiplies = name in ("encode", "decode", "backward", "update_encoder", "update_decoder")
@@ -517,16 +546,16 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
 @needs_gpu
 @pytest.mark.parametrize("options", [{}, RUN], ids=["toy", "run"])
 def test_replayed_graphs_give_the_bits_of_launched_kernels_and_of_another_run(xs, options):
-    launched = train(build(members(), tiles={"list_f": 32}, **options), xs)
+    launched = train(build(specs(), tiles={"list_f": 32}, **options), xs)
     for at_a_time in (50, 7):
-        replayed = build(members(), graph=True, tiles={"list_f": 32}, **options)
+        replayed = build(specs(), graph=True, tiles={"list_f": 32}, **options)
         assert same_bits(train(replayed, xs, at_a_time), launched)
 
 
 @needs_gpu
 def test_an_ensemble_on_a_gpu_takes_the_kernels_and_resumes_with_the_same_bits(xs):
     def fresh() -> Ensemble:
-        return Ensemble(members(), H, lr=LR, device=DEVICE, **RUN)
+        return Ensemble(specs(), H, lr=LR, device=DEVICE, **RUN)
 
     straight, begun, resumed = fresh(), fresh(), fresh()
     assert isinstance(straight.engine, GpuEngine)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.spec import Member
+from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sweep.metrics import agreement_with_truth, reconstruction, training_state
 
 CPU = torch.device("cpu")
@@ -13,9 +13,9 @@ H = 16
 
 @pytest.fixture(scope="module")
 def ensemble() -> Ensemble:
-    # widths out of order: results must come back in the order of the members
+    # widths out of order: results must come back in the order of the specs
     return Ensemble(
-        [Member(32, 0.1, 1), Member(8, 0.1, 2), Member(32, 0.1, 3)], H, lr=1, device=CPU
+        [SAESpec(32, 0.1, 1), SAESpec(8, 0.1, 2), SAESpec(32, 0.1, 3)], H, lr=1, device=CPU
     )
 
 
@@ -41,7 +41,7 @@ def test_reconstruction_equals_a_few_lines_on_the_saved_dictionary(ensemble, x):
 
 
 def test_rows_of_one_autoencoder_are_the_same_bits_alone_as_among_others():
-    members = [Member(512, 0.01, seed) for seed in range(3)]
+    specs = [SAESpec(512, 0.01, seed) for seed in range(3)]
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).split(128)
     truth = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
     n_threads = torch.get_num_threads()
@@ -49,7 +49,7 @@ def test_rows_of_one_autoencoder_are_the_same_bits_alone_as_among_others():
     try:
         together, alone = (
             agreement_with_truth(ensemble, truth) | reconstruction(ensemble, x)
-            for ensemble in (Ensemble(m, 256, lr=1, device=CPU) for m in (members, members[1:2]))
+            for ensemble in (Ensemble(m, 256, lr=1, device=CPU) for m in (specs, specs[1:2]))
         )
     finally:
         torch.set_num_threads(n_threads)

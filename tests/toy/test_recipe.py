@@ -1,4 +1,4 @@
-"""Cells of the toy replication become members, tasks and rows."""
+"""Cells of the toy replication become specs, tasks and rows."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from sparse_coding.config import UserError
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.toy.data import ToyData
-from sparse_coding.toy.recipe import COLUMNS, ToyRecipe, members_of
+from sparse_coding.toy.recipe import COLUMNS, ToyRecipe, specs_of
 
 CPU = torch.device("cpu")
 DATA = ToyData("post", 8, 16, n_active=2, feature_prob_decay=0.9, noise_std=0.0, batch_size=32)
@@ -23,15 +23,15 @@ def recipe(data: ToyData = DATA, n_steps: int = 3) -> ToyRecipe:
 
 
 def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
-    l1 = [(member.n_dict, member.l1) for member in members_of(cells(), "per_feature")]
+    l1 = [(member.n_dict, member.l1) for member in specs_of(cells(), "per_feature")]
     assert l1 == [(8, 1 / 8), (8, 10 / 8), (16, 1 / 16), (16, 10 / 16)]
-    assert [member.l1 for member in members_of(cells(), "sum")] == [1, 10, 1, 10]
+    assert [member.l1 for member in specs_of(cells(), "sum")] == [1, 10, 1, 10]
 
 
 def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
-    seeds = [member.seed for member in members_of(cells(), "sum")]
+    seeds = [member.seed for member in specs_of(cells(), "sum")]
     assert len(set(seeds)) == len(seeds)
-    assert members_of(cells()[2:3], "sum")[0].seed == seeds[2]
+    assert specs_of(cells()[2:3], "sum")[0].seed == seeds[2]
 
 
 def test_rows_have_the_columns_of_the_table_in_order():
