@@ -7,10 +7,11 @@ true features, dead features, MMCS with larger dictionaries, reconstruction loss
     python replicate_toy_models.py                    quick on a CPU, full on a GPU
     python replicate_toy_models.py --preset smoke     does everything once, in seconds
     python replicate_toy_models.py --verify           against the record of June 2023
+    python replicate_toy_models.py --evaluate FOLDER  one autoencoder of a run
     python replicate_toy_models.py --help             all constants
 
-Any constant below is a flag, and wins over the preset. The same command resumes or merges.
-On two CPU cores: smoke 11 s, quick 2 min, --verify 102 s, full about 12 h.
+Any constant below is a flag, and wins over the preset. The same command resumes or merges. What
+each takes, and the numbers to expect: README.md.
 """
 
 import dataclasses
@@ -22,19 +23,14 @@ import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
 from sparse_coding.files import read_csv, require_free_disk
+from sparse_coding.sae.saved import load_sae
 from sparse_coding.sweep.grid import Cell, Shard, check_grid, find_shard, make_grid, plan_groups
-from sparse_coding.sweep.hardware import (
-    describe,
-    memory_budget,
-    pick_device,
-    rough_time,
-    set_precision,
-)
+from sparse_coding.sweep.hardware import describe, memory_budget, pick_device, set_precision
 from sparse_coding.sweep.run_folder import locked
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy import replication
 from sparse_coding.toy.data import ToyData
-from sparse_coding.toy.recipe import ToyRecipe
+from sparse_coding.toy.recipe import ToyRecipe, evaluate_one
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 
@@ -65,7 +61,7 @@ class Config:
     # training (defaults: the post)
     batch_size: int = 256  # vectors per step
     n_steps: int = 20_000  # steps of every autoencoder
-    learning_rate: float = 1e-3  # of Adam, betas (0.9, 0.999)
+    lr: float = 1e-3  # of Adam, betas (0.9, 0.999)
 
     # the machine: rounding only, but for the device, which draws random numbers of its own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
@@ -79,6 +75,7 @@ class Config:
     log_every: int = 500  # steps between records in metrics.jsonl
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key
     verify: bool = False  # only train the June-2023 cells and compare them with the record
+    evaluate: str = ""  # only print the metrics of this saved autoencoder, on its own world
 
 
 # verify is no choice of --preset: --verify takes it
@@ -92,7 +89,7 @@ PRESETS = {
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these
 NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "shard", "output_dir", "fresh",
-                "log_every", "wandb_mode"}  # fmt: skip
+                "log_every", "wandb_mode", "evaluate"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -102,6 +99,8 @@ def main(argv: list[str]) -> int:
     device = pick_device(cfg.device)
     precision = set_precision(cfg.precision, device)
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
+    if cfg.evaluate:
+        return evaluate_saved(cfg, device)
     cells, recipe = grid(cfg), recipe_of(cfg, device)
 
     planned = plan_run(
@@ -139,7 +138,7 @@ def run(
             rows,
             data=recipe.data,
             l1_normalisation=cfg.l1_normalisation,
-            context=planned.about | {"config": config},
+            context=planned.origin | {"config": config},
         )
 
     announce(cfg, len(cells), shard, recipe.device)
@@ -161,6 +160,9 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
     auto = "full" if on_gpu else "quick"
     preset = "verify" if cfg.verify else auto if cfg.preset == "auto" else cfg.preset
     default = Config(**PRESETS[preset])
+    if cfg.evaluate:
+        flags = load_sae(Path(cfg.evaluate)).metadata.get("flags", {})
+        default = dataclasses.replace(default, **flags if "data_law" in flags else {})
     cfg = parse_flags(default, argv, description=DESCRIPTION)
     check(cfg)
     if cfg.verify:
@@ -181,9 +183,17 @@ def grid(cfg: Config) -> list[Cell]:
     return make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
 
 
+def evaluate_saved(cfg: Config, device: torch.device) -> int:
+    """Prints the metrics of a saved autoencoder on the world of --seed, its own by default."""
+    sae = load_sae(Path(cfg.evaluate)).to(device)
+    for name, value in evaluate_one(sae, pick(ToyData, cfg, law=cfg.data_law), cfg.seed).items():
+        print(f"{name:18} {value:.6g}")
+    return 0
+
+
 def recipe_of(cfg: Config, device: torch.device) -> ToyRecipe:
     data = pick(ToyData, cfg, law=cfg.data_law)
-    return ToyRecipe(data, cfg.l1_normalisation, cfg.learning_rate, cfg.n_steps, device)
+    return ToyRecipe(data, cfg.l1_normalisation, cfg.lr, cfg.n_steps, device)
 
 
 def announce(cfg: Config, n_cells: int, shard: Shard, device: torch.device) -> None:
@@ -192,10 +202,8 @@ def announce(cfg: Config, n_cells: int, shard: Shard, device: torch.device) -> N
     if shard.count > 1:
         line += f", shard {shard.index + 1} of {shard.count}"
     if cfg.preset != "full":
-        full = Config(**PRESETS["full"])
-        n_features = sum(cell.n_dict for cell in grid(full))
-        price = rough_time(recipe_of(full, device).seconds(n_features))
-        line += f" (--preset full: {len(grid(full))} SAEs, about {price})"
+        n_full = len(grid(Config(**PRESETS["full"])))
+        line += f" (--preset full: {n_full} SAEs; what it takes is in README.md)"
     print(line)
 
 

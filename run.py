@@ -171,7 +171,7 @@ def run(
         recipe=recipe,
         subject=subject,
         choice=pick(show.ShowChoice, cfg),
-        context=planned.about | {"config": config, "activations": recipe.about},
+        context=planned.origin | {"config": config, "activations": recipe.about},
     )
     rows = train_planned(
         recipe, cells, planned, shard=shard, options=options, config=config, present=present

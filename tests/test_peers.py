@@ -52,7 +52,7 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 def test_sae_lens_loads_ours_and_reconstructs_the_same(sae_lens, tmp_path, x):
-    save_sae(tmp_path, random_tensors(), about=ABOUT)
+    save_sae(tmp_path, random_tensors(), metadata=ABOUT)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     with torch.no_grad():
         assert_equal(reconstruct(random_tensors(), x), theirs(x))
@@ -64,7 +64,7 @@ def test_sae_lens_loads_ours_and_reconstructs_the_same(sae_lens, tmp_path, x):
 
 
 def test_sae_lens_flattens_the_heads_of_an_attention_site(sae_lens, tmp_path, x):
-    save_sae(tmp_path, random_tensors(), about=ABOUT | {"site": "attn_concat"})
+    save_sae(tmp_path, random_tensors(), metadata=ABOUT | {"site": "attn_concat"})
     with pytest.warns(UserWarning, match="from_pretrained_no_processing"):  # as it should
         theirs = sae_lens.SAE.load_from_disk(tmp_path)
     heads = x.reshape(20, 10, N_HEADS, -1)
@@ -74,7 +74,7 @@ def test_sae_lens_flattens_the_heads_of_an_attention_site(sae_lens, tmp_path, x)
 
 @pytest.mark.filterwarnings("error")
 def test_sae_lens_warns_of_nothing_that_a_mlp_site_needs(sae_lens, tmp_path):
-    save_sae(tmp_path, random_tensors(), about=ABOUT)
+    save_sae(tmp_path, random_tensors(), metadata=ABOUT)
     sae_lens.SAE.load_from_disk(tmp_path)
 
 
@@ -104,15 +104,15 @@ def test_what_sae_lens_saves_is_loaded_and_reconstructs_the_same(
     ours = load_sae(tmp_path)
     with torch.no_grad():
         assert_equal(ours.decode(ours.encode(x)), theirs(x))
-    assert (ours.about["site"], ours.about["layer"]) == ("resid_post", 2)
+    assert (ours.metadata["site"], ours.metadata["layer"]) == ("resid_post", 2)
 
 
 def test_dictionary_learning_loads_the_export_and_reconstructs_the_same(
     dictionary_learning, tmp_path, x, capsys
 ):
-    save_sae(tmp_path / "sae", random_tensors(), about=ABOUT)
+    save_sae(tmp_path / "sae", random_tensors(), metadata=ABOUT)
     sae = load_sae(tmp_path / "sae")
-    export_dictionary_learning(tmp_path / "export", sae, about=sae.about)
+    export_dictionary_learning(tmp_path / "export", sae, metadata=sae.metadata)
     theirs = dictionary_learning.AutoEncoder.from_pretrained(tmp_path / "export" / "ae.pt")
     with torch.no_grad():
         assert_equal(reconstruct(random_tensors(), x), theirs(x))
@@ -122,8 +122,8 @@ def test_dictionary_learning_loads_the_export_and_reconstructs_the_same(
 def test_dictionary_learning_loads_the_folder_by_its_config(dictionary_learning, tmp_path, x):
     from dictionary_learning.utils import load_dictionary
 
-    save_sae(tmp_path / "sae", random_tensors(), about=ABOUT)
-    export_dictionary_learning(tmp_path, load_sae(tmp_path / "sae"), about=ABOUT)
+    save_sae(tmp_path / "sae", random_tensors(), metadata=ABOUT)
+    export_dictionary_learning(tmp_path, load_sae(tmp_path / "sae"), metadata=ABOUT)
     theirs, config = load_dictionary(str(tmp_path), device="cpu")
     with torch.no_grad():
         assert_equal(reconstruct(random_tensors(), x), theirs(x))

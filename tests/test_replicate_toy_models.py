@@ -6,6 +6,7 @@ Every run is a process of its own in another directory, without network. The swe
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -67,7 +68,7 @@ def numbers_in(folder: Path) -> dict[str, bytes | list]:
     kept = {
         name: data
         for name, data in bytes_under(folder).items()
-        if name.startswith(("dictionaries/", "figures/", "world."))
+        if name.startswith(("saes/", "figures/", "world."))
     }
     return kept | {"results.csv": [row | {"seconds": 0} for row in table(folder)]}
 
@@ -96,7 +97,7 @@ def in_training(folder: Path):
 BAD_FLAGS = {
     "--n-stepz 5": ["--n-stepz", "did you mean --n-steps?"],
     "--n-stepz=5": ["--n-stepz", "did you mean --n-steps?"],
-    "--learning_rat 1": ["--learning_rat", "did you mean --learning-rate?"],
+    "--n_activ 1": ["--n_activ", "did you mean --n-active?"],
     "junk": ["junk", "--help"],
     "--n-steps 5 6": ["6", "--help"],
     "--n-steps 0": ["--n-steps 0", "at least 1"],
@@ -107,8 +108,8 @@ BAD_FLAGS = {
     "--l1-exp-low 3 --l1-exp-high 3": ["--l1-exp-high 3", "above the low end 3"],
     "--preset full --n-active 600": ["--n-active 600", "--n-true-features 512"],
     "--n-active nan": ["--n-active nan", "--n-true-features"],
-    "--learning-rate 0": ["--learning-rate 0", "above 0"],
-    "--learning-rate inf": ["--learning-rate inf"],
+    "--lr 0": ["--lr 0", "above 0"],
+    "--lr inf": ["--lr inf"],
     "--shard 3/2": ["--shard 3/2", "i/N"],
     "--shard 0/2": ["--shard 0/2", "i/N"],
     "--shard x": ["--shard x", "i/N"],
@@ -274,7 +275,7 @@ def test_help_shows_every_constant_with_its_meaning_and_default(tmp_path: Path):
 
 
 @needs_cpu_torch
-def test_auto_is_quick_without_cuda_and_the_first_line_says_so_with_the_price_of_full(
+def test_auto_is_quick_without_cuda_and_the_first_line_says_so_and_where_the_price_of_full_is(
     toy_server: Server, tmp_path: Path
 ):
     process = toy_server.start("--wandb-mode", "disabled", cwd=tmp_path)
@@ -282,7 +283,7 @@ def test_auto_is_quick_without_cuda_and_the_first_line_says_so_with_the_price_of
     process.wait_until(lambda: out.exists() and "results go to" in out.read_text())
     process.signal(signal.SIGKILL)
     first_line = process.wait().out.splitlines()[0]
-    assert re.match(r"quick: 102 SAEs .*full: 153 SAEs, about \d+(\.\d+)? (s|min|h)", first_line)
+    assert re.match(r"quick: 102 SAEs .*--preset full: 153 SAEs.* README.md", first_line)
     assert next((tmp_path / "outputs").iterdir()).name.startswith("replicate_toy_models-quick-")
 
 
@@ -322,7 +323,9 @@ def test_the_run_folder_has_exactly_the_promised_files(finished: Path):
     names = set(bytes_under(finished))
     stems = [f"seed{s}_dict{n:06d}_l1exp{e:+03d}" for s in SEEDS for n in WIDTHS for e in L1_EXPS]
     expected = {"config.json", "metrics.jsonl", "results.csv", "report.html", "DONE"}
-    expected |= {"world.safetensors"} | {f"dictionaries/{stem}.safetensors" for stem in stems}
+    expected |= {"world.safetensors"} | {
+        f"saes/{stem}/{file}" for stem in stems for file in ("cfg.json", "sae_weights.safetensors")
+    }
     expected |= {f"figures/{name}.{end}" for name in FIGURES for end in ("png", "csv")}
     assert names - {f"cells/{stem}.json" for stem in stems} == expected
 
@@ -333,7 +336,7 @@ def test_the_run_folder_has_exactly_the_promised_files(finished: Path):
         for what, shape in (("features", (16, 8)), ("covariance", (16, 16)))
     }
     assert not torch.equal(world["seed0.features"], world["seed1.features"])
-    sae = load_file(finished / f"dictionaries/{stems[0]}.safetensors")
+    sae = load_file(finished / "saes" / stems[0] / "sae_weights.safetensors")
     assert {name: tuple(t.shape) for name, t in sae.items()} == {
         "W_enc": (8, 8), "b_enc": (8,), "W_dec": (8, 8), "b_dec": (8,)
     }  # fmt: skip
@@ -453,10 +456,58 @@ def test_a_cell_is_the_same_bits_alone_in_the_grid_and_in_groups_split_by_memory
     one = "--l1-exp-low -1 --l1-exp-high 0 --dict-ratio-exp-low 0 --dict-ratio-exp-high 1"
     alone = toy_server.run(*TINY, *one.split(), "--output-dir", "alone", cwd=tmp_path)
     assert alone.code == 0, alone.err
-    cells = bytes_under(tmp_path / "alone/dictionaries")
-    assert len(cells) == len(SEEDS)
-    for name, data in cells.items():
-        assert (finished / "dictionaries" / name).read_bytes() == data
+    files = bytes_under(tmp_path / "alone/saes")
+    assert len(files) == 2 * len(SEEDS)
+    for name, data in files.items():
+        assert (finished / "saes" / name).read_bytes() == data
+
+
+def test_a_saved_autoencoder_is_evaluated_on_its_own_world(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    """Also from a folder that has been moved, and without any flag."""
+    for row in (table(finished)[1], table(finished)[-1]):
+        e = round(4 * math.log10(float(row["l1_alpha"])))
+        name = f"seed{row['seed']}_dict{int(row['n_dict']):06d}_l1exp{e:+03d}"
+        shutil.copytree(finished / "saes" / name, tmp_path / name)
+        done = toy_server.run("--evaluate", name, cwd=tmp_path)
+        assert done.code == 0, done.err
+        printed = dict(line.split() for line in done.out.splitlines())
+        shared = HEADER.split(",")[5:14]
+        assert list(printed) == [column for column in shared if column != "mmcs_with_larger"]
+        for column, value in printed.items():
+            assert float(value) == pytest.approx(float(row[column]), rel=1e-5, abs=1e-9), column
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("seed")} == set()
+
+
+def test_evaluation_of_what_is_no_autoencoder_of_this_width_is_refused(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    folder = next((finished / "saes").iterdir())
+    done = toy_server.run("--evaluate", str(folder), "--activation-dim", "9", cwd=tmp_path)
+    assert_refused(done, "width 8", "--activation-dim 9")
+    assert_refused(toy_server.run("--evaluate", "nowhere", cwd=tmp_path), "no such folder: nowhere")
+
+
+def test_a_folder_from_before_november_2026_is_merged(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    """There a dictionary was a file of its own, and lr was called learning_rate."""
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    for weights in old.glob("saes/*/sae_weights.safetensors"):
+        (old / "dictionaries").mkdir(exist_ok=True)
+        weights.rename(old / "dictionaries" / f"{weights.parent.name}.safetensors")
+    shutil.rmtree(old / "saes")
+    config = json.loads((old / "config.json").read_text())
+    config["constants"]["learning_rate"] = config["constants"].pop("lr")
+    (old / "config.json").write_text(json.dumps(config))
+    for name in ("results.csv", "DONE"):
+        (old / name).unlink()
+    done = toy_server.run(*TINY, "--output-dir", str(old), cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert table(old) == table(finished)
+    assert (old / "DONE").exists()
 
 
 # --- stopped, killed, damaged ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_coding.lm.model import LanguageModel, Site, activations, logits, next_token_loss
 from sparse_coding.lm.packing import Packed
 from sparse_coding.sae.saved import SparseAutoencoder
-from sparse_coding.sweep.metrics import ReconstructionSums, full_float32
+from sparse_coding.sweep.metrics import ReconstructionSums, full_float32, reconstructed
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def evaluate(held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor) 
             partial(_replaced, keep=keep, new=lambda x: torch.zeros_like(x)),
             partial(_replaced, keep=keep, new=lambda x: mean.to(x).expand_as(x)),
             *(
-                partial(_replaced, keep=keep, new=partial(_reconstructed, sae, total))
+                partial(_replaced, keep=keep, new=partial(reconstructed, sae, sums=total))
                 for sae, total in zip(saes, sums, strict=True)
             ),
         ]
@@ -115,14 +115,6 @@ def _replaced(x: Tensor, *, keep: Tensor, new: Callable[[Tensor], Tensor]) -> Te
     result = x.clone()
     result[keep] = new(x[keep].float()).to(x.dtype)
     return result
-
-
-def _reconstructed(sae: SparseAutoencoder, total: ReconstructionSums, x: Tensor) -> Tensor:
-    """x_hat of x (n, width), counted in the sums."""
-    codes = sae.encode(x)
-    x_hat = sae.decode(codes)
-    total.add(x, x_hat.unsqueeze(0), codes.T.unsqueeze(0))
-    return x_hat
 
 
 def _values(

@@ -16,12 +16,11 @@ from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Subject
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.saved import WEIGHTS, SparseAutoencoder, save_sae
-from sparse_coding.sae.spec import SAESpec, Schedule
-from sparse_coding.sweep.grid import Cell, check_grid, make_grid
-from sparse_coding.sweep.hardware import step_seconds
+from sparse_coding.sae.saved import SparseAutoencoder, save_sae
+from sparse_coding.sae.spec import Schedule
+from sparse_coding.sweep.grid import Cell, check_grid, l1_divisor, make_grid, specs_of
 from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched, reconstruction
-from sparse_coding.sweep.run_folder import merged_rows, missing_cells
+from sparse_coding.sweep.run_folder import merged_rows, missing_cells, sae_folder
 from sparse_coding.sweep.training import Task
 
 COLUMNS = (
@@ -131,11 +130,6 @@ class LanguageRecipe:
         written), each with Adam's two moments beside every parameter."""
         return sum(4 * (2 * n * self.width + n + self.width) * (1 + 3 * 3) for n in n_dicts)
 
-    def seconds(self, n_features: int) -> float:
-        batch_size = self.optimisation.batch_size
-        step = step_seconds(n_features, self.width, batch_size=batch_size, device=self.device)
-        return self.n_steps * step
-
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one seed, the batches they train on and their evaluation."""
         o, seed, scale = self.optimisation, group[0].seed, self.statistics.scale
@@ -149,7 +143,7 @@ class LanguageRecipe:
             buffer_rows=o.buffer_rows(self.width),
         )
         ensemble = Ensemble(
-            specs_of(group, o.l1_normalisation),
+            specs_of(group, o.l1_normalisation, tied=True),
             self.width,
             lr=o.lr,
             device=self.device,
@@ -172,16 +166,15 @@ class LanguageRecipe:
         self, ensemble: Ensemble, group: list[Cell]
     ) -> list[tuple[dict, dict[str, Tensor]]]:
         """Rows and autoencoders for raw activations, with their feature densities."""
-        per_l1 = [
-            cell.n_dict if self.optimisation.l1_normalisation == "per_feature" else 1
-            for cell in group
-        ]
         raw = [unscaled(ensemble.dictionary(i), self.statistics.scale) for i in range(len(group))]
-        saes = [SparseAutoencoder(**tensors, about={}).to(self.device) for tensors in raw]
+        saes = [SparseAutoencoder(**tensors, metadata={}).to(self.device) for tensors in raw]
         found = evaluate(self.held_out, saes, mean=self.statistics.mean)
         results = []
         for i, (cell, evaluation) in enumerate(zip(group, found, strict=True)):
-            l1_alpha = ensemble.l1(i) * per_l1[i] if cell.target_l0 else cell.l1_alpha
+            l1_alpha = cell.l1_alpha
+            if cell.target_l0:  # what the controller found
+                normalisation = self.optimisation.l1_normalisation
+                l1_alpha = ensemble.l1(i) * l1_divisor(normalisation, cell.n_dict)
             known = {
                 "seed": cell.seed,
                 "l1_alpha": l1_alpha,
@@ -202,21 +195,13 @@ class LanguageRecipe:
         tokens = {"n_eval_tokens": self.held_out.n_tokens, "n_tokens": self.optimisation.n_tokens}
         about = self.about | tokens
         about |= {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
-        found = {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
-        # null where a cell diverged or an ablation costs nothing: NaN is no JSON
-        found = {name: v if math.isfinite(v) else None for name, v in found.items()}
-        save_sae(path, sae, about=about | found)
+        about |= {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
+        save_sae(path, sae, metadata=about)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
-
-        def decoder_of(folder: Path, cell: Cell) -> Tensor:
-            # not load_sae, which refuses a diverged one
-            tensors, _ = read_tensors(sae_folder(folder, cell) / WEIGHTS)
-            return tensors["W_dec"].to(self.device)
-
         compare = {"mmcs_with_larger": mmcs_with_larger, "n_matched_larger": n_matched}
-        return merged_rows(folder, cells, decoder_of=decoder_of, compare=compare)
+        return merged_rows(folder, cells, compare=compare, device=self.device)
 
 
 def with_activations(
@@ -241,24 +226,6 @@ def feature_density(folder: Path) -> np.ndarray:
     """(n_dict,) share of the held-out tokens on which a feature of the saved autoencoder fires."""
     density = 10 ** read_tensors(folder / SPARSITY)[0]["sparsity"].double().numpy()
     return np.where(density > 2 * NEVER, density, 0)
-
-
-def sae_folder(folder: Path, cell: Cell) -> Path:
-    return folder / "saes" / cell.name
-
-
-def specs_of(cells: list[Cell], l1_normalisation: str) -> list[SAESpec]:
-    """The cells as specs of an ensemble, each with a start that its name determines."""
-    return [
-        SAESpec(
-            n_dict=cell.n_dict,
-            l1=cell.l1_alpha / (cell.n_dict if l1_normalisation == "per_feature" else 1),
-            seed=named_seed(cell.seed, "start", cell.n_dict, cell.l1_exp, cell.target_l0),
-            tied=True,
-            target_l0=cell.target_l0,
-        )
-        for cell in cells
-    ]
 
 
 def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -25,15 +25,12 @@ from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.features.collected import FeatureCollector, logit_effects, nearest_features
 from sparse_coding.lm.features.page import write_feature_page
 from sparse_coding.lm.model import direct_logits
-from sparse_coding.lm.recipe import LanguageRecipe, feature_density, sae_folder
+from sparse_coding.lm.recipe import LanguageRecipe, feature_density
 from sparse_coding.lm.target import Subject
 from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning, load_sae
-from sparse_coding.sweep.grid import Cell
+from sparse_coding.sweep.grid import L1_TERMS, Cell
+from sparse_coding.sweep.run_folder import sae_folder
 
-L1_TERMS = {  # --l1-normalisation -> the term, as every axis label says it
-    "per_feature": "l1_alpha · mean Σ codes / n_dict",
-    "sum": "l1_alpha · mean Σ codes",
-}
 SHOWN = "shown.json"  # the choice behind what the folder shows
 TITLE = "Sparse autoencoders on a language model"
 
@@ -166,7 +163,7 @@ def write_page(
     effects = logit_effects(sae.W_dec, partial(direct_logits, subject.lm, subject.site))
     if effects is not None:
         data = replace(data, promoted=effects[0], suppressed=effects[1])
-    known = sae.about
+    known = sae.metadata
     write_feature_page(
         folder / "features.html",
         data,
@@ -201,7 +198,7 @@ def check_fit(sae: SparseAutoencoder, subject: Subject) -> None:
         "tokens_sha256",
         "model_dtype",
     ):
-        was, here = sae.about.get(key, subject.about[key]), subject.about[key]
+        was, here = sae.metadata.get(key, subject.about[key]), subject.about[key]
         if was != here:
             print(f"warning: trained on {key} {was}, evaluated on {here}", file=sys.stderr)
 
@@ -223,7 +220,9 @@ def _export(folder: Path, cells: list[Cell]) -> None:
     """Each autoencoder once more, for dictionary_learning: dictionary_learning/<cell>/."""
     for cell in cells:
         sae = load_sae(sae_folder(folder, cell))
-        export_dictionary_learning(folder / "dictionary_learning" / cell.name, sae, about=sae.about)
+        export_dictionary_learning(
+            folder / "dictionary_learning" / cell.name, sae, metadata=sae.metadata
+        )
 
 
 FIGURES = (

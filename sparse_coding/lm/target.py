@@ -80,9 +80,11 @@ class TextChoice:
 def flags_of(folder: Path) -> dict:
     """Flags for the subject of a saved autoencoder, from its provenance; of a foreign one as far as
     it says."""
-    about = load_sae(folder).about
+    about = load_sae(folder).metadata
     names = ("model", "layer", "site", "dataset", "context_length")
     flags = about.get("flags") or {name: about[name] for name in names if name in about}
+    toy = f"{folder} is of toy data: python replicate_toy_models.py --evaluate {folder}"
+    require("data_law" not in flags, toy)
     return flags | {name: about[name] for name in ("n_eval_tokens", "n_tokens") if name in about}
 
 

@@ -9,6 +9,7 @@ Autoencoders are written in dictionary_learning's format as well.
 
 import io
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class SparseAutoencoder:
     b_enc: Tensor  # (n_dict,)
     W_dec: Tensor  # (n_dict, activation_dim)
     b_dec: Tensor  # (activation_dim,)
-    about: dict  # where it comes from: model, layer, site, ... as far as its folder says
+    metadata: dict  # where it comes from: model, layer, site, ... as far as its folder says
     threshold: Tensor | None = None  # (n_dict,)
     top_k: int | None = None
 
@@ -92,19 +93,21 @@ class SparseAutoencoder:
         return replace(self, **moved)
 
 
-def save_sae(folder: Path, tensors: dict[str, Tensor], *, about: dict) -> None:
+def save_sae(folder: Path, tensors: dict[str, Tensor], *, metadata: dict) -> None:
     """Writes a folder that `sae_lens.SAE.load_from_disk` and `load_sae` read; cfg.json last.
 
     Args:
         tensors: W_enc, b_enc, W_dec, b_dec for raw activations: any scaling is folded in
-        about: where it comes from, kept whole in metadata.sparse_coding. SAELens's own fields are
-            filled from model, layer, site, context_length, dataset and prepend_bos where present
+        metadata: where it comes from, kept whole in metadata.sparse_coding of cfg.json. SAELens's
+            own fields are filled from model, layer, site, context_length, dataset and prepend_bos,
+            where present
     Raises:
         UserError: it would not fit on the disk.
     """
+    metadata = {k: None if _is_nan(v) else v for k, v in metadata.items()}  # NaN is no JSON
     activation_dim, n_dict = tensors["W_enc"].shape
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    on_z = about.get("site") == "attn_concat"
+    on_z = metadata.get("site") == "attn_concat"
     (folder / CONFIG).unlink(missing_ok=True)  # old constants beside new weights would be a lie
     write_tensors(folder / WEIGHTS, {name: tensors[name].float() for name in names})
     config = {
@@ -117,26 +120,32 @@ def save_sae(folder: Path, tensors: dict[str, Tensor], *, about: dict) -> None:
         "normalize_activations": "none",
         # hook_z has a dimension for the heads, which SAELens then flattens
         "reshape_activations": "hook_z" if on_z else "none",
-        "metadata": _saelens_metadata(about),
+        "metadata": _saelens_metadata(metadata),
     }
     write_json(folder / CONFIG, config)
 
 
-def _saelens_metadata(about: dict) -> dict:
-    """SAELens's names for what is known, and all of `about` under sparse_coding."""
-    site, layer = about.get("site"), about.get("layer")
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _saelens_metadata(metadata: dict) -> dict:
+    """SAELens's names for what is known, and all of `metadata` under sparse_coding."""
+    site, layer = metadata.get("site"), metadata.get("layer")
     known = {
-        "model_name": about.get("model"),
+        "model_name": metadata.get("model"),
         "hook_name": HOOKS[site].format(layer) if site in HOOKS and layer is not None else None,
-        "context_size": about.get("context_length"),
-        "dataset_path": about.get("dataset"),
-        "prepend_bos": about.get("prepend_bos"),
+        "context_size": metadata.get("context_length"),
+        "dataset_path": metadata.get("dataset"),
+        "prepend_bos": metadata.get("prepend_bos"),
         "model_from_pretrained_kwargs": UNPROCESSED
         if site in HOOKS and site != "mlp_act"
         else None,
     }
     versions = {"sae_lens_version": FORMAT_VERSION, "sae_lens_training_version": None}
-    return versions | {k: v for k, v in known.items() if v is not None} | {"sparse_coding": about}
+    return (
+        versions | {k: v for k, v in known.items() if v is not None} | {"sparse_coding": metadata}
+    )
 
 
 def load_sae(folder: Path) -> SparseAutoencoder:
@@ -163,9 +172,9 @@ def load_sae(folder: Path) -> SparseAutoencoder:
     if not config.get("apply_b_dec_to_input", True):
         shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
         tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
-    about = _about(config.get("metadata") or {})
+    metadata = _known(config.get("metadata") or {})
     return SparseAutoencoder(
-        **tensors, about=about, top_k=top_k if architecture == "topk" else None
+        **tensors, metadata=metadata, top_k=top_k if architecture == "topk" else None
     )
 
 
@@ -230,22 +239,22 @@ def _read_weights(path: Path, parameters: list[str], config: dict) -> dict[str, 
     return {name: tensors[name].float() for name in parameters}
 
 
-def _about(metadata: dict) -> dict:
+def _known(metadata: dict) -> dict:
     """Our own record of a folder of ours; else what SAELens's fields tell of it."""
     ours = metadata.get("sparse_coding")
     if isinstance(ours, dict):
         return ours
-    about = {
+    known = {
         "model": metadata.get("model_name"),
         "hook_name": metadata.get("hook_name"),
         "context_length": metadata.get("context_size"),
         "dataset": metadata.get("dataset_path"),
     }
     for site, hook in HOOKS.items():
-        found = re.fullmatch(hook.replace(".", r"\.").format(r"(\d+)"), str(about["hook_name"]))
-        if found:
-            about |= {"site": site, "layer": int(found[1])}
-    return {name: value for name, value in about.items() if value is not None}
+        match = re.fullmatch(hook.replace(".", r"\.").format(r"(\d+)"), str(known["hook_name"]))
+        if match:
+            known |= {"site": site, "layer": int(match[1])}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -260,11 +269,11 @@ def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.float() for name, t in ({"W_dec": rows} | scaled).items()}
 
 
-def export_dictionary_learning(folder: Path, sae: SparseAutoencoder, *, about: dict) -> None:
+def export_dictionary_learning(folder: Path, sae: SparseAutoencoder, *, metadata: dict) -> None:
     """Writes ae.pt and config.json for `dictionary_learning.AutoEncoder.from_pretrained`.
 
     x_hat is the same; rows of W_dec get length 1, as it would otherwise make them on loading.
-    about: as in save_sae. ae.pt is torch's own format, loadable with weights_only=True.
+    metadata: as in save_sae. ae.pt is torch's own format, loadable with weights_only=True.
 
     Raises:
         UserError: a jumprelu or topk SAE, or it would not fit on the disk.
@@ -289,12 +298,12 @@ def export_dictionary_learning(folder: Path, sae: SparseAutoencoder, *, about: d
         "trainer_class": "sparse_coding",
         "activation_dim": sae.activation_dim,
         "dict_size": sae.n_dict,
-        "l1_penalty": about.get("l1_alpha"),
-        "layer": about.get("layer"),
-        "lm_name": about.get("model"),
-        "submodule_name": about.get("site"),
+        "l1_penalty": metadata.get("l1_alpha"),
+        "layer": metadata.get("layer"),
+        "lm_name": metadata.get("model"),
+        "submodule_name": metadata.get("site"),
     }
-    sizes = {"d_submodule": sae.activation_dim, "ctx_len": about.get("context_length")}
+    sizes = {"d_submodule": sae.activation_dim, "ctx_len": metadata.get("context_length")}
     write_json(
-        folder / "config.json", {"trainer": trainer, "buffer": sizes, "sparse_coding": about}
+        folder / "config.json", {"trainer": trainer, "buffer": sizes, "sparse_coding": metadata}
     )

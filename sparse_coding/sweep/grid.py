@@ -4,8 +4,19 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from sparse_coding.config import UserError, require, require_flag
+from sparse_coding.config import UserError, named_seed, require, require_flag
+
+if TYPE_CHECKING:
+    from sparse_coding.sae.spec import SAESpec
+
+
+# --l1-normalisation -> the L1 term of the loss, as axis labels say it
+L1_TERMS = {
+    "per_feature": "l1_alpha · mean Σ codes / n_dict",  # the post's
+    "sum": "l1_alpha · mean Σ codes",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,34 @@ class Cell:
         """File name: sorts by seed, size, l1_alpha."""
         of_sparsity = f"l0-{self.target_l0:04d}" if self.target_l0 else f"l1exp{self.l1_exp:+03d}"
         return f"seed{self.seed}_dict{self.n_dict:06d}_{of_sparsity}"
+
+
+def l1_divisor(l1_normalisation: str, n_dict: int) -> int:
+    """What divides l1_alpha in the L1 term of the loss, by L1_TERMS."""
+    return n_dict if l1_normalisation == "per_feature" else 1
+
+
+def specs_of(cells: list[Cell], l1_normalisation: str, *, tied: bool) -> list["SAESpec"]:
+    """The cells as autoencoders of an ensemble, each with a start that its name determines.
+
+    tied: see SAESpec
+    """
+    from sparse_coding.sae.spec import SAESpec  # loads torch
+
+    def start(cell: Cell) -> int:
+        of_sparsity = (cell.l1_exp, cell.target_l0) if tied else (cell.l1_exp,)
+        return named_seed(cell.seed, "start", cell.n_dict, *of_sparsity)
+
+    return [
+        SAESpec(
+            n_dict=cell.n_dict,
+            l1=cell.l1_alpha / l1_divisor(l1_normalisation, cell.n_dict),
+            seed=start(cell),
+            tied=tied,
+            target_l0=cell.target_l0,
+        )
+        for cell in cells
+    ]
 
 
 def make_grid(base_size: int, *, seeds: range, l1_exps: range, size_exps: range) -> list[Cell]:

@@ -1,19 +1,13 @@
-"""Device, precision, free memory and measured speed of the machine at hand."""
+"""Device, precision and free memory of the machine at hand."""
 
 import os
-import time
 
 import psutil
 import torch
 
 from sparse_coding.config import require
-from sparse_coding.sae.cpu import has_kernels
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
-# Training runs at this share of the speed of its bare GEMMs: a guess for rough times. GEMMs are
-# 76 % of a dense step at n_dict 512 (LOG.md), less for small dictionaries
-TRAINING_EFFICIENCY = 0.6
-SPARSE_EFFICIENCY = 2.5  # the same where zeros are left out: of a full-length row (LOG.md)
 PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # ours -> torch's
 
 
@@ -74,39 +68,7 @@ def memory_budget(max_memory_gb: float, device: torch.device) -> float:
 
 
 def describe(device: torch.device) -> str:
+    """For the screen and config.json."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def gemm_flops(activation_dim: int, batch_size: int, device: torch.device) -> float:
-    """FLOP/s of the encoder's batched GEMM for 16 x 128 features, best of 0.15 s."""
-    W_enc = torch.randn(16, 128, activation_dim, device=device)
-    x_T = torch.randn(activation_dim, batch_size, device=device).expand(16, -1, -1)
-    out = torch.empty(16, 128, batch_size, device=device)
-    best, end = float("inf"), time.perf_counter() + 0.15  # s; the first calls start threads
-    while (start := time.perf_counter()) < end:
-        torch.bmm(W_enc, x_T, out=out)
-        out[0, 0, 0].item()  # waits for the GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * 16 * 128 * activation_dim * batch_size / best
-
-
-def step_seconds(
-    n_features: int, activation_dim: int, *, batch_size: int, device: torch.device
-) -> float:
-    """Rough time of one step of autoencoders with n_features features in total.
-
-    Five GEMMs (forward: encoder, decoder; backward: both weights, codes) of 2 · batch · h · n FLOP.
-    """
-    flop = 10 * batch_size * activation_dim * n_features
-    leaves_out_zeros = device.type == "cpu" and has_kernels()
-    efficiency = SPARSE_EFFICIENCY if leaves_out_zeros else TRAINING_EFFICIENCY
-    return flop / (gemm_flops(activation_dim, batch_size, device) * efficiency)
-
-
-def rough_time(seconds: float) -> str:
-    """Two significant parts at most: 40 s, 3 min, 1.5 h."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

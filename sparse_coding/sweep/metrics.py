@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from sparse_coding.config import named_seed
 from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sae.saved import SparseAutoencoder
 
 RECOVERED = 0.9  # cosine similarity above which a true feature counts as recovered; ours
 CHUNK = 4096  # dictionary rows compared at once: bounds memory at n_true x 4096 similarities
@@ -86,6 +87,20 @@ def ceiling_mmcs(features: Tensor, n_dict: int) -> float:
     return float(mmcs(features, features[:n_dict]))
 
 
+def agreement(dictionaries: Tensor, features: Tensor) -> dict[str, Tensor]:
+    """mmcs, mmcs_dict_to_truth and n_recovered against the true features, each (n_saes,).
+
+    Args:
+        dictionaries: (n_saes, n_dict, activation_dim)
+        features: (n_true_features, activation_dim)
+    """
+    # one by one: each GEMM has the shape of one autoencoder, however many there are
+    best = torch.stack([max_cosine(features, W_dec) for W_dec in dictionaries])
+    to_truth = torch.stack([mmcs(W_dec, features) for W_dec in dictionaries])
+    recovered = (best > RECOVERED).sum(dim=1)
+    return {"mmcs": best.mean(dim=1), "mmcs_dict_to_truth": to_truth, "n_recovered": recovered}
+
+
 class ReconstructionSums:
     """Sums over batches in float64, from which l0, l1, mse, fvu, n_dead and density follow.
 
@@ -136,6 +151,14 @@ class ReconstructionSums:
         return self.n_fired.double() / self.n_samples
 
 
+def reconstructed(sae: SparseAutoencoder, x: Tensor, sums: ReconstructionSums) -> Tensor:
+    """x_hat of x, both (n, activation_dim), counted in the sums of this one autoencoder."""
+    codes = sae.encode(x)
+    x_hat = sae.decode(codes)
+    sums.add(x, x_hat.unsqueeze(0), codes.T.unsqueeze(0))
+    return x_hat
+
+
 @full_float32()
 def reconstruction(ensemble: Ensemble, batches: Iterable[Tensor]) -> dict[str, list[float]]:
     """l0, l1, mse, fvu, n_dead over all samples of the batches, in the order of the specs.
@@ -153,27 +176,18 @@ def reconstruction(ensemble: Ensemble, batches: Iterable[Tensor]) -> dict[str, l
 
 
 def agreement_with_truth(ensemble: Ensemble, features: Tensor) -> dict[str, list[float]]:
-    """mmcs, mmcs_dict_to_truth, n_recovered against the true features (n, activation_dim)."""
-    per_stack = []
-    for stack in ensemble.stacks:
-        # one by one: each GEMM has the shape of one autoencoder, whatever else is in the stack
-        best = torch.stack([max_cosine(features, W_dec) for W_dec in stack.W_dec])
-        to_truth = torch.stack([mmcs(W_dec, features) for W_dec in stack.W_dec])
-        recovered = (best > RECOVERED).sum(dim=1)
-        per_stack.append(
-            {"mmcs": best.mean(dim=1), "mmcs_dict_to_truth": to_truth, "n_recovered": recovered}
-        )
-    return _in_order(ensemble, per_stack)
+    """agreement() of all autoencoders, in the order of the specs."""
+    return _in_order(ensemble, [agreement(stack.W_dec, features) for stack in ensemble.stacks])
 
 
 def training_state(ensemble: Ensemble, x: Tensor, features: Tensor) -> dict[str, list[float]]:
     """What is logged while training: loss and l0 on the last batch, mmcs with the features."""
     on_batch = reconstruction(ensemble, [x])
-    found = [torch.stack([mmcs(features, W) for W in s.W_dec]).tolist() for s in ensemble.stacks]
+    of_stacks = [[float(mmcs(features, W)) for W in stack.W_dec] for stack in ensemble.stacks]
     return {
         "train/mse": on_batch["mse"],
         "train/l0": on_batch["l0"],
-        "metrics/mmcs": ensemble.in_order(found),
+        "metrics/mmcs": ensemble.in_order(of_stacks),
     }
 
 

@@ -30,6 +30,7 @@ from sparse_coding.files import (
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, wait_for_all_ranks
 
 if TYPE_CHECKING:  # what rents machines loads no torch
+    import torch
     from torch import Tensor
 
 PACKAGES = (
@@ -45,6 +46,8 @@ PACKAGES = (
     "tiktoken",
 )  # named in config.json
 MACHINE = {"device_type", "precision"}  # constants that matter while something is trained
+N_LARGER = 2  # mmcs_with_larger compares with the next two sizes (the post's rule)
+RENAMED = {"learning_rate": "lr"}  # constants of older folders
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
 
@@ -120,13 +123,13 @@ def locked(folder: Path, shard_suffix: str = "") -> Iterator[None]:
 
 
 def open_run_folder(
-    folder: Path, *, constants: dict, about: dict, fresh: bool, complete: bool = False
+    folder: Path, *, constants: dict, origin: dict, fresh: bool, complete: bool = False
 ) -> None:
     """Makes the folder or checks that it belongs to the same constants; writes config.json.
 
     Args:
         constants: what the numbers depend on; a folder with other constants is refused
-        about: the rest of config.json (command, versions, ...)
+        origin: the rest of config.json: what provenance gives
         fresh: forget what the folder holds, if it is one of ours
         complete: nothing is left to train there, so the kind of machine does not matter: what GPUs
             have trained is merged and shown on a laptop
@@ -151,21 +154,21 @@ def open_run_folder(
             raise
         raise UserError(f"--output-dir {folder} can't be written: choose another one") from None
     if not config_path.exists():
-        write_json(config_path, {"constants": constants, **about})
+        write_json(config_path, {"constants": constants, **origin})
     elif not (folder / "DONE").exists():  # a finished run is not gone on with
-        _note_other_code(config_path, about)
+        _note_other_code(config_path, origin)
 
 
-def _note_other_code(config_path: Path, about: dict) -> None:
+def _note_other_code(config_path: Path, origin: dict) -> None:
     """Warns, and keeps a record, if this process runs other code or packages than the one before:
     then the final numbers are those of no single version."""
     config = json.loads(config_path.read_text())
     before = (config.get("resumed_by") or [config])[-1]
-    differing = [k for k in ("git_commit", "versions") if before.get(k) != about.get(k)]
+    differing = [k for k in ("git_commit", "versions") if before.get(k) != origin.get(k)]
     if differing:
         names = " and ".join(differing)
         print(f"warning: {config_path.parent} was begun with other {names}", file=sys.stderr)
-        config["resumed_by"] = [*config.get("resumed_by", []), about]
+        config["resumed_by"] = [*config.get("resumed_by", []), origin]
         write_json(config_path, config)
 
 
@@ -188,6 +191,7 @@ def _require_same_constants(
 ) -> None:
     try:
         stored = json.loads((folder / "config.json").read_text())["constants"]
+        stored = {RENAMED.get(name, name): value for name, value in stored.items()}
         keys = sorted(stored.keys() | constants.keys())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
@@ -205,7 +209,7 @@ def _require_same_constants(
     )
 
 
-def about_this_run(device: str) -> dict:
+def provenance(device: str) -> dict:
     """Command, commit and versions for config.json. No host name, no path, no environment."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -234,11 +238,24 @@ def git_state(root: Path = Path(__file__).parents[2]) -> dict:
     }
 
 
-N_LARGER = 2  # mmcs_with_larger compares with the next two sizes (the post's rule)
-
-
 def row_path(cell: Cell) -> str:
+    """Of a cell's row of the table, below the run folder. A cell is done when it is there."""
     return f"cells/{cell.name}.json"
+
+
+def sae_folder(folder: Path, cell: Cell) -> Path:
+    """Where the autoencoder of a cell is saved."""
+    return folder / "saes" / cell.name
+
+
+def saved_decoder(folder: Path, cell: Cell) -> "Tensor":
+    """W_dec of a cell, (n_dict, activation_dim), also of one that diverged, which load_sae refuses.
+
+    Toy runs before November 2026 kept them in dictionaries/<cell>.safetensors.
+    """
+    older = folder / "dictionaries" / f"{cell.name}.safetensors"
+    path = older if older.exists() else sae_folder(folder, cell) / "sae_weights.safetensors"
+    return read_tensors(path)[0]["W_dec"]
 
 
 def missing_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
@@ -253,6 +270,7 @@ def checkpoints_of(folder: Path, group: list[Cell]) -> CheckpointStore:
 
 
 def group_id(group: list[Cell]) -> str:
+    """8 hex digits of the group's cells."""
     return fingerprint({cell.name: None for cell in group})
 
 
@@ -308,15 +326,15 @@ def merged_rows(
     folder: Path,
     cells: list[Cell],
     *,
-    decoder_of: "Callable[[Path, Cell], Tensor]",
     compare: "dict[str, Callable[[Tensor, list[Tensor]], float | None]]",
+    device: "torch.device",
 ) -> list[dict]:
     """One row per cell in the order of the cells, columns that compare dictionaries filled in.
 
     Args:
-        decoder_of: W_dec of a cell of the folder, (n_dict, activation_dim)
         compare: column -> its value from W_dec and those of the next N_LARGER sizes, ascending,
             of the same seed and l1_alpha
+        device: on which they are compared
     """
     rows = {cell: json.loads((folder / row_path(cell)).read_text()) for cell in cells}
     columns: dict[tuple, list[Cell]] = {}
@@ -324,7 +342,7 @@ def merged_rows(
         columns.setdefault((cell.seed, cell.l1_exp, cell.target_l0), []).append(cell)
     for column in columns.values():
         column.sort(key=lambda cell: cell.n_dict)
-        W_dec = {cell: decoder_of(folder, cell) for cell in column}
+        W_dec = {cell: saved_decoder(folder, cell).to(device) for cell in column}
         for i, cell in enumerate(column):
             larger = [W_dec[c] for c in column[i + 1 : i + 1 + N_LARGER]]
             rows[cell] |= {name: value(W_dec[cell], larger) for name, value in compare.items()}

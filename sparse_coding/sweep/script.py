@@ -12,11 +12,11 @@ from sparse_coding.files import write_csv
 from sparse_coding.sweep.grid import Cell, Shard, split_by_cost
 from sparse_coding.sweep.hardware import memory_budget
 from sparse_coding.sweep.run_folder import (
-    about_this_run,
     close_run_folder,
     may_merge,
     missing_cells,
     open_run_folder,
+    provenance,
 )
 from sparse_coding.sweep.tracking import Tracker
 from sparse_coding.sweep.training import Recipe, train_missing_cells
@@ -43,12 +43,13 @@ class RunOptions:
 class PlannedRun:
     """A run of a script, by its constants: where its results go, and what stands in config.json.
 
-    constants: what the numbers depend on; about: the rest (command, versions, device, ...)
+    constants: what the numbers depend on
+    origin: command, versions, device, ...
     """
 
     folder: Path
     constants: dict
-    about: dict
+    origin: dict
 
     @property
     def exists(self) -> bool:
@@ -61,9 +62,9 @@ class PlannedRun:
     def open(self, cells: list[Cell], *, fresh: bool) -> None:
         """See open_run_folder."""
         complete = not fresh and not missing_cells(self.folder, cells)
-        constants, about = self.constants, self.about
+        constants, origin = self.constants, self.origin
         open_run_folder(
-            self.folder, constants=constants, about=about, fresh=fresh, complete=complete
+            self.folder, constants=constants, origin=origin, fresh=fresh, complete=complete
         )
 
     def tracker(self, mode: str, config: dict, shard: Shard) -> Tracker:
@@ -72,8 +73,8 @@ class PlannedRun:
             self.folder,
             mode=mode,
             project=PROJECT,
-            run_name=self.about["run_name"],
-            config=config | self.about,
+            run_name=self.origin["run_name"],
+            config=config | self.origin,
             jsonl_name=f"metrics{shard.suffix}.jsonl",
         )
 
@@ -90,8 +91,8 @@ def plan_run(
     """
     constants = {k: v for k, v in config.items() if k not in not_identity} | more
     name = f"{script}-{config['preset']}-{fingerprint(constants)}"
-    about = {"run_name": name + suffix, **about_this_run(device)}
-    return PlannedRun(Path(config["output_dir"] or f"outputs/{name}"), constants, about)
+    origin = {"run_name": name + suffix, **provenance(device)}
+    return PlannedRun(Path(config["output_dir"] or f"outputs/{name}"), constants, origin)
 
 
 def train_planned(

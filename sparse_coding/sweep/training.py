@@ -20,7 +20,6 @@ from sparse_coding.files import write_json
 from sparse_coding.sae.batches import ahead_on, chunks, in_chunks
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sweep.grid import Cell
-from sparse_coding.sweep.hardware import rough_time
 from sparse_coding.sweep.run_folder import (
     CheckpointStore,
     checkpoints_of,
@@ -65,9 +64,6 @@ class Recipe(Protocol):
 
     def memory(self, n_dicts: list[int]) -> int:
         """Bytes that an ensemble of these widths needs."""
-
-    def seconds(self, n_features: int) -> float:
-        """Rough time to train that many features."""
 
     def prepare(self, group: list[Cell]) -> Task:
         """Cells of one seed, ready to train."""
@@ -147,7 +143,10 @@ class Progress:
         self.tracker.rewind(
             lambda r: any(r.get(k) != v for k, v in self.info.items()) or r["step"] <= step
         )
-        self.bar.update(step)
+        # what was done before, or took no steps, says nothing of how long the rest will take
+        self.bar.n += step
+        self.bar.initial, self.bar.last_print_n = self.bar.n, self.bar.n
+        self.bar.unpause()
         self.since, self.since_step = time.monotonic(), step
 
     def log(self, done: int, x: Tensor) -> None:
@@ -190,8 +189,7 @@ def train_missing_cells(
     if not groups:
         return
     n_cells = sum(map(len, groups))
-    seconds = recipe.seconds(sum(cell.n_dict for group in groups for cell in group))
-    print(f"to train: {n_cells} SAEs x {recipe.n_steps:,} steps, about {rough_time(seconds)}")
+    print(f"to train: {n_cells} SAEs x {recipe.n_steps:,} steps; the bar says how long")
     peak = max(recipe.memory([cell.n_dict for cell in group]) for group in groups)
     split = "" if len(groups) == 1 else f", in {len(groups)} groups one after the other"
     print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB free{split}")

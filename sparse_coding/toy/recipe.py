@@ -1,27 +1,30 @@
 """Cells of the toy replication as training needs them: data, starts, metrics, rows."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparse_coding.config import named_seed, require_flag
-from sparse_coding.files import read_tensors, write_tensors
+from sparse_coding.config import named_seed, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.spec import SAESpec
-from sparse_coding.sweep.grid import Cell
-from sparse_coding.sweep.hardware import step_seconds
+from sparse_coding.sae.saved import SparseAutoencoder, save_sae
+from sparse_coding.sweep.grid import Cell, specs_of
 from sparse_coding.sweep.metrics import (
+    ReconstructionSums,
+    agreement,
     agreement_with_truth,
+    full_float32,
     mmcs_with_larger,
+    reconstructed,
     reconstruction,
     training_state,
 )
-from sparse_coding.sweep.run_folder import merged_rows
+from sparse_coding.sweep.run_folder import merged_rows, sae_folder
 from sparse_coding.sweep.training import Task
-from sparse_coding.toy.data import ToyData, ToyStream, make_world
+from sparse_coding.toy.data import ToyData, ToyStream, World, make_world
 
 EVALUATION = {"n_batches": 10, "batch_size": 256}  # 2 560 fresh samples, as in 2023
 COLUMNS = (
@@ -35,12 +38,13 @@ class ToyRecipe:
     """How cells of the toy replication are trained (a training.Recipe).
 
     l1_normalisation: per_feature divides l1_alpha by n_dict (the post), sum does not
-    n_steps: of batch_size vectors each; learning_rate: of Adam
+    lr: of Adam
+    n_steps: of batch_size vectors each
     """
 
     data: ToyData
     l1_normalisation: str
-    learning_rate: float
+    lr: float
     n_steps: int
     device: torch.device
     headline = ("metrics/mmcs", max)
@@ -48,8 +52,7 @@ class ToyRecipe:
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range; their names are those of the flags."""
         require_flag(self, "n_steps", self.n_steps >= 1, "at least 1")
-        lr = self.learning_rate
-        require_flag(self, "learning_rate", 0 < lr < float("inf"), "above 0 and finite")
+        require_flag(self, "lr", 0 < self.lr < float("inf"), "above 0 and finite")
 
     def memory(self, n_dicts: list[int]) -> int:
         world = 3 * 8 * self.data.n_true_features**2  # A, Σ and one more while they are made
@@ -62,65 +65,72 @@ class ToyRecipe:
         parameters = sum(2 * n * self.data.activation_dim + n for n in n_dicts)
         return 4 * parameters * (1 + 3 * 3)
 
-    def seconds(self, n_features: int) -> float:
-        h, batch_size = self.data.activation_dim, self.data.batch_size
-        step = step_seconds(n_features, h, batch_size=batch_size, device=self.device)
-        return self.n_steps * step
-
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one seed with the stream they train on and their evaluation."""
         seed = group[0].seed
-        stream = partial(ToyStream, world=make_world(self.data, seed), device=self.device)
-        training = stream(self.data, batch_seed=named_seed(seed, "batches"))
-        at_evaluation = replace(self.data, batch_size=EVALUATION["batch_size"])
-        fresh = stream(at_evaluation, batch_seed=named_seed(seed, "evaluation"))
-        specs = specs_of(group, self.l1_normalisation)
+        world = make_world(self.data, seed)
+        stream = ToyStream(
+            self.data, world, batch_seed=named_seed(seed, "batches"), device=self.device
+        )
         ensemble = Ensemble(
-            specs, self.data.activation_dim, lr=self.learning_rate, device=self.device
+            specs_of(group, self.l1_normalisation, tied=False),
+            self.data.activation_dim,
+            lr=self.lr,
+            device=self.device,
         )
 
         def evaluate() -> list[tuple[dict, dict[str, Tensor]]]:
-            values = agreement_with_truth(ensemble, training.features)
-            values |= reconstruction(ensemble, map(fresh.batch, range(EVALUATION["n_batches"])))
-            of_cell = [{k: v[i] for k, v in values.items()} for i in range(len(group))]
+            values = agreement_with_truth(ensemble, stream.features)
+            values |= reconstruction(ensemble, fresh_batches(self.data, world, seed, self.device))
+            of_cells = [{k: v[i] for k, v in values.items()} for i in range(len(group))]
             return [
-                (row_of(cell, found | {"n_steps": self.n_steps}), ensemble.dictionary(i))
-                for i, (cell, found) in enumerate(zip(group, of_cell, strict=True))
+                (row_of(cell, of_cell | {"n_steps": self.n_steps}), ensemble.dictionary(i))
+                for i, (cell, of_cell) in enumerate(zip(group, of_cells, strict=True))
             ]
 
-        measure = partial(training_state, ensemble, features=training.features)
-        return Task(ensemble, training.batch, measure, evaluate)
+        measure = partial(training_state, ensemble, features=stream.features)
+        return Task(ensemble, stream.batch, measure, evaluate)
 
     def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
-        write_tensors(dictionary_path(folder, cell), tensors, info={"cell": cell.name})
+        """A SAELens-6 folder, with the flags of its world for --evaluate."""
+        flags = {"data_law": self.data.law, "seed": cell.seed}
+        flags |= {k: v for k, v in asdict(self.data).items() if k != "law"}
+        metadata = {"flags": flags, "l1_normalisation": self.l1_normalisation, "lr": self.lr}
+        metadata |= {name: row[name] for name in ("l1_alpha", "n_steps", "mmcs", "l0", "fvu")}
+        save_sae(sae_folder(folder, cell), tensors, metadata=metadata)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
-
-        def decoder_of(folder: Path, cell: Cell) -> Tensor:
-            return read_tensors(dictionary_path(folder, cell))[0]["W_dec"].to(self.device)
-
         compare = {"mmcs_with_larger": mmcs_with_larger}
-        return merged_rows(folder, cells, decoder_of=decoder_of, compare=compare)
+        return merged_rows(folder, cells, compare=compare, device=self.device)
 
 
-def dictionary_path(folder: Path, cell: Cell) -> Path:
-    return folder / "dictionaries" / f"{cell.name}.safetensors"
+def fresh_batches(data: ToyData, world: World, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """The samples of a world on which autoencoders are evaluated: none of those they trained on."""
+    data = replace(data, batch_size=EVALUATION["batch_size"])
+    stream = ToyStream(data, world, batch_seed=named_seed(seed, "evaluation"), device=device)
+    return map(stream.batch, range(EVALUATION["n_batches"]))
 
 
-def specs_of(cells: list[Cell], l1_normalisation: str) -> list[SAESpec]:
-    """The cells as specs of an ensemble, each with a start of its own that its name determines.
+@full_float32()
+@torch.no_grad()
+def evaluate_one(sae: SparseAutoencoder, data: ToyData, seed: int) -> dict[str, float]:
+    """The metrics of results.csv of an autoencoder that is saved, on the world of the seed.
 
-    l1_normalisation: per_feature divides l1_alpha by n_dict (the post), sum does not
+    Raises:
+        UserError: it is of another width than the data.
     """
-    return [
-        SAESpec(
-            n_dict=cell.n_dict,
-            l1=cell.l1_alpha / (cell.n_dict if l1_normalisation == "per_feature" else 1),
-            seed=named_seed(cell.seed, "start", cell.n_dict, cell.l1_exp),
-        )
-        for cell in cells
-    ]
+    require(
+        sae.activation_dim == data.activation_dim,
+        f"the autoencoder takes activations of width {sae.activation_dim}, the data have "
+        f"--activation-dim {data.activation_dim}: give its world's flags, or use run.py --evaluate",
+    )
+    world, device = make_world(data, seed), sae.W_dec.device
+    sums = ReconstructionSums(1, sae.n_dict, data.activation_dim, device)
+    for x in fresh_batches(data, world, seed, device):
+        reconstructed(sae, x, sums)
+    values = agreement(sae.W_dec.unsqueeze(0), world.features.to(device)) | sums.result()
+    return {name: values[name].item() for name in COLUMNS if name in values}
 
 
 def row_of(cell: Cell, values: dict) -> dict:

@@ -9,7 +9,7 @@ from statistics import fmean
 from sparse_coding.figures.heatmap import HeatmapSpec
 from sparse_coding.figures.report import write_figures, write_report
 from sparse_coding.files import write_tensors
-from sparse_coding.sweep.grid import Cell
+from sparse_coding.sweep.grid import L1_TERMS, Cell
 from sparse_coding.sweep.metrics import ceiling_mmcs, chance_mmcs
 from sparse_coding.toy.data import ToyData, make_world
 
@@ -67,10 +67,6 @@ FIGURES = (
     ),
 )
 TITLE = "Toy models: features taken out of superposition"
-L1_TERMS = {  # --l1-normalisation -> the term, as every axis label says it
-    "per_feature": "l1_alpha · mean Σ codes / n_dict",
-    "sum": "l1_alpha · mean Σ codes",
-}
 
 
 def write_worlds(folder: Path, data: ToyData, seeds: list[int]) -> None:

@@ -37,7 +37,7 @@ def random_sae(width: int, seed: int = 0) -> SparseAutoencoder:
     W_enc, W_dec = (torch.randn(s, generator=rng) for s in ((width, N_DICT), (N_DICT, width)))
     b_enc, b_dec = (torch.randn(n, generator=rng) for n in (N_DICT, width))
     b_enc[:N_DEAD] = -1e6
-    return SparseAutoencoder(W_enc, b_enc - 3, 0.1 * W_dec, 0.3 * b_dec, about={})
+    return SparseAutoencoder(W_enc, b_enc - 3, 0.1 * W_dec, 0.3 * b_dec, metadata={})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,7 +124,7 @@ def x(learned) -> torch.Tensor:
 def dead_sae(b_dec: torch.Tensor) -> SparseAutoencoder:
     """Predicts b_dec whatever comes in."""
     W_dec = torch.nn.functional.normalize(torch.ones(4, len(b_dec)), dim=1)
-    return SparseAutoencoder(W_dec.T, torch.full((4,), -1e9), W_dec, b_dec, about={})
+    return SparseAutoencoder(W_dec.T, torch.full((4,), -1e9), W_dec, b_dec, metadata={})
 
 
 def test_the_identity_recovers_everything(learned, x):
@@ -132,7 +132,7 @@ def test_the_identity_recovers_everything(learned, x):
     one = torch.eye(width)
     b_enc, b_dec = torch.zeros(2 * width), torch.zeros(width)
     identity = SparseAutoencoder(torch.cat([one, -one], 1), b_enc, torch.cat([one, -one]), b_dec,
-                                 about={})  # fmt: skip
+                                 metadata={})  # fmt: skip
     (found,) = evaluate(learned, [identity], mean=b_dec)
     values = found.values
     assert values["ce_recovered"] == pytest.approx(1, abs=1e-6)

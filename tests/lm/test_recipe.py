@@ -86,7 +86,7 @@ def test_saved_autoencoders_do_on_raw_activations_what_training_did_on_scaled_on
         stack, k = task.ensemble.place[i]
         codes, x_hat = (t[k].clone() for t in task.ensemble.stacks[stack].forward(x * scale))
         tensors.pop("density")
-        sae = SparseAutoencoder(**tensors, about={})
+        sae = SparseAutoencoder(**tensors, metadata={})
         assert sae.b_dec.norm() > 0
         assert torch.allclose(sae.decode(sae.encode(x)) * scale, x_hat, atol=1e-5)
         assert torch.allclose(sae.encode(x) * scale, codes.T, atol=1e-5)
@@ -97,8 +97,8 @@ def test_folding_a_power_of_two_is_exact():
     rng = torch.Generator().manual_seed(0)
     shapes = {"W_enc": (6, 9), "b_enc": (9,), "W_dec": (9, 6), "b_dec": (6,)}
     tensors = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
-    inside = SparseAutoencoder(**tensors, about={})
-    raw = SparseAutoencoder(**unscaled(tensors, 0.25), about={})
+    inside = SparseAutoencoder(**tensors, metadata={})
+    raw = SparseAutoencoder(**unscaled(tensors, 0.25), metadata={})
     x = torch.randn(50, 6, generator=rng)
     assert torch.equal(raw.decode(raw.encode(x)), 4 * inside.decode(inside.encode(x / 4)))
 
@@ -141,7 +141,7 @@ def test_training_resumed_from_a_state_has_the_same_bits(recipe):
 
 
 def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
-    of_sum, per_feature = (specs_of(cells(), kind) for kind in ("sum", "per_feature"))
+    of_sum, per_feature = (specs_of(cells(), kind, tied=True) for kind in ("sum", "per_feature"))
     assert [m.l1 for m in of_sum] == pytest.approx([1e-2, 10**-1.75] * 2)
     assert [m.l1 * m.n_dict for m in per_feature] == pytest.approx([1e-2, 10**-1.75] * 2)
     assert [m.n_dict for m in of_sum] == [20, 20, 40, 40]
@@ -150,9 +150,9 @@ def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
 
 def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
     wishes = [replace(cell, target_l0=t) for cell in cells() for t in (0, 4, 8)]
-    specs = specs_of(wishes, "sum")
+    specs = specs_of(wishes, "sum", tied=True)
     assert len({m.seed for m in specs}) == 12
-    assert specs_of(wishes[5:6], "sum")[0].seed == specs[5].seed
+    assert specs_of(wishes[5:6], "sum", tied=True)[0].seed == specs[5].seed
     assert [m.target_l0 for m in specs[:3]] == [0, 4, 8]
 
 
@@ -224,7 +224,7 @@ def test_what_is_logged_is_measured_on_the_scaled_batch(recipe):
     assert set(measured) == {"train/mse", "train/fvu", "train/l0"}
     assert recipe.headline[0] in measured
     for i in range(4):
-        sae = SparseAutoencoder(**task.ensemble.dictionary(i), about={})
+        sae = SparseAutoencoder(**task.ensemble.dictionary(i), metadata={})
         error = (sae.decode(sae.encode(x)) - x).square()
         variance = (x - x.mean(dim=0)).square().sum()
         assert measured["train/mse"][i] == pytest.approx(error.mean().item(), rel=1e-4)
@@ -248,7 +248,7 @@ def saved(recipe: LanguageRecipe, folder: Path, group) -> list[dict]:
 def test_a_saved_autoencoder_knows_where_it_comes_from_and_how_good_it_is(recipe, tmp_path):
     group = cells()
     rows = saved(recipe, tmp_path, group)
-    about = load_sae(sae_folder(tmp_path, group[1])).about
+    about = load_sae(sae_folder(tmp_path, group[1])).metadata
     assert {k: about[k] for k in recipe.about} == recipe.about
     assert (about["layer"], about["site"], about["seed"]) == (1, "mlp_act", 3)
     for name in ("l1_alpha", "fvu", "l0"):

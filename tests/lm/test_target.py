@@ -246,7 +246,7 @@ def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
 
 def test_a_saved_autoencoder_names_the_flags_that_find_its_subject(root, monkeypatch):
     subject = tiny_subject(root, layer=2, packing="documents")
-    loaded = lambda about: SimpleNamespace(about=about)  # noqa: E731
+    loaded = lambda metadata: SimpleNamespace(metadata=metadata)  # noqa: E731
     monkeypatch.setattr(target, "load_sae", loaded)
     flags = flags_of(subject.provenance | {"n_eval_tokens": 77})
     names = {f.name for choice in (ModelChoice, TextChoice) for f in fields(choice)}

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from sparse_coding.config import UserError
 from sparse_coding.sae import saved
-from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae, with_unit_rows
+from sparse_coding.sae.saved import (
+    SparseAutoencoder,
+    export_dictionary_learning,
+    load_sae,
+    save_sae,
+    with_unit_rows,
+)
 
 # x − b_dec = (2, 3), pre-activations (1, 3, −0.5), so codes (1, 3, 0) and x_hat = (2, 1)
 BY_HAND = {
@@ -64,7 +70,7 @@ def write_foreign(folder: Path, tensors: dict[str, Tensor], **changes) -> Path:
 
 
 def test_codes_and_reconstruction_are_those_computed_by_hand():
-    sae = SparseAutoencoder(**BY_HAND, about={})
+    sae = SparseAutoencoder(**BY_HAND, metadata={})
     assert sae.encode(X).tolist() == [1, 3, 0]
     assert sae.decode(sae.encode(X)).tolist() == [2, 1]
     assert (sae.activation_dim, sae.n_dict) == (2, 3)
@@ -73,42 +79,42 @@ def test_codes_and_reconstruction_are_those_computed_by_hand():
 
 def test_a_jumprelu_code_must_exceed_its_threshold_and_topk_keeps_the_largest():
     thresholds = torch.tensor([1.0, 1.0, 0.0])
-    assert SparseAutoencoder(**BY_HAND, about={}, threshold=thresholds).encode(X).tolist() == [
+    assert SparseAutoencoder(**BY_HAND, metadata={}, threshold=thresholds).encode(X).tolist() == [
         0,
         3,
         0,
     ]
-    assert SparseAutoencoder(**BY_HAND, about={}, top_k=1).encode(X).tolist() == [0, 3, 0]
-    assert SparseAutoencoder(**BY_HAND, about={}, top_k=3).encode(X).tolist() == [1, 3, 0]
+    assert SparseAutoencoder(**BY_HAND, metadata={}, top_k=1).encode(X).tolist() == [0, 3, 0]
+    assert SparseAutoencoder(**BY_HAND, metadata={}, top_k=3).encode(X).tolist() == [1, 3, 0]
 
 
 def test_a_saved_autoencoder_is_read_back_to_the_bit_with_what_it_is_about(tmp_path):
     tensors = random_tensors()
-    save_sae(tmp_path / "cell", tensors, about=ABOUT)
+    save_sae(tmp_path / "cell", tensors, metadata=ABOUT)
     sae = load_sae(tmp_path / "cell")
     assert all(torch.equal(sae.tensors[name], tensors[name]) for name in tensors)
-    assert sae.about == ABOUT
+    assert sae.metadata == ABOUT
     assert (sae.threshold, sae.top_k) == (None, None)
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     for name in ("first", "second"):
-        save_sae(tmp_path / name, random_tensors(), about=ABOUT)
+        save_sae(tmp_path / name, random_tensors(), metadata=ABOUT)
     for file in ("cfg.json", "sae_weights.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
 def test_another_device_or_dtype_gives_the_same_autoencoder():
-    sae = SparseAutoencoder(**BY_HAND, about=ABOUT, threshold=torch.zeros(3), top_k=2)
+    sae = SparseAutoencoder(**BY_HAND, metadata=ABOUT, threshold=torch.zeros(3), top_k=2)
     doubled = sae.to(dtype=torch.float64)
     assert doubled.threshold.dtype == doubled.W_enc.dtype == torch.float64
     assert doubled.encode(X.double()).tolist() == [1, 3, 0]
-    assert (doubled.about, doubled.top_k) == (ABOUT, 2)
+    assert (doubled.metadata, doubled.top_k) == (ABOUT, 2)
     assert sae.W_enc.dtype == torch.float32  # unchanged
 
 
 def test_saelens_finds_its_own_fields_filled(tmp_path):
-    save_sae(tmp_path, random_tensors(), about=ABOUT)
+    save_sae(tmp_path, random_tensors(), metadata=ABOUT)
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert (config["d_in"], config["d_sae"]) == (5, 12)
     assert config["apply_b_dec_to_input"] is True
@@ -132,35 +138,35 @@ def test_saelens_finds_its_own_fields_filled(tmp_path):
     ],
 )
 def test_each_site_has_the_name_of_its_hook_and_is_known_again_by_it(tmp_path, site, hook, reshape):
-    save_sae(tmp_path / "ours", BY_HAND, about={"site": site, "layer": 3})
+    save_sae(tmp_path / "ours", BY_HAND, metadata={"site": site, "layer": 3})
     config = json.loads((tmp_path / "ours" / "cfg.json").read_text())
     assert config["metadata"].get("hook_name") == hook
     assert config["reshape_activations"] == reshape
     foreign = write_foreign(tmp_path / "foreign", BY_HAND, metadata={"hook_name": hook})
     known = {"hook_name": hook, "site": site, "layer": 3} if hook else {}
-    assert load_sae(foreign).about == known
+    assert load_sae(foreign).metadata == known
 
 
 def test_a_bias_fixed_at_zero_is_not_applied_to_the_input(tmp_path):
-    save_sae(tmp_path, BY_HAND | {"b_dec": torch.zeros(2)}, about={})
+    save_sae(tmp_path, BY_HAND | {"b_dec": torch.zeros(2)}, metadata={})
     assert json.loads((tmp_path / "cfg.json").read_text())["apply_b_dec_to_input"] is False
 
 
 def test_a_save_that_is_killed_leaves_no_folder_that_looks_whole(tmp_path, monkeypatch):
-    save_sae(tmp_path, BY_HAND, about={})
+    save_sae(tmp_path, BY_HAND, metadata={})
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(saved, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
-        save_sae(tmp_path, random_tensors(), about={})
+        save_sae(tmp_path, random_tensors(), metadata={})
     with pytest.raises(UserError, match=r"has no cfg\.json"):
         load_sae(tmp_path)
 
 
 def test_a_foreign_folder_tells_what_it_knows(tmp_path):
-    about = load_sae(write_foreign(tmp_path / "sae", BY_HAND)).about
+    about = load_sae(write_foreign(tmp_path / "sae", BY_HAND)).metadata
     assert about == {
         "model": "gpt2-small",
         "hook_name": "blocks.7.hook_resid_post",
@@ -198,8 +204,8 @@ def test_rows_of_length_one_change_no_reconstruction_even_where_a_row_is_zero():
     tensors = random_tensors()
     tensors["W_dec"][4] = 0.0
     x = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
-    before = SparseAutoencoder(**tensors, about={})
-    after = SparseAutoencoder(**(tensors | with_unit_rows(tensors)), about={})
+    before = SparseAutoencoder(**tensors, metadata={})
+    after = SparseAutoencoder(**(tensors | with_unit_rows(tensors)), metadata={})
     torch.testing.assert_close(after.W_dec.norm(dim=1), torch.ones(12))
     torch.testing.assert_close(
         after.decode(after.encode(x)), before.decode(before.encode(x)), atol=1e-5, rtol=1e-5
@@ -262,3 +268,52 @@ def test_a_folder_that_is_none_or_is_no_sae_is_said_to_be_so(tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"no sae_weights\.safetensors"):
         load_sae(folder)
+
+
+# --- dictionary_learning's format, computed again with torch.nn.Linear ---
+
+
+def random_sae(activation_dim: int = 5, n_dict: int = 12, **more) -> SparseAutoencoder:
+    """b_dec is not 0, rows of W_dec have lengths other than 1."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((activation_dim, n_dict), (n_dict,), (n_dict, activation_dim), (activation_dim,))
+    return SparseAutoencoder(*(torch.randn(s, generator=rng) for s in shapes), metadata={}, **more)
+
+
+def test_the_exported_weights_give_the_same_reconstruction_with_rows_of_length_one(tmp_path):
+    sae = random_sae()
+    export_dictionary_learning(tmp_path / "out", sae, metadata={})
+    state = torch.load(tmp_path / "out" / "ae.pt", weights_only=True)
+    encoder, decoder = torch.nn.Linear(5, 12), torch.nn.Linear(12, 5, bias=False)
+    encoder.load_state_dict({n: state[f"encoder.{n}"] for n in ("weight", "bias")})
+    decoder.load_state_dict({"weight": state["decoder.weight"]})
+    x = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
+    x_hat = decoder(encoder(x - state["bias"]).relu()) + state["bias"]
+    torch.testing.assert_close(x_hat, sae.decode(sae.encode(x)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder.weight.norm(dim=0), torch.ones(12))
+    assert len(state) == 4
+
+
+def test_the_config_says_which_class_reads_it_and_where_it_comes_from(tmp_path):
+    about = {"model": "demo", "layer": 1, "site": "mlp_act", "context_length": 128, "note": "x"}
+    export_dictionary_learning(tmp_path, random_sae(), metadata=about)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["trainer"]["dict_class"] == "AutoEncoder"
+    assert (config["trainer"]["activation_dim"], config["trainer"]["dict_size"]) == (5, 12)
+    assert (config["trainer"]["lm_name"], config["trainer"]["layer"]) == ("demo", 1)
+    assert config["buffer"]["ctx_len"] == 128
+    assert config["sparse_coding"] == about
+
+
+def test_the_same_autoencoder_gives_the_same_bytes(tmp_path):
+    for name in ("first", "second"):
+        export_dictionary_learning(tmp_path / name, random_sae(), metadata={})
+    for file in ("ae.pt", "config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+@pytest.mark.parametrize("more", [{"threshold": torch.zeros(12)}, {"top_k": 3}])
+def test_what_is_more_than_a_relu_is_not_exported(tmp_path, more):
+    with pytest.raises(UserError, match="plain ReLU"):
+        export_dictionary_learning(tmp_path, random_sae(**more), metadata={})
+    assert list(tmp_path.iterdir()) == []

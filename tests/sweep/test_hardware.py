@@ -1,4 +1,4 @@
-"""Device, precision and rough times."""
+"""Device, precision and memory."""
 
 import pytest
 import torch
@@ -8,9 +8,7 @@ from sparse_coding.sae.gpu import DOT
 from sparse_coding.sweep.hardware import (
     free_memory,
     pick_device,
-    rough_time,
     set_precision,
-    step_seconds,
 )
 
 CPU = torch.device("cpu")
@@ -41,16 +39,3 @@ def test_ranks_of_one_host_share_its_memory(monkeypatch):
     alone = free_memory(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory(CPU) == pytest.approx(alone / 4, rel=0.1)
-
-
-def test_time_of_a_step_grows_with_the_features():
-    times = [step_seconds(n, 64, batch_size=64, device=CPU) for n in (100, 100_000)]
-    assert times[1] > 20 * times[0]  # 1 000 on a quiet machine
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "1 s"), (80, "80 s"), (130, "2 min"), (5000, "83 min"), (9000, "2.5 h")],
-)
-def test_rough_times_read_well(seconds, text):
-    assert rough_time(seconds) == text

@@ -7,12 +7,22 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
+from sparse_coding.files import write_json, write_tensors
+from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.metrics import mmcs, mmcs_with_larger
 from sparse_coding.sweep.run_folder import (
     CheckpointStore,
-    about_this_run,
+    checkpoints_of,
     close_run_folder,
+    groups_to_train,
     locked,
+    merged_rows,
+    missing_cells,
     open_run_folder,
+    provenance,
+    row_path,
+    sae_folder,
+    unfinished_groups,
 )
 
 
@@ -58,43 +68,43 @@ CONSTANTS = {"n_steps": 5, "law": "post"}
 
 def test_a_folder_opens_again_for_the_same_constants_and_keeps_its_files(tmp_path):
     folder = tmp_path / "run"
-    open_run_folder(folder, constants=CONSTANTS, about={"command": "first"}, fresh=False)
+    open_run_folder(folder, constants=CONSTANTS, origin={"command": "first"}, fresh=False)
     (folder / "kept").write_text("x")
-    open_run_folder(folder, constants=dict(CONSTANTS), about={"command": "second"}, fresh=False)
+    open_run_folder(folder, constants=dict(CONSTANTS), origin={"command": "second"}, fresh=False)
     assert (folder / "kept").exists()
     assert json.loads((folder / "config.json").read_text())["command"] == "first"
 
 
 def test_a_resume_by_other_code_is_warned_of_and_recorded(tmp_path, capsys):
     for commit in ("a", "a", "b", "b"):
-        about = {"git_commit": commit, "versions": {"torch": "2"}}
-        open_run_folder(tmp_path / "run", constants=CONSTANTS, about=about, fresh=False)
+        origin = {"git_commit": commit, "versions": {"torch": "2"}}
+        open_run_folder(tmp_path / "run", constants=CONSTANTS, origin=origin, fresh=False)
     assert capsys.readouterr().err.count("begun with other git_commit\n") == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["git_commit"] == "a"
-    assert [about["git_commit"] for about in config["resumed_by"]] == ["b"]
+    assert [origin["git_commit"] for origin in config["resumed_by"]] == ["b"]
 
 
 def test_a_finished_folder_is_opened_by_other_code_without_a_note(tmp_path, capsys):
-    open_run_folder(tmp_path, constants=CONSTANTS, about={"git_commit": "a"}, fresh=False)
+    open_run_folder(tmp_path, constants=CONSTANTS, origin={"git_commit": "a"}, fresh=False)
     close_run_folder(tmp_path)
     before = (tmp_path / "config.json").read_text()
-    open_run_folder(tmp_path, constants=CONSTANTS, about={"git_commit": "b"}, fresh=False)
+    open_run_folder(tmp_path, constants=CONSTANTS, origin={"git_commit": "b"}, fresh=False)
     assert (tmp_path / "config.json").read_text() == before
     assert capsys.readouterr().err == ""
 
 
 def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path):
     folder = tmp_path / "run"
-    open_run_folder(folder, constants=CONSTANTS, about={}, fresh=False)
+    open_run_folder(folder, constants=CONSTANTS, origin={}, fresh=False)
     (folder / "old").write_text("x")
     other = CONSTANTS | {"n_steps": 6}
     with pytest.raises(UserError, match="n_steps 5 there, 6 here"):
-        open_run_folder(folder, constants=other, about={}, fresh=False)
+        open_run_folder(folder, constants=other, origin={}, fresh=False)
     assert (folder / "old").exists()
     with locked(folder, "-shard-1-of-2"), pytest.raises(UserError, match="another process"):
-        open_run_folder(folder, constants=other, about={}, fresh=True)
-    open_run_folder(folder, constants=other, about={}, fresh=True)
+        open_run_folder(folder, constants=other, origin={}, fresh=True)
+    open_run_folder(folder, constants=other, origin={}, fresh=True)
     assert os.listdir(folder) == ["config.json"]
 
 
@@ -102,12 +112,12 @@ def test_a_process_killed_while_it_made_the_folder_does_not_block_the_next(tmp_p
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".config.json.123.tmp").write_text("{")
-    open_run_folder(folder, constants=CONSTANTS, about={}, fresh=False)
+    open_run_folder(folder, constants=CONSTANTS, origin={}, fresh=False)
     assert json.loads((folder / "config.json").read_text())["constants"] == CONSTANTS
 
 
 def test_closing_joins_the_series_and_leaves_no_checkpoint_and_no_temporary_file(tmp_path):
-    open_run_folder(tmp_path / "run", constants=CONSTANTS, about={}, fresh=False)
+    open_run_folder(tmp_path / "run", constants=CONSTANTS, origin={}, fresh=False)
     folder = tmp_path / "run"
     (folder / "cells").mkdir()
     (folder / "cells" / ".a.json.123.tmp").write_text("torn")
@@ -126,7 +136,7 @@ def test_closing_joins_the_series_and_leaves_no_checkpoint_and_no_temporary_file
 def test_a_folder_that_is_not_ours_is_never_touched(tmp_path, fresh):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"thesis\.tex"):
-        open_run_folder(tmp_path, constants=CONSTANTS, about={}, fresh=fresh)
+        open_run_folder(tmp_path, constants=CONSTANTS, origin={}, fresh=fresh)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
@@ -134,7 +144,7 @@ def test_a_file_or_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="choose another one"):
-            open_run_folder(path, constants=CONSTANTS, about={}, fresh=False)
+            open_run_folder(path, constants=CONSTANTS, origin={}, fresh=False)
 
 
 def is_refused(folder, shard_suffix: str = "") -> bool:
@@ -158,8 +168,73 @@ def test_a_run_has_its_folder_alone_and_shards_share_it(tmp_path):
 
 def test_config_names_versions_and_commit_but_no_machine_path(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/secret/place/run.py", "--n-steps", "5"])
-    about = about_this_run("CPU")
-    assert about["command"] == "python run.py --n-steps 5"
-    assert about["versions"]["torch"] == torch.__version__
-    assert {"git_commit", "git_dirty", "device"} <= about.keys()
-    assert "secret" not in json.dumps(about)
+    origin = provenance("CPU")
+    assert origin["command"] == "python run.py --n-steps 5"
+    assert origin["versions"]["torch"] == torch.__version__
+    assert {"git_commit", "git_dirty", "device"} <= origin.keys()
+    assert "secret" not in json.dumps(origin)
+
+
+# --- cells: what is missing, what was begun, the merge ---
+
+
+@pytest.fixture
+def cells():
+    return make_grid(4, seeds=range(1), l1_exps=range(2), size_exps=range(4))  # 4 to 32 features
+
+
+def dictionary(cell) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(cell.n_dict + cell.l1_exp)
+    return torch.randn(cell.n_dict, 8, generator=rng)
+
+
+def write(folder, cell) -> None:
+    weights = sae_folder(folder, cell) / "sae_weights.safetensors"
+    write_tensors(weights, {"W_dec": dictionary(cell)})
+    write_json(folder / row_path(cell), {"name": cell.name})
+
+
+def test_a_cell_is_missing_until_its_row_is_written(tmp_path, cells):
+    assert missing_cells(tmp_path, cells) == cells
+    write(tmp_path, cells[3])
+    assert missing_cells(tmp_path, cells) == cells[:3] + cells[4:]
+
+
+def begin(folder, group) -> None:
+    info = {"cells": [cell.name for cell in group]}
+    checkpoints_of(folder, group).save(5, {"w": torch.zeros(1)}, info=info)
+
+
+def test_groups_that_were_begun_come_first_and_keep_their_cells(tmp_path, cells):
+    begin(tmp_path, cells[2:5])
+    write(tmp_path, cells[2])  # killed while it wrote its results
+    write(tmp_path, cells[0])
+    groups = groups_to_train(tmp_path, cells, budget=1e9, memory_of=sum)
+    assert groups == [cells[2:5], [cells[1], *cells[5:]]]
+
+
+def test_a_group_of_another_shard_or_a_finished_one_is_not_gone_on_with(tmp_path, cells):
+    begin(tmp_path, cells[:2])
+    assert unfinished_groups(tmp_path, cells[1:]) == []
+    assert unfinished_groups(tmp_path, cells) == [cells[:2]]
+    for cell in cells[:2]:
+        write(tmp_path, cell)
+    assert unfinished_groups(tmp_path, cells) == []
+
+
+def test_merge_compares_with_the_next_two_larger_of_the_same_l1_alpha(tmp_path, cells):
+    for cell in reversed(cells):  # the order of writing does not matter
+        write(tmp_path, cell)
+    rows = merged_rows(
+        tmp_path,
+        cells,
+        compare={"mmcs_with_larger": mmcs_with_larger},
+        device=torch.device("cpu"),
+    )
+    assert [row["name"] for row in rows] == [cell.name for cell in cells]
+    column = [cell for cell in cells if cell.l1_exp == 1]
+    W = [dictionary(cell) for cell in column]
+    found = [row["mmcs_with_larger"] for row in rows if row["name"] in {c.name for c in column}]
+    assert found[0] == pytest.approx((mmcs(W[0], W[1]) + mmcs(W[0], W[2])).item() / 2)
+    assert found[2] == pytest.approx(mmcs(W[2], W[3]).item())
+    assert found[3] is None

@@ -57,9 +57,9 @@ def test_what_changes_numbers_changes_the_folder_and_the_rest_does_not():
 
 
 def test_the_name_of_the_run_says_which_shard_it_is_and_the_device_is_on_record():
-    about = planned(suffix="-shard-1-of-2").about
-    assert about["run_name"] == f"{planned().folder.name}-shard-1-of-2"
-    assert about["device"] == "a CPU"
+    origin = planned(suffix="-shard-1-of-2").origin
+    assert origin["run_name"] == f"{planned().folder.name}-shard-1-of-2"
+    assert origin["device"] == "a CPU"
 
 
 def test_a_run_is_done_when_its_folder_says_so(tmp_path):

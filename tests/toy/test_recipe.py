@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
-from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.grid import make_grid, specs_of
 from sparse_coding.toy.data import ToyData
-from sparse_coding.toy.recipe import COLUMNS, ToyRecipe, specs_of
+from sparse_coding.toy.recipe import COLUMNS, ToyRecipe
 
 CPU = torch.device("cpu")
 DATA = ToyData("post", 8, 16, n_active=2, feature_prob_decay=0.9, noise_std=0.0, batch_size=32)
@@ -23,15 +23,15 @@ def recipe(data: ToyData = DATA, n_steps: int = 3) -> ToyRecipe:
 
 
 def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
-    l1 = [(member.n_dict, member.l1) for member in specs_of(cells(), "per_feature")]
+    l1 = [(spec.n_dict, spec.l1) for spec in specs_of(cells(), "per_feature", tied=False)]
     assert l1 == [(8, 1 / 8), (8, 10 / 8), (16, 1 / 16), (16, 10 / 16)]
-    assert [member.l1 for member in specs_of(cells(), "sum")] == [1, 10, 1, 10]
+    assert [spec.l1 for spec in specs_of(cells(), "sum", tied=False)] == [1, 10, 1, 10]
 
 
 def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
-    seeds = [member.seed for member in specs_of(cells(), "sum")]
+    seeds = [spec.seed for spec in specs_of(cells(), "sum", tied=False)]
     assert len(set(seeds)) == len(seeds)
-    assert specs_of(cells()[2:3], "sum")[0].seed == seeds[2]
+    assert specs_of(cells()[2:3], "sum", tied=False)[0].seed == seeds[2]
 
 
 def test_rows_have_the_columns_of_the_table_in_order():
@@ -83,7 +83,7 @@ def test_constants_out_of_range_are_refused_by_their_flag(change, flag):
 def test_no_steps_and_no_learning_rate_are_refused():
     with pytest.raises(UserError, match="--n-steps 0"):
         recipe(n_steps=0)
-    with pytest.raises(UserError, match="--learning-rate -1"):
+    with pytest.raises(UserError, match="--lr -1"):
         ToyRecipe(DATA, "sum", -1.0, 5, CPU)
 
 
