@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from sparse_coding.sae.saved import export_dictionary_learning, load_sae, save_sae
+from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.run_folder import sae_folder
+from sparse_coding.toy.data import ToyData
+from sparse_coding.toy.recipe import ToyRecipe
 
 ACTIVATION_DIM, N_DICT, N_HEADS = 24, 96, 4
 ABOUT = {"model": "demo", "layer": 1, "site": "mlp_act", "context_length": 128, "dataset": "x"}
@@ -41,7 +45,7 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def reconstruct(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The formulas of design.md §4, written here once more, in float64."""
+    """codes = ReLU((x − b_dec) W_enc + b_enc), x_hat = codes W_dec + b_dec, in float64."""
     t = {name: tensor.double() for name, tensor in tensors.items()}
     codes = ((x.double() - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
     return (codes @ t["W_dec"] + t["b_dec"]).float()
@@ -49,6 +53,19 @@ def reconstruct(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_sae_lens_loads_the_folders_of_a_toy_run(sae_lens, tmp_path):
+    data = ToyData("post", 8, 16, n_active=2, feature_prob_decay=0.9, noise_std=0.0, batch_size=32)
+    recipe = ToyRecipe(data, "per_feature", 1e-3, 3, torch.device("cpu"))
+    (cell,) = make_grid(16, seeds=range(1), l1_exps=range(-4, -3), size_exps=range(1))
+    task = recipe.prepare([cell])
+    ((row, tensors),) = task.evaluate()
+    recipe.save(tmp_path, cell, tensors, row)
+    theirs, x = sae_lens.SAE.load_from_disk(sae_folder(tmp_path, cell)), task.batch_at(0)
+    with torch.no_grad():
+        assert_equal(reconstruct(tensors, x), theirs(x))
+        assert_equal(load_sae(sae_folder(tmp_path, cell)).encode(x), theirs.encode(x))
 
 
 def test_sae_lens_loads_ours_and_reconstructs_the_same(sae_lens, tmp_path, x):

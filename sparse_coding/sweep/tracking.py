@@ -1,29 +1,29 @@
 """The time series of a run: metrics.jsonl first, Weights & Biases (W&B) beside it.
 
-W&B may not ask, hang, slow down or kill a run. So it lives in a thread of its own, training only
-puts records on a queue, every wait has a bound, and a failure is one warning line on stderr.
+W&B may not ask, hang, slow down or end a run. So it has a process of its own: training only puts
+records on a queue, the end of a run waits for that process once, for a bounded time, and a failure
+is one warning line on stderr.
 """
 
-import atexit
 import contextlib
 import json
 import os
 import queue
+import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import psutil
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from sparse_coding.files import write_atomic
 
-# Seconds. Measured with wandb 0.31 on two CPU cores: import 0.4, init offline 0.4, finish 0.01.
-FINISH_WAIT_S = 30.0  # bound of finish(): the two timeouts below, and W&B's own start and stop
-CLOSE_WAIT_S = 12.0  # bound of close(): somebody has pressed Ctrl-C and waits
-KILL_WAIT_S = 2.0  # beyond these, for the thread to notice that wandb's service is gone
+if TYPE_CHECKING:
+    import wandb
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 30.0  # for W&B to end a run: the two timeouts below, and its own start and stop
 WANDB_SETTINGS = dict(
     init_timeout=10.0,  # s; a server that has not answered by then is done without
     finish_timeout=15.0, finish_timeout_raises=True,  # s for the last uploads; the rest stays here
@@ -35,7 +35,7 @@ WANDB_SETTINGS = dict(
 
 
 class Tracker:
-    """Writes `folder/<jsonl_name>` and mirrors it to W&B. One at a time in a process.
+    """Writes `folder/<jsonl_name>` and mirrors it to W&B.
 
     mode: "auto" (the environment's WANDB_MODE, else online when wandb finds an API key, else
     offline), "online", "offline" or "disabled" (wandb is not even imported). The run's id is
@@ -55,7 +55,7 @@ class Tracker:
                 write_atomic(id_file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
             run = {"project": project, "name": run_name, "dir": str(folder.resolve())}
             run |= {"config": dict(config), "id": json.loads(id_file.read_text())["id"]}
-            self._sink = _WandbSink(mode, run)
+            self._sink = _Sink(mode, run)
 
     def log(self, record: dict) -> None:
         """Appends {"step": ..., "seed": ..., "<namespace>/<name>": ...}; NaN and inf as null."""
@@ -77,124 +77,140 @@ class Tracker:
         self._file = self._path.open("a", encoding="utf-8")
 
     def finish(self, *, figures: dict[str, Path], table: list[dict]) -> None:
-        """Ends a complete run, within FINISH_WAIT_S: W&B gets PNGs and a table row per cell."""
-        self._file.close()
-        if self._sink:
-            self._sink.stop(figures, table, exit_code=0, wait_s=FINISH_WAIT_S)
+        """Ends a complete run, within WAIT_S: W&B gets the PNGs and a table row per cell."""
+        self._end(figures, table, exit_code=0)
 
     def close(self) -> None:
-        """Ends an interrupted run, within CLOSE_WAIT_S. Does nothing after finish()."""
+        """Ends an interrupted run, within WAIT_S. Does nothing after finish()."""
+        self._end({}, [], exit_code=1)
+
+    def _end(self, figures: dict[str, Path], table: list[dict], *, exit_code: int) -> None:
         self._file.close()
         if self._sink:
-            self._sink.stop({}, [], exit_code=1, wait_s=CLOSE_WAIT_S)
+            paths = {name: str(path.resolve()) for name, path in figures.items()}
+            self._sink.stop({"figures": paths, "table": table, "exit_code": exit_code})
+            self._sink = None
 
 
-class _WandbSink:
-    """A W&B run in a daemon thread: put() returns at once, stop() within its bound."""
+class _Sink:
+    """The process that mirrors a run, `_mirror`: put() returns at once, stop() within WAIT_S."""
 
     def __init__(self, mode: str, run: dict) -> None:
-        self._arguments, self._run, self._ending, self._on = run, None, None, True
-        self._records: queue.SimpleQueue[dict | None] = queue.SimpleQueue()  # None is the end
-        # wandb's own telemetry prints, and with a silent server adds 12 s to the exit; tables are
-        # staged in the home directory. Neither is one of wandb's settings.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        os.environ.setdefault("WANDB_DATA_DIR", str(Path(run["dir"], "wandb")))
-        self._thread = threading.Thread(target=self._work, args=(mode,), daemon=True)
-        self._thread.start()
+        environment = {
+            # wandb's own telemetry prints, and with a silent server adds 12 s to the exit; tables
+            # are staged in the home directory. Neither is one of wandb's settings.
+            "WANDB_ERROR_REPORTING": "false",
+            "WANDB_DATA_DIR": str(Path(run["dir"], "wandb")),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__], env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, text=True,
+            start_new_session=True,  # Ctrl-C is for us
+        )  # fmt: skip
+        self.messages: queue.SimpleQueue[dict | None] = queue.SimpleQueue()  # None is the end
+        threading.Thread(target=self._send, daemon=True).start()
+        self.put({"mode": mode, "settings": WANDB_SETTINGS, "run": run})
 
-    def put(self, record: dict) -> None:
-        if self._on:
-            self._records.put(dict(record))
+    def put(self, message: dict | None) -> None:
+        """A record, the ending, or None after it."""
+        if self.process.poll() is None:
+            self.messages.put(message)
 
-    def stop(self, figures: dict, table: list[dict], *, exit_code: int, wait_s: float) -> None:
-        """Lets the thread end the run, and goes on without it after wait_s seconds."""
-        if self._ending is not None:
-            return
-        self._ending = (figures, table, exit_code)
-        self._records.put(None)
-        self._thread.join(wait_s)
-        if self._thread.is_alive():
-            self._switch_off(TimeoutError(f"no end after {wait_s:g} s"))
-            _kill_wandb_service()  # else wandb's own exit hook waits for it, without a bound
-            self._thread.join(KILL_WAIT_S)
-        atexit.unregister(self.stop)
-
-    def _work(self, mode: str) -> None:
+    def stop(self, ending: dict) -> None:
+        """Has the run ended, and goes on without W&B if that takes too long."""
+        self.put(ending)
+        self.put(None)
         try:
-            self._start(mode)
-            while (record := self._records.get()) is not None and self._on:
-                self._run.log(record)
-            self._end(*self._ending)
-        # Broad on purpose: a convenience may not end hours of training, whatever it raises (and
-        # wandb does call sys.exit). Nothing is hidden: the warning names type and message.
-        except (Exception, SystemExit) as error:
-            self._switch_off(error)
-        finally:
-            _tear_down()
+            self.process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            _warn("off for the rest of this run", f"no end after {WAIT_S:g} s")
 
-    def _start(self, mode: str) -> None:
-        """Opens the run: online if it can be, else offline with a line that says why."""
-        reason = "no API key is configured: run `wandb login`" if mode == "online" else ""
-        if mode in ("auto", "online"):
-            try:
-                self._run = self._open("online")
-            except Exception as error:  # broad for the reason given in _work
-                if not self._on:  # stop() has given up meanwhile
-                    raise
-                reason = error
-        if self._run is None:
-            _tear_down()  # a failed attempt still holds the run's id
-            self._run = self._open("offline")
-            if reason:
-                self._warn("offline for this run", reason)
-        # The x-axis is our "step", which starts at 0 with every group of cells; wandb's may not.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+    def _send(self) -> None:
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:  # it may have ended
+            while (message := self.messages.get()) is not None:
+                print(json.dumps(message), file=pipe, flush=True)
 
-    def _open(self, mode: str):
-        """The new wandb run; None where it should be online and there is no API key."""
-        import wandb
 
-        wandb.setup(wandb.Settings(mode=mode, **WANDB_SETTINGS))
-        # After wandb's own unbounded hook, hence run before it at exit.
-        atexit.register(self.stop, {}, [], exit_code=1, wait_s=CLOSE_WAIT_S)
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            return None
-        return wandb.init(**self._arguments, mode=mode, resume="allow", reinit="create_new")
+# --- in the process that mirrors ---
 
-    def _end(self, figures: dict[str, Path], table: list[dict], exit_code: int) -> None:
-        import wandb
 
+def _mirror(messages: Iterator[dict]) -> None:
+    """Opens the run that the first message describes, logs the others; the last one ends it. Where
+    none does, our process was killed."""
+    first, run = next(messages), None
+    try:
+        run = _open(**first)
+        ending = {"figures": {}, "table": [], "exit_code": 1}
+        for message in messages:
+            if "exit_code" in message:
+                ending = message
+            else:
+                run.log(message)
+        _end(run, **ending)
+    # Broad on purpose: W&B is a convenience, and what it raises (it also calls sys.exit) may not
+    # end hours of training. Nothing is hidden: the warning names type and message.
+    except (Exception, SystemExit) as error:
+        _warn("off for the rest of this run", error, run)
+
+
+def _open(mode: str, settings: dict, run: dict) -> "wandb.Run":
+    """The run, online if it is to be and can be, else offline with a line that says why."""
+    opened, reason = None, ""
+    if mode in ("auto", "online"):
         try:
-            for name, path in figures.items():
-                self._run.log({f"figures/{name}": wandb.Image(str(path))})
-            if table:  # last: wandb asks the server whether it may store it
-                rows = [list(row.values()) for row in table]
-                cells = wandb.Table(list(table[0]), rows, allow_mixed_types=True)
-                self._run.log({"summary/cells": cells})
-        finally:
-            self._run.finish(exit_code)
-
-    def _switch_off(self, error: BaseException) -> None:
-        if self._on:
-            self._on = False
-            self._warn("off for the rest of this run", error)
-
-    def _warn(self, fate: str, why: BaseException | str) -> None:
-        why = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
-        later = f"; to upload later: wandb sync {self._run.settings.sync_dir}" if self._run else ""
-        line = f"warning: W&B is {fate} ({why}); metrics.jsonl goes on{later}"
-        tqdm.write(" ".join(line.split()), file=sys.stderr)
+            opened = _open_as("online", settings, run)
+        except Exception as error:  # broad for the reason given in _mirror
+            reason = error
+        if opened is None and mode == "online" and not reason:
+            reason = "no API key is configured: run `wandb login`"
+    if opened is None:
+        opened = _open_as("offline", settings, run)
+        if reason:
+            _warn("offline for this run", reason, opened)
+    # The x-axis is our "step", which starts at 0 with every group of cells; wandb's may not.
+    opened.define_metric("step")
+    opened.define_metric("*", step_metric="step")
+    return opened
 
 
-def _tear_down() -> None:
-    """Leaves no service process and no exit hook of wandb behind."""
-    with contextlib.suppress(Exception, SystemExit):  # a crashed service cannot be stopped
-        sys.modules["wandb"].teardown()
+def _open_as(mode: str, settings: dict, run: dict) -> "wandb.Run | None":
+    """The run; None where it should be online and there is no API key."""
+    import wandb
+
+    wandb.teardown()  # a failed attempt still holds the run's id
+    wandb.setup(wandb.Settings(mode=mode, **settings))
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        return None
+    return wandb.init(**run, mode=mode, resume="allow", reinit="create_new")
 
 
-def _kill_wandb_service() -> None:
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # gone by itself
-            if child.name() == "wandb-core":
-                child.kill()
+def _end(run: "wandb.Run", figures: dict[str, str], table: list[dict], exit_code: int) -> None:
+    import wandb
+
+    try:
+        for name, path in figures.items():
+            run.log({f"figures/{name}": wandb.Image(path)})
+        if table:  # last: wandb asks the server whether it may store it
+            rows = [list(row.values()) for row in table]
+            cells = wandb.Table(list(table[0]), rows, allow_mixed_types=True)
+            run.log({"summary/cells": cells})
+    finally:
+        run.finish(exit_code)
+
+
+def _warn(fate: str, why: Exception | str, run: "wandb.Run | None" = None) -> None:
+    """One line on stderr, over a progress bar if there is one."""
+    why = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
+    later = f"; to upload later: wandb sync {run.settings.sync_dir}" if run else ""
+    line = f"warning: W&B is {fate} ({why}); metrics.jsonl goes on{later}"
+    print("\r" + " ".join(line.split()), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    _mirror(map(json.loads, sys.stdin))
+    with contextlib.suppress(Exception):  # its service may have crashed
+        sys.modules["wandb"].teardown()  # writes what did not get through
+    os._exit(0)  # without wandb's own exit hook

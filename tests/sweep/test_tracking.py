@@ -30,9 +30,6 @@ def no_wandb_account(monkeypatch, tmp_path):
     """The developer's own key, settings and files stay out of these tests."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    for name in ("WANDB_ERROR_REPORTING", "WANDB_DATA_DIR", "WANDB_SERVICE"):
-        monkeypatch.setenv(name, "")  # so that what the tracker sets is undone after the test
-        monkeypatch.delenv(name)
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -62,7 +59,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, kind: str) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.kind, self.released = kind, threading.Event()
+        self.kind, self.released, self.queries = kind, threading.Event(), []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -73,6 +70,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         query = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.queries.append(query)
         if self.server.kind == "hang":
             self.server.released.wait()
         body = json.dumps({"data": graphql_data(query)}).encode()
@@ -102,6 +100,11 @@ def tracker(folder: Path, mode: str, **kwargs) -> Tracker:
     return Tracker(
         folder, mode=mode, project="toy", run_name="run", config={"lr": 0.5, "n": 3}, **kwargs
     )
+
+
+def lines(err: str) -> list[str]:
+    """Those that have been written on stderr, some of them over a bar."""
+    return [line for line in err.replace("\r", "\n").split("\n") if line]
 
 
 def jsonl(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -263,7 +266,7 @@ def test_a_broken_server_costs_one_warning_and_the_run_goes_on_offline(
     assert time.monotonic() - start < 10  # init_timeout 1 s, and the exit does not wait either
     assert done.returncode == 0
     assert float(done.stdout) < 0.5  # s for the records: training did not wait
-    (warning,) = done.stderr.splitlines()
+    (warning,) = lines(done.stderr)
     assert warning.startswith("warning: W&B is offline for this run (CommError: ")
     assert f"wandb sync {tmp_path / 'out/wandb/offline-run-'}" in warning
     assert jsonl(tmp_path / "out") == RECORDS
@@ -278,7 +281,7 @@ def test_online_without_a_key_never_prompts_not_even_on_a_terminal(tmp_path):
     done = run_script(LOG_AND_FINISH.format(mode="online"), cwd=tmp_path, stdin=terminal)
     os.close(controller), os.close(terminal)
     assert done.returncode == 0
-    (warning,) = done.stderr.splitlines()
+    (warning,) = lines(done.stderr)
     assert "no API key is configured: run `wandb login`" in warning
     assert history(wandb_records(tmp_path / "out")) == RECORDS
 
@@ -289,54 +292,67 @@ def test_a_network_that_goes_away_in_the_middle_bounds_finish(tmp_path, monkeypa
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     monkeypatch.setitem(tracking.WANDB_SETTINGS, "finish_timeout", 1.0)
     t = tracker(tmp_path, "auto")
-    wait_until(lambda: list(tmp_path.glob("wandb/run-*/files")) and t._sink._run)
+    wait_until(lambda: any(b"UpsertBucket" in query for query in up.queries))
+    wait_until(lambda: list(tmp_path.glob("wandb/run-*/*.wandb")))
     up.kind = "hang"
     for record in RECORDS:
         t.log(record)
     start = time.monotonic()
     t.finish(figures={}, table=[])
     assert time.monotonic() - start < 6
-    (warning,) = capfd.readouterr().err.splitlines()
+    (warning,) = lines(capfd.readouterr().err)
     assert "(TimeoutError: " in warning
     assert f"wandb sync {tmp_path / 'wandb/run-'}" in warning
     assert history(wandb_records(tmp_path)) == jsonl(tmp_path) == RECORDS
 
 
-def test_a_stuck_service_is_killed_after_the_wait(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tracking, "CLOSE_WAIT_S", 0.5)
+def service_of(process: psutil.Process) -> psutil.Process:
+    """wandb's own service below the process, once it is there."""
+    names = lambda: {c.name(): c for c in process.children(recursive=True)}  # noqa: E731
+    wait_until(lambda: "wandb-core" in names())
+    return names()["wandb-core"]
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_stuck_service_is_waited_for_once(tmp_path, monkeypatch, capfd):
     t = tracker(tmp_path, "offline")
     t.log(RECORDS[0])
-    wait_until(lambda: t._sink._run)
-    (service,) = [c for c in psutil.Process().children() if c.name() == "wandb-core"]
+    wait_until(lambda: list(tmp_path.glob("wandb/offline-run-*/*.wandb")))
+    service = service_of(psutil.Process())
     service.suspend()
+    monkeypatch.setattr(tracking, "WAIT_S", 0.5)
     start = time.monotonic()
     t.close()
     t.close()  # nothing left to do
     assert time.monotonic() - start < 3
-    assert not service.is_running() or service.status() == psutil.STATUS_ZOMBIE
-    (warning,) = capfd.readouterr().err.splitlines()
-    assert warning.startswith("warning: W&B is off for the rest of this run (TimeoutError: ")
+    (warning,) = lines(capfd.readouterr().err)
+    assert warning.startswith("warning: W&B is off for the rest of this run (no end after 0.5 s)")
     assert jsonl(tmp_path) == [RECORDS[0]]
+    service.resume()
+    wait_until(lambda: gone(service))  # it ends with the process that had started it
 
 
 def test_sigterm_ends_the_run_at_once_and_leaves_no_service_behind(tmp_path):
     body = """
-import psutil
 t = tracker(Path("out"), "offline")
-while t._sink._run is None:
-    time.sleep(0.01)
-print(psutil.Process().children()[0].pid, flush=True)
+t.log(RECORDS[0])
+print("logged", flush=True)
 time.sleep(60)
 """
     script = f"import sys; sys.path[:0] = [{str(REPO)!r}]\n{HEAD}{body}"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )
-    service = psutil.Process(int(process.stdout.readline()))
+    process.stdout.readline()
+    service = service_of(psutil.Process(process.pid))
     process.terminate()
     assert process.wait(timeout=5) == -signal.SIGTERM
     process.stdout.close()
-    wait_until(lambda: not service.is_running() or service.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: gone(service))
+    assert history(wandb_records(tmp_path / "out")) == [RECORDS[0]]
 
 
 def wait_until(condition) -> None:
