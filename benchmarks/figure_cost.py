@@ -31,13 +31,7 @@ from sparse_coding.files import write_csv
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sae.stack import DenseEngine
-from sparse_coding.sweep.hardware import (
-    describe,
-    gemm_flops,
-    pick_device,
-    rough_time,
-    set_precision,
-)
+from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 
 H, BATCH = 256, 256
 FLOP_PER_FEATURE = 2 * BATCH * H  # of one GEMM
@@ -80,7 +74,7 @@ def step_seconds(ensemble: Ensemble, xs: Tensor, seconds: float) -> float:
     """
     on_gpu = xs.device.type == "cuda"
     clock, n_cores = (time.perf_counter, 1) if on_gpu else (time.process_time, len(ensemble.specs))
-    found = []
+    per_step = []
     for _ in range(6):
         n, start = 0, clock()
         while n == 0 or clock() - start < seconds * n_cores:
@@ -88,24 +82,32 @@ def step_seconds(ensemble: Ensemble, xs: Tensor, seconds: float) -> float:
             n += len(xs)
             if on_gpu:
                 torch.cuda.synchronize()
-        found.append((clock() - start) / n / n_cores)
-    return statistics.median(found[1:])  # the first is warming up
+        per_step.append((clock() - start) / n / n_cores)
+    return statistics.median(per_step[1:])  # the first is warming up
 
 
 def peak_flops(device: torch.device) -> float:
     """FLOP/s of the encoder's GEMM; on a CPU that of one core times the cores."""
-    n_threads = torch.get_num_threads()
-    if device.type == "cuda":
-        return max(gemm_flops(H, BATCH, device) for _ in range(3))
+    on_gpu, n_threads = device.type == "cuda", torch.get_num_threads()
     torch.set_num_threads(1)
-    W_enc, x, found = torch.randn(512, H), torch.randn(BATCH, H), []
+    W_enc, x = torch.randn(512, H, device=device), torch.randn(BATCH, H, device=device)
+    clock, seconds = time.perf_counter if on_gpu else time.process_time, []
     for _ in range(20):
-        start = time.process_time()
+        start = clock()
         for _ in range(50):
             W_enc @ x.T
-        found.append((time.process_time() - start) / 50)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append((clock() - start) / 50)
     torch.set_num_threads(n_threads)
-    return n_threads * 512 * FLOP_PER_FEATURE / min(found)
+    return (1 if on_gpu else n_threads) * 512 * FLOP_PER_FEATURE / min(seconds)
+
+
+def rough_time(seconds: float) -> str:
+    """40 s, 3 min or 1.5 h."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory(device: torch.device) -> int:

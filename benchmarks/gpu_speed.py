@@ -105,7 +105,7 @@ def seconds_per_step(ensemble: Ensemble, xs: Tensor, at_least: float) -> float:
     return seconds_per_call(lambda: ensemble.steps_(xs), xs.device, at_least) / len(xs)
 
 
-def about(cfg: Config, device: torch.device, precision: str, say: Report) -> None:
+def print_conditions(cfg: Config, device: torch.device, precision: str, say: Report) -> None:
     """What this ran on."""
     say(shlex.join(["python", "benchmarks/gpu_speed.py", *sys.argv[1:]]))
     import triton
@@ -157,17 +157,17 @@ def check(cfg: Config, device: torch.device, precision: str, say: Report) -> boo
     n = cfg.check_dict
     specs = [SAESpec(n, 10**e / n, seed=i) for i, e in enumerate((-1.5, -0.5, 0.5))]
     xs = batches(task_of(cfg, range(1), device), cfg.check_steps)
-    engines, found = (DenseEngine, DenseEngine, gpu.GpuEngine), []
+    engines, trained = (DenseEngine, DenseEngine, gpu.GpuEngine), []
     for engine, dtype in zip(engines, (torch.float64, torch.float32, torch.float32), strict=True):
         ensemble = Ensemble(specs, H, lr=1e-3, device=device, dtype=dtype)
         ensemble.engine = engine(ensemble.stacks)
         ensemble.steps_(xs.to(dtype))
-        found.append([p.double() for p in ensemble.stacks[0].parameters.values()])
+        trained.append([p.double() for p in ensemble.stacks[0].parameters.values()])
     if ensemble.engine.ready is None:
         return False  # a line has said why
     say(f"distance from float64 after {cfg.check_steps} steps, relative, W_enc b_enc W_dec:")
-    for name, values in zip(("torch", "kernels"), found[1:], strict=True):
-        pairs = zip(values, found[0], strict=True)
+    for name, values in zip(("torch", "kernels"), trained[1:], strict=True):
+        pairs = zip(values, trained[0], strict=True)
         off = [float((a - b).norm() / b.norm()) for a, b in pairs]
         say(f"  {name:8}" + "".join(f"  {value:.1e}" for value in off))
     agrees = all(value <= MOST_OFF[precision] for value in off)  # of the kernels
@@ -282,7 +282,7 @@ def main(argv: list[str]) -> int:
     require(gpu.has_triton(), "Triton is not there: nothing to measure")
     precision = set_precision(cfg.precision, device)
     say = Report(cfg.output)
-    about(cfg, device, precision, say)
+    print_conditions(cfg, device, precision, say)
     if not check(cfg, device, precision, say):
         return 1
     peak = limits(cfg, device, say)

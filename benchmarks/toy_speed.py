@@ -104,7 +104,7 @@ def medians_of(measured: list[tuple]) -> list[float]:
     return [statistics.median(column) for column in zip(*measured, strict=True)]
 
 
-def contestants(n_dict: int, warm_steps: int, found: list[str]) -> dict:
+def contestants(n_dict: int, warm_steps: int, installed: list[str]) -> dict:
     """name -> (run n steps, autoencoders that it steps), all of them warm."""
     task = row_of(n_dict, warm_steps)
     xs = torch.stack([task.batch_at(step) for step in range(256)])
@@ -115,7 +115,7 @@ def contestants(n_dict: int, warm_steps: int, found: list[str]) -> dict:
         warm.batch_at, chunks(0, warm_steps, length=16, stop_every=warm_steps)
     ):
         warm.ensemble.steps_(batch)
-    run = {name: (OTHERS[name](n_dict, cycle(xs)), 1) for name in found}
+    run = {name: (OTHERS[name](n_dict, cycle(xs)), 1) for name in installed}
     run |= {
         "ours, every step dense": (trainer_of(dense, xs), 17),
         "ours, at the start": (trainer_of(start, xs), 17),
@@ -126,9 +126,9 @@ def contestants(n_dict: int, warm_steps: int, found: list[str]) -> dict:
     return run
 
 
-def compare(n_dict: int, cfg: Config, found: list[str]) -> list[dict]:
+def compare(n_dict: int, cfg: Config, installed: list[str]) -> list[dict]:
     """A row per contestant: median, least and most SAE-steps/s, and the median per core."""
-    run = contestants(n_dict, cfg.warm_steps, found)
+    run = contestants(n_dict, cfg.warm_steps, installed)
     rates: dict[str, list] = {name: [] for name in run}
     for _ in range(cfg.n_repeats):
         for name, (steps, n_saes) in run.items():
@@ -136,7 +136,7 @@ def compare(n_dict: int, cfg: Config, found: list[str]) -> list[dict]:
     medians = {
         name: list(map(statistics.median, zip(*r, strict=True))) for name, r in rates.items()
     }
-    best = [max(medians[name][i] for name in found) for i in (0, 1)]
+    best = [max(medians[name][i] for name in installed) for i in (0, 1)]
     table = []
     for name, (per_second, per_core) in medians.items():
         clock = [r for r, _ in rates[name]]
@@ -153,13 +153,13 @@ def compare(n_dict: int, cfg: Config, found: list[str]) -> list[dict]:
     return table
 
 
-def full_row(n_dict: int, cfg: Config, found: list[str]) -> dict:
+def full_row(n_dict: int, cfg: Config, installed: list[str]) -> dict:
     """Time of a row at full length, and of the others by extrapolation: measured five times, while
     ours is stopped."""
     task = row_of(n_dict, cfg.n_steps)
     xs = torch.stack([task.batch_at(step) for step in range(64)])
-    others = {name: OTHERS[name](n_dict, cycle(xs)) for name in found}
-    rates: dict[str, list] = {name: [] for name in found}
+    others = {name: OTHERS[name](n_dict, cycle(xs)) for name in installed}
+    rates: dict[str, list] = {name: [] for name in installed}
     length, part = task.ensemble.engine.steps_at_a_time, -(-cfg.n_steps // 5)
     watch, series = Stopwatch(), []
     for first in range(0, cfg.n_steps, part):
@@ -179,7 +179,7 @@ def full_row(n_dict: int, cfg: Config, found: list[str]) -> dict:
     }
     line: dict = {"n_dict": n_dict, "n_steps": cfg.n_steps}
     for i, (unit, ours) in enumerate((("seconds", watch.clock), ("core_seconds", watch.cores))):
-        best = max(found, key=lambda name, i=i: medians[name][i])
+        best = max(installed, key=lambda name, i=i: medians[name][i])
         theirs = 17 * cfg.n_steps / medians[best][i]
         line |= {unit: round(ours, 1), f"best_other_by_{unit}": best}
         line |= {f"its_{unit}": round(theirs, 1), f"times_fewer_{unit}": round(theirs / ours, 2)}
@@ -233,16 +233,16 @@ def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=__doc__.split("\n\n")[0])
     set_precision("float32", CPU)
     module = {"loop of 2023": "torch"}
-    found = [name for name in OTHERS if importlib.util.find_spec(module.get(name, name))]
+    installed = [name for name in OTHERS if importlib.util.find_spec(module.get(name, name))]
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
     print(f"torch {torch.__version__}, {describe(CPU)}, OMP_WAIT_POLICY {policy}")
-    for name in OTHERS.keys() - set(found):
+    for name in OTHERS.keys() - set(installed):
         print(f"{name} is not installed, left out")
     print(
         "n_dict  who                        SAE-steps/s, median (range), to the best of the others"
     )
-    table = [line for n_dict in cfg.sizes for line in compare(n_dict, cfg, found)]
-    rows = {n_dict: full_row(n_dict, cfg, found) for n_dict in cfg.row_sizes}
+    table = [line for n_dict in cfg.sizes for line in compare(n_dict, cfg, installed)]
+    rows = {n_dict: full_row(n_dict, cfg, installed) for n_dict in cfg.row_sizes}
     folder = Path(cfg.output_dir)
     for name, lines in (
         ("speed", table),

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sparse_coding.config import UserError, require
@@ -156,13 +156,21 @@ def write_json(path: Path, data: object) -> None:
     write_atomic(path, json.dumps(data, indent=1) + "\n")
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows (of one set of keys) as a csv, written whole; None is an empty field."""
+def csv_text(rows: list[dict], columns: Sequence[str] = ()) -> str:
+    """Rows as a csv, all digits; None is an empty field.
+
+    columns: of the table; default: the keys of the first row
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    return text.getvalue()
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """csv_text, written whole."""
+    write_atomic(path, csv_text(rows))
 
 
 def read_csv(path: Path) -> list[dict]:

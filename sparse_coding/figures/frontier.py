@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sparse_coding.figures.heatmap import DPI, GREY, WIDTH, number_labels, ratio_labels
+from sparse_coding.files import csv_text
 from sparse_coding.sweep.grid import Cell
 
 MAX_LABELLED = 6  # values of l1_alpha named in a frontier; more would touch
@@ -70,7 +71,7 @@ def frontier_points(rows: list[dict], column: str) -> list[dict]:
 def frontier_csv(rows: list[dict], column: str) -> str:
     """The points of a frontier as text, all digits; an empty field where there is no spread."""
     columns = ("expansion_factor", "n_dict", "l1_alpha", "l0", "mean", "std", "n_seeds")
-    return _csv(columns, frontier_points(rows, column))
+    return csv_text(frontier_points(rows, column), columns)
 
 
 def draw_frontier(rows: list[dict], spec: FrontierSpec, *, l1_note: str) -> Figure:
@@ -200,16 +201,14 @@ def density_counts(density: np.ndarray, *, n_tokens: int) -> tuple[int, np.ndarr
 
 def density_csv(densities: dict[Cell, np.ndarray], *, n_tokens: int) -> str:
     """Every cell's histogram, drawn or not; its dead features in a line without bin edges."""
-    columns = ("cell", "l1_alpha", "n_dict", "log10_low", "log10_high", "n_features")
-    lines = []
+    rows = []
     for cell, density in densities.items():
         dead, counts, edges = density_counts(density, n_tokens=n_tokens)
         l1_alpha = None if cell.target_l0 else cell.l1_alpha  # there it is only a start
-        about = {"cell": cell.name, "l1_alpha": l1_alpha, "n_dict": cell.n_dict}
-        lines.append(about | {"log10_low": None, "log10_high": None, "n_features": dead})
-        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
-            lines.append(about | dict(log10_low=low, log10_high=high, n_features=count))
-    return _csv(columns, lines)
+        bins = [(None, None, dead), *zip(edges[:-1], edges[1:], counts, strict=True)]
+        rows += [(cell.name, l1_alpha, cell.n_dict, *of_bin) for of_bin in bins]
+    columns = ("cell", "l1_alpha", "n_dict", "log10_low", "log10_high", "n_features")
+    return csv_text([dict(zip(columns, row, strict=True)) for row in rows], columns)
 
 
 def draw_density_histograms(
@@ -260,7 +259,7 @@ def _draw_histogram(axes: Axes, density: np.ndarray, n_tokens: int, colour: tupl
 
 
 def _sparsity(cell: Cell) -> tuple[int, int]:
-    """What orders the columns: the wished l0 where there is one, else l1_exp."""
+    """What orders the columns: the target l0 where there is one, else l1_exp."""
     return (cell.target_l0, 0) if cell.target_l0 else (0, cell.l1_exp)
 
 
@@ -288,12 +287,6 @@ def _head(axes: Axes, title: str, notes: list[str]) -> None:
         fontsize=8, color=GREY,
     )  # fmt: skip
     small_print.set_in_layout(False)  # it may be wider than the first of several panels
-
-
-def _csv(columns: tuple[str, ...], lines: list[dict]) -> str:
-    """All digits; None is an empty field."""
-    texts = [["" if line[c] is None else str(line[c]) for c in columns] for line in lines]
-    return "\n".join(map(",".join, [columns, *texts])) + "\n"
 
 
 def _is_finite(value: float | str | None) -> bool:

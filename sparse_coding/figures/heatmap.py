@@ -20,6 +20,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from sparse_coding.files import csv_text
+
 DPI = 200
 WIDTH = 8.5  # inches: 1700 px at 200 dpi, twice the ~850 px a README gives a figure
 MAX_ANNOTATED = (9, 17)  # rows, columns: a larger grid has no room for a number in each cell
@@ -91,13 +93,16 @@ def pivot(rows: list[dict], column: str, *, row_key: str, column_key: str) -> He
 
 def heatmap_csv(heatmap: Heatmap) -> str:
     """The heat-map as text, one line per cell, all digits, never capped; empty where nan."""
-    lines = [f"{heatmap.column_key},{heatmap.row_key},mean,std,n_seeds"]
+    rows = []
     for j, column_value in enumerate(heatmap.column_values):
         for i, row_value in enumerate(heatmap.row_values):
-            numbers = (float(heatmap.mean[i, j]), float(heatmap.std[i, j]))
-            mean, std = ("" if math.isnan(number) else repr(number) for number in numbers)
-            lines.append(f"{column_value},{row_value},{mean},{std},{heatmap.n_seeds[i, j]}")
-    return "\n".join(lines) + "\n"
+            numbers = {"mean": float(heatmap.mean[i, j]), "std": float(heatmap.std[i, j])}
+            rows.append(
+                {heatmap.column_key: column_value, heatmap.row_key: row_value}
+                | {name: None if math.isnan(number) else number for name, number in numbers.items()}
+                | {"n_seeds": heatmap.n_seeds[i, j]}
+            )
+    return csv_text(rows)
 
 
 def draw_heatmap(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from sparse_coding.figures.heatmap import (
     HeatmapSpec,
@@ -66,10 +67,16 @@ def write_figures(
             row_labels=ratio_labels(heatmap.row_values, [sizes[v] for v in sorted(sizes)]),
             row_notes=(row_notes or {}).get(spec.name),
         )
-        paths[spec.name] = folder / "figures" / f"{spec.name}.png"
-        write_atomic(paths[spec.name], png_bytes(figure))
-        write_atomic(paths[spec.name].with_suffix(".csv"), heatmap_csv(heatmap))
+        paths[spec.name] = write_figure(folder, spec.name, figure, csv=heatmap_csv(heatmap))
     return paths
+
+
+def write_figure(folder: Path, name: str, figure: Figure, *, csv: str) -> Path:
+    """Writes figures/<name>.png and its data beside it; the path of the png."""
+    path = folder / "figures" / f"{name}.png"
+    write_atomic(path, png_bytes(figure))
+    write_atomic(path.with_suffix(".csv"), csv)
+    return path
 
 
 def write_report(

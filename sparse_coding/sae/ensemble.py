@@ -85,7 +85,7 @@ class Ensemble:
         return {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
 
     def l1(self, i: int) -> float:
-        """The weight of the L1 term of autoencoder i: what the controller found, if it seeks."""
+        """Weight of the L1 term of autoencoder i; of one that seeks an l0 as the controller has it."""
         s, k = self.place[i]
         return float(self.stacks[s].l1[k])
 

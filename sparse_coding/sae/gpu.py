@@ -142,19 +142,19 @@ def rows_of_(stacks: list[Stack]) -> "Rows":
     from sparse_coding.sae.gpu_kernels import Rows
 
     h, device = stacks[0].W_dec.shape[2], stacks[0].W_dec.device
-    found = {}
+    joined = {}
     for name, row in (("W_enc", (h,)), ("W_dec", (h,)), ("b_enc", ()), ("b_dec", (h,))):
         parameters = [s.parameters[name] for s in stacks if name in s.parameters]
         if not parameters:  # b_dec is fixed at 0
-            found |= {f"{name}{end}": torch.empty(0, device=device) for end in ("", "_m", "_v")}
+            joined |= {f"{name}{end}": torch.empty(0, device=device) for end in ("", "_m", "_v")}
             continue
         states = [s.adam.state[p] for s, p in zip(stacks, parameters, strict=True)]
-        found[name] = join_(parameters, *row)
-        found[f"{name}_m"] = join_([state["exp_avg"] for state in states], *row)
-        found[f"{name}_v"] = join_([state["exp_avg_sq"] for state in states], *row)
+        joined[name] = join_(parameters, *row)
+        joined[f"{name}_m"] = join_([state["exp_avg"] for state in states], *row)
+        joined[f"{name}_v"] = join_([state["exp_avg_sq"] for state in states], *row)
     for name in ("idle", "l1", "target_l0"):
-        found[name] = join_([getattr(stack, name) for stack in stacks])
-    return Rows(**found)
+        joined[name] = join_([getattr(stack, name) for stack in stacks])
+    return Rows(**joined)
 
 
 def launcher(rows: "Rows", work: "Work", shape: "Shape") -> Callable[[], None]:

@@ -282,9 +282,9 @@ def train_(
 
 def _restore_(ensemble: Ensemble, checkpoints: CheckpointStore) -> tuple[int, float]:
     """(steps done, seconds they took) of the newest checkpoint, loaded; (0, 0.0) without one."""
-    found = checkpoints.load()
-    if found is None:
+    checkpoint = checkpoints.load()
+    if checkpoint is None:
         return 0, 0.0
-    tensors, info = found
+    tensors, info = checkpoint
     ensemble.load_state_(tensors)
     return info["step"], info["seconds"]
