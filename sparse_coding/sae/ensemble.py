@@ -85,7 +85,7 @@ class Ensemble:
         return {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
 
     def l1(self, i: int) -> float:
-        """Weight of the L1 term of autoencoder i; of one that seeks an l0 as the controller has it."""
+        """Weight of the L1 term of autoencoder i, which a controller may have moved."""
         s, k = self.place[i]
         return float(self.stacks[s].l1[k])
 
