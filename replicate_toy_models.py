@@ -37,6 +37,8 @@ DESCRIPTION = __doc__.split("\n\n")[0]
 
 @dataclass(frozen=True)
 class Config:
+    """Every constant, each a flag; comments give meaning, unit and source."""
+
     # auto: full on CUDA, else quick. smoke and quick: a smaller world with the same picture
     preset: Literal["auto", "smoke", "quick", "full"] = "auto"
 
@@ -93,6 +95,7 @@ NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "shard", "outp
 
 
 def main(argv: list[str]) -> int:
+    """The whole run; the exit code."""
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     shard = find_shard(cfg.shard)
     require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
@@ -192,6 +195,7 @@ def evaluate_saved(cfg: Config, device: torch.device) -> int:
 
 
 def recipe_of(cfg: Config, device: torch.device) -> ToyRecipe:
+    """How the constants say that cells are trained."""
     data = pick(ToyData, cfg, law=cfg.data_law)
     return ToyRecipe(data, cfg.l1_normalisation, cfg.lr, cfg.n_steps, device)
 

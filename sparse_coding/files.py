@@ -153,6 +153,7 @@ def existing(folder: Path) -> Path:
 
 
 def write_json(path: Path, data: object) -> None:
+    """Indented JSON, written whole."""
     write_atomic(path, json.dumps(data, indent=1) + "\n")
 
 

@@ -46,6 +46,7 @@ ONE_THREAD = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")  # functions o
 
 @functools.cache
 def libtorch() -> ctypes.CDLL:
+    """torch's own library, whose sgemm the kernels call."""
     end = "dylib" if sys.platform == "darwin" else "so"
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{end}"))
 
@@ -200,6 +201,7 @@ class Scratch:
 
     @property
     def n_bytes(self) -> int:
+        """Memory that is held."""
         flat = sum(t.numel() * t.element_size() for t in self.flat.values())
         return flat + sum(array.nbytes for array in self.gradients)
 

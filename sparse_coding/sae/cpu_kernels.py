@@ -125,6 +125,7 @@ def gemm(a_transposed, b_transposed, a, b, out):
 
 @kernel
 def dot(a, b):
+    """Σ a b."""
     total = F0
     for j in range(a.shape[0]):
         total += a[j] * b[j]
@@ -133,18 +134,21 @@ def dot(a, b):
 
 @kernel
 def fill_(a, value):
+    """a = value."""
     for j in range(a.shape[0]):
         a[j] = value
 
 
 @kernel
 def add_(a, b):
+    """a += b."""
     for j in range(a.shape[0]):
         a[j] += b[j]
 
 
 @kernel
 def scale_(a, factor):
+    """a *= factor."""
     for j in range(a.shape[0]):
         a[j] *= factor
 
@@ -187,6 +191,7 @@ def sparse_gradients(row, g, x, d_enc, d_dec, l1):
 
 @kernel
 def adam_(p, m, v, grad, numbers):
+    """A step of Adam for parameters p with moments m and v (Kingma, Ba 2015, arXiv 1412.6980)."""
     rate, root, eps = numbers[RATE], numbers[ROOT], numbers[EPS]
     for j in range(p.shape[0]):
         m[j] = np.float32(BETA1) * m[j] + np.float32(1 - BETA1) * grad[j]
@@ -196,6 +201,7 @@ def adam_(p, m, v, grad, numbers):
 
 @kernel
 def adam_without_gradient_(p, m, v, numbers):
+    """The same where the gradient is 0."""
     rate, root, eps = numbers[RATE], numbers[ROOT], numbers[EPS]
     for j in range(p.shape[0]):
         m[j] *= np.float32(BETA1)

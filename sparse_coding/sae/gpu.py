@@ -100,6 +100,7 @@ def work_shapes(sizes: list[int], shape: "Shape") -> dict[str, tuple]:
 
 
 def steps_at_a_time(h: int) -> int:
+    """Steps whose batches are made while others train."""
     return max(1, min(MOST_STEPS, 2**14 // h))  # of 2 048 samples: 128 MB
 
 

@@ -106,6 +106,7 @@ class Shape(NamedTuple):
 
 @triton.jit
 def matmul(a, b, acc, DOT: tl.constexpr):
+    """acc + a b, with factors in the precision DOT."""
     if DOT == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
     else:
@@ -122,6 +123,7 @@ def block(pointer, i, j, n: tl.constexpr, mask):
 
 @triton.jit
 def encode(rows, work, S: tl.constexpr):
+    """Codes of a tile of features (encode_f) for a block of samples (encode_b); their counts."""
     F: tl.constexpr = S.encode_f
     B: tl.constexpr = S.encode_b
     K: tl.constexpr = S.encode_k
@@ -155,6 +157,7 @@ def encode(rows, work, S: tl.constexpr):
 
 @triton.jit
 def choose(rows, work, S: tl.constexpr):
+    """An autoencoder's lists of features, one program each; moves l1 where an l0 is sought."""
     F: tl.constexpr = S.choose_f
     blocks: tl.constexpr = (S.batch + S.encode_b - 1) // S.encode_b
     s = tl.num_programs(0) - 1 - tl.program_id(0)  # the largest first
@@ -198,6 +201,7 @@ def codes_of(work, row, start, B: tl.constexpr, fired, S: tl.constexpr):
 
 @triton.jit
 def decode(rows, work, S: tl.constexpr):
+    """g of a tile of samples (decode_b) and dimensions (decode_h), from features that fired."""
     B: tl.constexpr = S.decode_b
     H: tl.constexpr = S.decode_h
     K: tl.constexpr = S.decode_k
@@ -241,6 +245,7 @@ def listed(work, t, S: tl.constexpr):
 
 @triton.jit
 def any_of(mask):
+    """Whether any of a mask is set."""
     return tl.max(mask.to(tl.int32), 0) > 0
 
 
@@ -258,6 +263,7 @@ def adam(p, m, v, at, mask, grad, missed, numbers):
 
 @triton.jit
 def backward(rows, work, S: tl.constexpr):
+    """δ and its sums for a tile of listed features (list_f); Adam of b_enc."""
     F: tl.constexpr = S.list_f
     B: tl.constexpr = S.backward_b
     K: tl.constexpr = S.backward_k
@@ -291,6 +297,7 @@ def backward(rows, work, S: tl.constexpr):
 
 @triton.jit
 def update_encoder(rows, work, S: tl.constexpr):
+    """Gradient and Adam of a tile of W_enc: listed features (list_f) by dimensions (update_h)."""
     F: tl.constexpr = S.list_f
     H: tl.constexpr = S.update_h
     D: tl.constexpr = S.dot
@@ -317,6 +324,7 @@ def update_encoder(rows, work, S: tl.constexpr):
 
 @triton.jit
 def update_decoder(rows, work, S: tl.constexpr):
+    """The same of W_dec; rows of length 1, or their lengths for normalise."""
     F: tl.constexpr = S.list_f
     H: tl.constexpr = S.update_h
     D: tl.constexpr = S.dot
@@ -347,6 +355,7 @@ def update_decoder(rows, work, S: tl.constexpr):
 
 @triton.jit
 def normalise(rows, work, S: tl.constexpr):
+    """Length 1 for rows of W_dec that do not fit a tile."""
     F: tl.constexpr = S.list_f
     H: tl.constexpr = S.update_h
     chunks: tl.constexpr = (S.h + H - 1) // H
@@ -363,6 +372,7 @@ def normalise(rows, work, S: tl.constexpr):
 
 @triton.jit
 def update_b_dec(rows, work, S: tl.constexpr):
+    """Gradient and Adam of b_dec, one program for each autoencoder and update_h dimensions."""
     H: tl.constexpr = S.update_h
     chunks: tl.constexpr = (S.h + H - 1) // H
     s, j = tl.program_id(0) // chunks, tl.program_id(0) % chunks * H + tl.arange(0, H)

@@ -57,10 +57,12 @@ class SparseAutoencoder:
 
     @property
     def activation_dim(self) -> int:
+        """Width of x."""
         return self.W_enc.shape[0]
 
     @property
     def n_dict(self) -> int:
+        """Number of features."""
         return self.W_enc.shape[1]
 
     @property

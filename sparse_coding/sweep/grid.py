@@ -36,10 +36,12 @@ class Cell:
 
     @property
     def l1_alpha(self) -> float:
+        """10^(l1_exp/4)."""
         return 10 ** (self.l1_exp / 4)
 
     @property
     def size_ratio(self) -> float:
+        """n_dict relative to the base size: dict_ratio or expansion_factor."""
         return 2.0**self.size_exp
 
     @property

@@ -53,10 +53,12 @@ class PlannedRun:
 
     @property
     def exists(self) -> bool:
+        """Whether a run with these constants was begun."""
         return os.path.exists(self.folder)
 
     @property
     def done(self) -> bool:
+        """Whether nothing is left to do."""
         return os.path.exists(self.folder / "DONE")  # False for a name that is too long
 
     def open(self, cells: list[Cell], *, fresh: bool) -> None:

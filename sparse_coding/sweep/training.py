@@ -99,9 +99,11 @@ class CheckpointClock:
         self.last, self.interval = time.monotonic(), CHECKPOINT_SECONDS
 
     def due(self) -> bool:
+        """Whether one is to be written now."""
         return time.monotonic() - self.last >= self.interval
 
     def written(self, seconds: float) -> None:
+        """Notes that one was written, and how long that took."""
         self.interval = max(CHECKPOINT_SECONDS, seconds / CHECKPOINT_SHARE)
         self.last = time.monotonic()
 

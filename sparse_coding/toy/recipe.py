@@ -55,6 +55,7 @@ class ToyRecipe:
         require_flag(self, "lr", 0 < self.lr < float("inf"), "above 0 and finite")
 
     def memory(self, n_dicts: list[int]) -> int:
+        """Bytes of the world and of an ensemble of these widths."""
         world = 3 * 8 * self.data.n_true_features**2  # A, Σ and one more while they are made
         batch_size = max(self.data.batch_size, EVALUATION["batch_size"])
         return world + ensemble_bytes(n_dicts, self.data.activation_dim, batch_size, self.device)
