@@ -26,7 +26,7 @@ from sparse_coding.config import parse_flags, pick, run_as_script
 from sparse_coding.lm.activations import Harvester, open_store
 from sparse_coding.lm.model import activations
 from sparse_coding.lm.recipe import Grid, LanguageRecipe
-from sparse_coding.sae.batches import chunks, prefetched
+from sparse_coding.sae.batches import prefetched, step_ranges
 from sparse_coding.sae.spec import initial_autoencoder
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
@@ -104,7 +104,7 @@ def train(recipe: LanguageRecipe, groups: list[list[Cell]], n_steps: int) -> flo
 def train_ahead(task: Task, n_steps: int) -> None:
     """Steps 1 to n_steps, as the training loop takes them."""
     length = task.ensemble.engine.steps_at_a_time
-    steps = chunks(1, n_steps + 1, length=length, stop_every=n_steps + 1)
+    steps = step_ranges(1, n_steps + 1, length=length, stop_every=n_steps + 1)
     for _, xs in prefetched(task.batch_at, steps):
         task.ensemble.steps_(xs)
 

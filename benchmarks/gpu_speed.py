@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, require, run_as_script
 from sparse_coding.files import write_atomic
 from sparse_coding.sae import gpu
-from sparse_coding.sae.batches import ahead_on, chunks
+from sparse_coding.sae.batches import ahead_on, step_ranges
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sae.stack import DenseEngine
@@ -189,7 +189,7 @@ def train(task: Task, steps: range, device: torch.device) -> float:
     """Seconds of these steps, data included."""
     ensemble, start = task.ensemble, time.perf_counter()
     length = ensemble.engine.steps_at_a_time
-    ranges = chunks(steps.start, steps.stop, length=length, stop_every=steps.stop)
+    ranges = step_ranges(steps.start, steps.stop, length=length, stop_every=steps.stop)
     for _, xs in ahead_on(device)(task.batch_at, ranges):
         ensemble.steps_(xs)
     synchronize(device)

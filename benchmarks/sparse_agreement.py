@@ -27,7 +27,7 @@ from replicate_toy_models import Config as ToyConfig
 from replicate_toy_models import recipe_of
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import read_csv, write_csv
-from sparse_coding.sae.batches import chunks, in_chunks
+from sparse_coding.sae.batches import stacked, step_ranges
 from sparse_coding.sae.stack import DenseEngine
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.hardware import set_precision
@@ -56,7 +56,7 @@ def train(engine: str, seed: int, n_steps: int) -> list[dict]:
     task = recipe_of(settings, CPU).prepare(cells)
     if engine == "dense":
         task.ensemble.engine = DenseEngine(task.ensemble.stacks)
-    for _, xs in in_chunks(task.batch_at, chunks(0, n_steps, length=16, stop_every=n_steps)):
+    for _, xs in stacked(task.batch_at, step_ranges(0, n_steps, length=16, stop_every=n_steps)):
         task.ensemble.steps_(xs)
     seconds = round(time.monotonic() - start)
     kept = ("n_dict", "l1_alpha", "mmcs", "n_dead", "l0", "mse")

@@ -32,7 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import write_csv
-from sparse_coding.sae.batches import chunks, prefetched
+from sparse_coding.sae.batches import prefetched, step_ranges
 from sparse_coding.sae.cpu import CpuEngine
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sweep.grid import make_grid
@@ -68,7 +68,7 @@ def trainer_of(ensemble: Ensemble, xs: Tensor) -> Callable[[int], None]:
     """Steps of all 17 autoencoders, some at a time, as the training loop takes them."""
 
     def run(n: int) -> None:
-        for steps in chunks(0, n, length=ensemble.engine.steps_at_a_time, stop_every=n):
+        for steps in step_ranges(0, n, length=ensemble.engine.steps_at_a_time, stop_every=n):
             ensemble.steps_(xs[steps.start % len(xs) :][: len(steps)])
 
     return run
@@ -112,7 +112,7 @@ def contestants(n_dict: int, warm_steps: int, installed: list[str]) -> dict:
     dense.engine = CpuEngine(dense.stacks, n_threads=torch.get_num_threads(), density=-1)
     warm = row_of(n_dict, warm_steps)
     for _, batch in prefetched(
-        warm.batch_at, chunks(0, warm_steps, length=16, stop_every=warm_steps)
+        warm.batch_at, step_ranges(0, warm_steps, length=16, stop_every=warm_steps)
     ):
         warm.ensemble.steps_(batch)
     run = {name: (OTHERS[name](n_dict, cycle(xs)), 1) for name in installed}
@@ -168,7 +168,7 @@ def full_row(n_dict: int, cfg: Config, installed: list[str]) -> dict:
         before, last = watch.clock, min(first + part, cfg.n_steps)
         with watch:
             for _, batch in prefetched(
-                task.batch_at, chunks(first, last, length=length, stop_every=cfg.n_steps)
+                task.batch_at, step_ranges(first, last, length=length, stop_every=cfg.n_steps)
             ):
                 task.ensemble.steps_(batch)
         speed = 17 * (last - first) / (watch.clock - before)

@@ -12,7 +12,7 @@ from sparse_coding.sae.cpu import one_thread_here
 Batches = Iterator[tuple[range, Tensor]]
 
 
-def chunks(first: int, n_steps: int, *, length: int, stop_every: int) -> Iterator[range]:
+def step_ranges(first: int, n_steps: int, *, length: int, stop_every: int) -> Iterator[range]:
     """Steps first .. n_steps in ranges of at most `length`, none across a multiple of stop_every.
 
     They begin at multiples of `length` after those, wherever `first` is.
@@ -25,7 +25,7 @@ def chunks(first: int, n_steps: int, *, length: int, stop_every: int) -> Iterato
         first = end
 
 
-def in_chunks(batch_at: Callable[[int], Tensor], ranges: Iterator[range]) -> Batches:
+def stacked(batch_at: Callable[[int], Tensor], ranges: Iterator[range]) -> Batches:
     """(steps, their batches (n, batch_size, activation_dim)) for each range."""
     for steps in ranges:
         yield steps, torch.stack([batch_at(step) for step in steps])
@@ -36,7 +36,7 @@ def prefetched(batch_at: Callable[[int], Tensor], ranges: Iterator[range]) -> Ba
 
     It computes alone, whatever OMP_NUM_THREADS says, so a batch is the same bits for any.
     """
-    made = in_chunks(batch_at, ranges)
+    made = stacked(batch_at, ranges)
     with ThreadPoolExecutor(1, initializer=one_thread_here) as thread:
         coming = thread.submit(next, made, None)
         while (chunk := coming.result()) is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_coding.config import Interrupted, progress_bar
 from sparse_coding.files import write_json
-from sparse_coding.sae.batches import ahead_on, chunks, in_chunks
+from sparse_coding.sae.batches import ahead_on, step_ranges
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.run_folder import (
@@ -261,9 +261,8 @@ def train_(
     progress.resumed(first)
     started, clock = time.monotonic(), CheckpointClock()
     length = ensemble.engine.steps_at_a_time
-    ranges = chunks(first, n_steps, length=length, stop_every=progress.log_every)
-    make = ahead_on(ensemble.scratch.device) if length > 1 else in_chunks
-    batches = make(batch_at, ranges)
+    ranges = step_ranges(first, n_steps, length=length, stop_every=progress.log_every)
+    batches = ahead_on(ensemble.scratch.device)(batch_at, ranges)
     with contextlib.closing(batches):
         for steps, xs in batches:
             ensemble.steps_(xs)

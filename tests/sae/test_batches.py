@@ -1,4 +1,4 @@
-"""Steps in chunks, and batches made ahead of time."""
+"""Ranges of steps, and batches made ahead of time."""
 
 import contextlib
 import threading
@@ -6,12 +6,12 @@ import threading
 import pytest
 import torch
 
-from sparse_coding.sae.batches import ahead_on, chunks, in_chunks, on_side_stream, prefetched
+from sparse_coding.sae.batches import ahead_on, on_side_stream, prefetched, stacked, step_ranges
 
 
 def ranges(first: int, n_steps: int, length: int, stop_every: int) -> list[tuple[int, int]]:
-    found = chunks(first, n_steps, length=length, stop_every=stop_every)
-    return [(steps.start, steps.stop) for steps in found]
+    of_steps = step_ranges(first, n_steps, length=length, stop_every=stop_every)
+    return [(steps.start, steps.stop) for steps in of_steps]
 
 
 def test_chunks_stop_where_something_is_logged_and_at_the_end():
@@ -21,7 +21,7 @@ def test_chunks_stop_where_something_is_logged_and_at_the_end():
 
 
 @pytest.mark.parametrize("first", range(26))
-def test_chunks_cover_each_step_once_wherever_a_resume_begins(first):
+def test_ranges_cover_each_step_once_wherever_a_resume_begins(first):
     steps = [i for a, b in ranges(first, 25, 8, 10) for i in range(a, b)]
     assert steps == list(range(first, 25))
     assert {10, 20} - set(range(first + 1)) <= {b for _, b in ranges(first, 25, 8, 10)}
@@ -31,7 +31,7 @@ def test_prefetched_batches_are_those_of_their_steps():
     def batch_at(step: int) -> torch.Tensor:
         return torch.full((2, 3), step)
 
-    for make in (in_chunks, prefetched):
+    for make in (stacked, prefetched):
         found = list(make(batch_at, iter([range(0, 2), range(2, 5)])))
         assert [steps for steps, _ in found] == [range(0, 2), range(2, 5)]
         assert [xs[:, 0, 0].tolist() for _, xs in found] == [[0, 1], [2, 3, 4]]
@@ -166,7 +166,7 @@ def test_batches_of_a_real_side_stream_are_those_of_their_steps():
         return torch.randn(500, 2000, device="cuda", generator=rng) @ weights
 
     ranges = [range(i, i + 3) for i in range(0, 60, 3)]
-    expected = [xs.sum(dim=(1, 2)) for _, xs in in_chunks(batch_at, iter(ranges))]
+    expected = [xs.sum(dim=(1, 2)) for _, xs in stacked(batch_at, iter(ranges))]
     found = []
     for _, xs in on_side_stream(batch_at, iter(ranges)):
         for _ in range(20):  # keeps the main stream behind

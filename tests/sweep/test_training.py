@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sweep import training
+from sparse_coding.sweep.run_folder import CheckpointStore
 from sparse_coding.sweep.tracking import Tracker
-from sparse_coding.sweep.training import CheckpointClock, Progress, StopSignal
+from sparse_coding.sweep.training import CheckpointClock, Progress, StopSignal, train_
 
 
 class Time:
@@ -29,6 +32,26 @@ def time(monkeypatch) -> Time:
     clock = Time()
     monkeypatch.setattr(training, "time", clock)
     return clock
+
+
+@pytest.fixture
+def tracker(tmp_path):
+    one = Tracker(tmp_path, mode="disabled", project="p", run_name="r", config={})
+    yield one
+    one.close()
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def started(tracker, *, better=min, values=None) -> Progress:
+    progress = Progress(tracker, n_groups=2, n_steps=100, log_every=10,
+                        headline=("train/fvu", better))  # fmt: skip
+    values = values or {"train/fvu": [0.5, 0.25], "train/l0": [3.0, 4.0]}
+    progress.start_group(["a", "b"], info={"seed": 7, "group": "g"}, measure=lambda x: values)
+    progress.resumed(0)
+    return progress
 
 
 # --- signals ---
@@ -83,27 +106,30 @@ def test_slow_checkpoints_come_so_rarely_that_they_take_a_twentieth_of_the_time(
     assert clock.due()
 
 
+# --- the loop ---
+
+
+def test_a_batch_is_made_by_one_thread_however_few_steps_are_taken_at_a_time(tmp_path, tracker):
+    """Or its last bits could depend on OMP_NUM_THREADS."""
+    ensemble = Ensemble([SAESpec(8, 1e-3, 0)], 8, lr=1e-3, device=torch.device("cpu"))
+    ensemble.engine.steps_at_a_time = 1  # as in grids of many weights
+    n_threads, makers = torch.get_num_threads(), []
+
+    def batch_at(step: int) -> torch.Tensor:
+        makers.append(torch.get_num_threads())
+        return torch.zeros(4, 8)
+
+    torch.set_num_threads(2)
+    try:
+        options = dict(n_steps=3, checkpoints=CheckpointStore(tmp_path / "c"), info={})
+        with StopSignal() as stop:
+            train_(ensemble, batch_at, progress=started(tracker), stop=stop, **options)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert makers == [1, 1, 1]
+
+
 # --- records ---
-
-
-@pytest.fixture
-def tracker(tmp_path):
-    one = Tracker(tmp_path, mode="disabled", project="p", run_name="r", config={})
-    yield one
-    one.close()
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def started(tracker, *, better=min, values=None) -> Progress:
-    progress = Progress(tracker, n_groups=2, n_steps=100, log_every=10,
-                        headline=("train/fvu", better))  # fmt: skip
-    values = values or {"train/fvu": [0.5, 0.25], "train/l0": [3.0, 4.0]}
-    progress.start_group(["a", "b"], info={"seed": 7, "group": "g"}, measure=lambda x: values)
-    progress.resumed(0)
-    return progress
 
 
 def test_a_record_has_every_value_of_every_cell_and_the_speed(tracker, tmp_path, time):
