@@ -133,7 +133,8 @@ def full(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """
+    """Seconds, and the same in hours and minutes where it is that long.
+
     >>> duration(5025.3)
     '5025.3 s (1 h 23 min 45 s)'
     """

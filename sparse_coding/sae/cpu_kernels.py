@@ -46,8 +46,8 @@ N, T = 78, 84  # the letters that it knows
 
 
 def _cache_folder() -> str:
-    """Of this very source: numba looks for changes in this file alone, but the constants of spec.py
-    are compiled in too."""
+    """One for each state of the source: numba looks for changes in this file alone, but the
+    constants of spec.py are compiled in too."""
     here = Path(__file__).parent
     sources = [Path(file).read_bytes() for file in (__file__, spec.__file__)]
     digest = sha256(b"".join(sources)).hexdigest()[:8]
@@ -285,7 +285,7 @@ class Work(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of a tile: scratch of one thread."""
+    """Gradients of a tile: scratch of one thread."""
 
     delta: ndarray  # (TILE, batch)
     b_enc: ndarray  # (TILE,)
@@ -438,7 +438,7 @@ def update(sae, work, x, grads, numbers, span):
 
 @kernel
 def dense_gradients(W_dec, codes, g, x, grads, l1):
-    """Of a tile, by GEMMs: all that is in grads."""
+    """Gradients of a tile, by GEMMs, into grads."""
     n = W_dec.shape[0]
     delta = grads.delta[:n]
     gemm(False, True, W_dec, g, delta)

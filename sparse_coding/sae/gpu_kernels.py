@@ -233,7 +233,7 @@ LOG2_BETA1, LOG2_BETA2 = (tl.constexpr(math.log2(beta)) for beta in spec.BETAS)
 
 @triton.jit
 def listed(work, t, S: tl.constexpr):
-    """Of a tile of lists: autoencoder, rows, which of them fired, which move."""
+    """What a tile of lists stands for: autoencoder, rows, which of them fired, which move."""
     s, start = tl.load(work.list_tiles + 2 * t), tl.load(work.list_tiles + 2 * t + 1)
     first, end = tl.load(work.saes + 3 * s), tl.load(work.saes + 3 * s + 1)
     slot = first + start + tl.arange(0, S.list_f)

@@ -41,7 +41,7 @@ UNPROCESSED = {"center_writing_weights": False, "fold_value_biases": False}
 
 @dataclass(frozen=True, eq=False)
 class SparseAutoencoder:
-    """codes = ReLU((x − b_dec) W_enc + b_enc), x_hat = codes W_dec + b_dec (design.md §4).
+    """codes = ReLU((x − b_dec) W_enc + b_enc), x_hat = codes W_dec + b_dec.
 
     A jumprelu one zeroes pre-activations that do not exceed `threshold`, a topk one all but the
     `top_k` largest. Rows of W_dec are the features.

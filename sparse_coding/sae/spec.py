@@ -70,14 +70,14 @@ class Schedule:
     eps: float = 1e-8
 
     def lr_factor(self, step: int) -> float:
-        """Of the learning rate at this step, from 0."""
+        """Factor of the learning rate at a step, counted from 0."""
         rise = min(1.0, (step + 1) / (self.lr_warmup + 1))
         if self.decay_start is None or step < self.decay_start:
             return rise
         return rise * (self.n_steps - step) / (self.n_steps - self.decay_start)
 
     def l1_factor(self, step: int) -> float:
-        """Of l1 at this step, from 0."""
+        """Factor of l1 at a step, counted from 0."""
         return min(1.0, step / self.l1_warmup) if self.l1_warmup else 1.0
 
     def seeks_l0(self, step: int) -> bool:
@@ -85,7 +85,7 @@ class Schedule:
         return step >= self.l1_warmup
 
     def at(self, step: int) -> Factors:
-        """All of one step."""
+        """All factors of a step."""
         return Factors(self.lr_factor(step), self.l1_factor(step), self.seeks_l0(step))
 
 

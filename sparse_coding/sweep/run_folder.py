@@ -239,7 +239,7 @@ def git_state(root: Path = Path(__file__).parents[2]) -> dict:
 
 
 def row_path(cell: Cell) -> str:
-    """Of a cell's row of the table, below the run folder. A cell is done when it is there."""
+    """Where the row of a cell is, below the run folder: the cell is done when it is there."""
     return f"cells/{cell.name}.json"
 
 

@@ -70,7 +70,7 @@ class PlannedRun:
         )
 
     def tracker(self, mode: str, config: dict, shard: Shard) -> Tracker:
-        """Of the shard's time series; config: all constants, for W&B."""
+        """What writes the shard's time series. config: all constants, for W&B."""
         return Tracker(
             self.folder,
             mode=mode,
