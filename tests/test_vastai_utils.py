@@ -92,7 +92,7 @@ def test_a_round_by_hand(world):
     time.sleep(1.5)
     status = world.call("status", *FAST).out
     assert status.count("running, RTX 3090, $0.1") == 2
-    assert "mine: 0 of 2 shards home" in status
+    assert "mine: 0 of 2 shards done" in status
     assert "cell 5" in world.call("logs", *run, *FAST).out
     assert world.call("ssh", *run, *FAST, "--shard", "1", "--", "echo", "hello").out == "hello\n"
     assert "fetched: outputs/mine" in world.call("copy-recent", *FAST).out
@@ -141,7 +141,7 @@ def test_search_lists_the_cheapest_first_with_traffic(world):
 
 
 def test_status_flags_what_is_overdue_unknown_or_stopped(world):
-    process = world.start_sweep("--max-hours", "0.0008", "--loading-minutes", "9", instances=1)
+    process = world.start_sweep("--max-hours", "0.0008", "--start-minutes", "9", instances=1)
     process.wait_until(world.lab.live)
     os.kill(process.pid, 9)
     process.wait()
@@ -193,7 +193,7 @@ def test_a_wrong_key_is_refused_in_one_line(world):
         (["--gpu-names", "RTX 309O"], "did you mean RTX 3090"),
         (["--max-dph", "0.05"], "the cheapest of them costs $0.1"),
         (["--max-total", "0.001"], "is above --max-total 0.001: raise it, or lower --max-hours"),
-        (["--instances", "9"], "9 machines are wanted, 8 fit"),
+        (["--instances", "9"], "9 machines are needed, 8 fit"),
         (["--min-cuda", "99"], "none of 8 offers"),
         (["--send-env", "NO_SUCH_NAME"], "neither the environment nor secrets.json has it"),
         (["--disk-gb", "4"], "--disk-gb 4.0 must be at least 8"),
@@ -236,9 +236,9 @@ def test_tracked_secrets_are_refused_and_a_dirty_tree_is_recorded(world):
     git(world.checkout, "add", "-f", "secrets.json")
     assert "secrets.json is tracked by git" in refused(world, "sweep", *FAST, *JOB)
     git(world.checkout, "rm", "-q", "--cached", "secrets.json")
-    (world.checkout / "sparse_coding" / "config.py").write_text("x = 'hf_" + 30 * "a" + "'\n")
+    (world.checkout / "sparse_coding" / "__init__.py").write_text("x = 'hf_" + 30 * "a" + "'\n")
     assert "seems to hold a token" in refused(world, "sweep", *FAST, *JOB)
-    (world.checkout / "sparse_coding" / "config.py").write_text("# another line\n")
+    (world.checkout / "sparse_coding" / "__init__.py").write_text("# another line\n")
     done = world.sweep(instances=1)
     assert done.code == 0, done.err
     (plan,) = (world.checkout / "rentals").glob("*/plan.json")

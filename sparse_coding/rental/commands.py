@@ -1,7 +1,5 @@
-"""The commands of vastai_utils.py.
-
-cfg is the script's Config; command is what stands after --; root is the checkout.
-"""
+"""The commands of vastai_utils.py: functions of its constants, of what stands after --, and of the
+checkout's folder; each returns an exit code."""
 
 import contextlib
 import os
@@ -9,24 +7,32 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from sparse_coding.config import Interrupted, UserError, require
-from sparse_coding.rental import fleet
-from sparse_coding.rental.market import Unavailable
+from sparse_coding.rental.controller import Controller
+from sparse_coding.rental.market import Instance, Market, Unavailable
 from sparse_coding.rental.preflight import require_script, require_tools, tracked_files
 from sparse_coding.rental.records import Records, spent
 from sparse_coding.rental.remote import REMOTE_DIR, RemoteError, make_key
-from sparse_coding.rental.results import merge
-from sparse_coding.rental.round import Round, open_market, open_round, terms_of
-from sparse_coding.rental.shard import Shard
-from sparse_coding.rental.terms import Instance
+from sparse_coding.rental.run import (
+    RENTALS,
+    Run,
+    merge,
+    nearest_offers,
+    open_market,
+    open_run,
+    say,
+    terms_of,
+)
+from sparse_coding.rental.settings import Config
 from sparse_coding.sweep.run_folder import locked
 
 # --- looking ---
 
 
-def doctor(cfg: object, command: list[str], root: Path) -> int:
+def doctor(cfg: Config, command: list[str], root: Path) -> int:
     """Everything that a sweep needs, tried without buying."""
     require_tools()
     print(f"tools: ssh and rsync are there; {len(tracked_files(root))} files would be pushed")
@@ -43,13 +49,13 @@ def doctor(cfg: object, command: list[str], root: Path) -> int:
     return 0
 
 
-def search(cfg: object, command: list[str], root: Path) -> int:
+def search(cfg: Config, command: list[str], root: Path) -> int:
     """Suitable offers, the cheapest first, with what they cost for --hours."""
     market, terms = open_market(cfg), terms_of(cfg)
     found = market.offers(terms.query(), disk_gb=cfg.disk_gb, interruptible=cfg.interruptible)
     found = [offer for offer in found if offer.rates.hourly <= terms.max_dph]
     if not found:
-        raise UserError(fleet.nearest_gpus(market, terms))
+        raise UserError(nearest_offers(market, terms))
     print(f"$/h with {cfg.disk_gb:g} GB, traffic for {cfg.image_gb:g} GB down and "
           f"{cfg.results_gb:g} GB up, {cfg.hours:g} h in all")  # fmt: skip
     print("  GPU              $/h    traffic  in all  reliability  Mbit/s  days left  place")
@@ -64,18 +70,18 @@ def search(cfg: object, command: list[str], root: Path) -> int:
     return 0
 
 
-def status(cfg: object, command: list[str], root: Path) -> int:
+def status(cfg: Config, command: list[str], root: Path) -> int:
     """What of ours lives, what it has cost, when it ends."""
     living = open_market(cfg).instances()
     for instance in living:
         print(_status_line(instance))
     if not living:
         print("no machine of ours lives")
-    for plan in sorted(Path(fleet.RENTALS).glob("*/plan.json")):
+    for plan in sorted(RENTALS.glob("*/plan.json")):
         records = Records(plan.parent)
         shards = [records.load(i + 1) for i in range(records.plan()["instances"])]
         n_done = sum(shard.done for shard in shards)
-        print(f"{plan.parent.name}: {n_done} of {len(shards)} shards home, {spent(shards)}")
+        print(f"{plan.parent.name}: {n_done} of {len(shards)} shards done, {spent(shards)}")
     return 0
 
 
@@ -83,19 +89,18 @@ def _status_line(instance: Instance) -> str:
     label, notes = instance.label, []
     if label is None:
         return f"instance {instance.id}: {instance.status}, a label that is none of ours now"
-    records = Records(fleet.RENTALS / label.run)
-    record = records.load(label.shard)
-    rentals = [r for r in record.rentals if r.id == instance.id]
+    record = Records(RENTALS / label.run).load(label.shard)
+    attempts = [a for a in record.attempts if a.id == instance.id]
     left = label.expires - time.time()
     if left < 0:
         notes.append("OVERDUE: reap ends it")
-    if not rentals:
+    if not attempts:
         notes.append("not rented from here")
-    elif record.current and record.current.id != instance.id:
+    elif record.current not in attempts:
         notes.append("a stray: reap or destroy it")
     if instance.status != "running":
         notes.append("its disk is billed in this state too")
-    cost = f", ${rentals[0].cost(time.time()).total:.3f} so far" if rentals else ""
+    cost = f", ${attempts[0].cost(time.time()).total:.3f} so far" if attempts else ""
     return (
         f"instance {instance.id}: {label.run} shard {label.shard}, {instance.status}, "
         f"{instance.gpu_name}, ${instance.dph_total:.3f}/h{cost}, ends itself in "
@@ -104,138 +109,169 @@ def _status_line(instance: Instance) -> str:
     )
 
 
-# --- the whole round ---
+# --- a whole sweep ---
 
 
-def sweep(cfg: object, command: list[str], root: Path) -> int:
+def sweep(cfg: Config, command: list[str], root: Path) -> int:
     """Rents, trains, fetches, ends, merges."""
     require_script(command, root, tracked_files(root))
-    round_ = open_round(cfg, command, root, renting=True)
-    with locked(round_.desk.records.folder):
-        return _sweep(cfg, command, round_)
+    with _alone(open_run(cfg, command, root, renting=True)) as run:
+        living = run.provisioner.instances()
+        done = (run.output_dir / "DONE").exists() and all(s.record.done for s in run.shards)
+        if done and not living:
+            print(f"done before: {run.output_dir / 'report.html'}; no machine of it is left")
+            return 0
+        if not run.agree(cfg):
+            return 0
+        wrong, signum = run.complete()
+        code = 1 if wrong else run.merge(command)
+        say(f"this sweep cost about {run.spent()}")
+        say(run.left_over())
+        bad_input = [error for error in wrong.values() if isinstance(error, (UserError, OSError))]
+        if bad_input:
+            raise bad_input[0]
+        if wrong and signum:
+            raise Interrupted(signum, "stopped: the same command goes on")
+        if wrong:
+            missing = f"{len(wrong)} of {len(run.shards)} shards are missing"
+            say(f"{missing}: the same command goes on")
+        return code
 
 
-def _sweep(cfg: object, command: list[str], round_: Round) -> int:
-    output_dir, say = round_.output_dir, round_.reporter.say
-    living = round_.desk.instances(fresh=True)
-    if (output_dir / "DONE").exists() and all(s.record.done for s in round_.shards) and not living:
-        print(f"done before: {output_dir / 'report.html'}; no machine of it is left")
-        return 0
-    if not round_.agree(cfg):
-        return 0
-    wrong, signum = fleet.live_all(round_.shards, round_.desk, round_.reporter)
-    code = 1 if wrong else fleet.merge_at_home(round_.shards, command, output_dir, say)
-    say(f"this sweep cost about {spent([shard.record for shard in round_.shards])}")
-    say(fleet.left_over(round_.desk))
-    bad_input = [error for error in wrong.values() if isinstance(error, (UserError, OSError))]
-    if bad_input:
-        raise bad_input[0]
-    if wrong and signum:
-        raise Interrupted(signum, "stopped: the same command goes on")
-    if wrong:
-        say(f"{len(wrong)} of {len(round_.shards)} shards are missing: the same command goes on")
-    return code
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[Run]:
+    """With the run's records to itself. Raises UserError while another command has them."""
+    with locked(run.provisioner.records.folder):
+        yield run
 
 
 # --- by hand ---
 
 
-def launch(cfg: object, command: list[str], root: Path) -> int:
+def launch(cfg: Config, command: list[str], root: Path) -> int:
     """Machines, reached and set up, for `run`. They end themselves after --max-hours."""
-    round_ = open_round(cfg, command, root, renting=True)
-    with locked(round_.desk.records.folder):
-        if not round_.agree(cfg):
+    with _alone(open_run(cfg, command, root, renting=True)) as run:
+        if not run.agree(cfg):
             return 0
         try:
-            for shard in round_.shards:
-                shard.machine.rent()
-                shard.machine.set_up(root, shard.job.files, need_gpu=cfg.need_gpu)
+            for shard in run.shards:
+                shard.machine.start()
+                shard.machine.set_up(shard.job)
         except BaseException:
-            for shard in round_.shards:
-                round_.desk.end(shard.record, "launch failed")
+            for shard in run.shards:
+                run.provisioner.end(shard.record, "launch failed")
             raise
-    print(f"ready: python vastai_utils.py run --run {round_.desk.run} -- python ...")
+    print(f"ready: python vastai_utils.py run --run {run.name} -- python ...")
     return 0
 
 
-def sync(cfg: object, command: list[str], root: Path) -> int:
+def sync(cfg: Config, command: list[str], root: Path) -> int:
     """Pushes what git tracks to the machines of the run."""
-    for shard in _reached(cfg, root):
+    for shard in _reached(cfg, open_run(cfg, [], root)):
         shard.machine.remote.push(root, shard.job.files)
         print(f"shard {shard.record.shard}: {len(shard.job.files)} files are there")
     return 0
 
 
-def copy_models(cfg: object, command: list[str], root: Path) -> int:
+def copy_models(cfg: Config, command: list[str], root: Path) -> int:
     """Pushes models/ to the machines of the run."""
     models = root / "models"
     require(models.is_dir(), f"{models} is missing: nothing to push")
-    for shard in _reached(cfg, root):
+    for shard in _reached(cfg, open_run(cfg, [], root)):
         shard.machine.remote.push_folder(models, f"{REMOTE_DIR}/models")
         print(f"shard {shard.record.shard}: models/ is there")
     return 0
 
 
-def run(cfg: object, command: list[str], root: Path) -> int:
+def run(cfg: Config, command: list[str], root: Path) -> int:
     """Starts the command on the machines of the run, a shard on each."""
     require_script(command, root, tracked_files(root))
-    for shard in _reached(cfg, root, command):
-        shard.submit()
-        print(f"shard {shard.record.shard}: runs {shlex.join(shard.job.command)}")
+    with _alone(open_run(cfg, command, root)) as opened:
+        for shard in _reached(cfg, opened):
+            shard.submit()
+            print(f"shard {shard.record.shard}: runs {shlex.join(shard.job.command)}")
     return 0
 
 
-def logs(cfg: object, command: list[str], root: Path) -> int:
+def logs(cfg: Config, command: list[str], root: Path) -> int:
     """The last lines of the job; --follow: and those to come."""
-    for shard in _reached(cfg, root):
+    for shard in _reached(cfg, open_run(cfg, [], root)):
         tail = "tail -n 40 " + ("-f " if cfg.follow else "") + ".sae/job.log"
         subprocess.run(shard.machine.remote.ssh_command(tail))
     return 0
 
 
-def fetch(cfg: object, command: list[str], root: Path) -> int:
-    """Brings the results home as they are now, verified."""
-    shards = _reached(cfg, root)
-    for shard in shards:
-        shard.pull()
-    target = Path("outputs") / shards[0].desk.run
-    merge([shard.results for shard in shards], target)
-    print(f"fetched: {target}")
+def fetch(cfg: Config, command: list[str], root: Path) -> int:
+    """Fetches the results as they are now, verified."""
+    with _alone(open_run(cfg, [], root)) as opened:
+        shards = _reached(cfg, opened)
+        for shard in shards:
+            shard.pull()
+        merge([shard.results for shard in shards], opened.output_dir)
+    print(f"fetched: {opened.output_dir}")
     return 0
 
 
-def ssh(cfg: object, command: list[str], root: Path) -> int:
+def ssh(cfg: Config, command: list[str], root: Path) -> int:
     """A shell on the machine of a shard, or what stands after --."""
-    shard = _reached(cfg, root)[0]
+    shard = _reached(cfg, open_run(cfg, [], root))[0]
     words = shard.machine.remote.ssh_command(*command)
     os.execvp(words[0], words)
+
+
+def _reached(cfg: Config, opened: Run) -> list[Controller]:
+    """Those of --shard whose machines live, with ssh to them.
+
+    Raises:
+        UserError: there is none, or one can't be reached.
+    """
+    found = []
+    for shard in opened.shards:
+        instances = opened.provisioner.instances(shard.record.shard)
+        if cfg.shard in (0, shard.record.shard) and instances:
+            try:
+                _reach(shard, instances[0])
+            except RemoteError as error:
+                raise UserError(f"shard {shard.record.shard}, instance {instances[0].id}, can't "
+                                f"be reached: {error}") from None  # fmt: skip
+            found.append(shard)
+    require(bool(found), f"no machine of {opened.name} lives: see status")
+    return found
+
+
+def _reach(shard: Controller, instance: Instance) -> None:
+    require(bool(instance.endpoints), f"instance {instance.id} is {instance.status}: wait")
+    shard.machine.connect(instance)
+    with contextlib.suppress(Unavailable):
+        if not shard.machine.reach(instance):
+            shard.machine.remote.run("true")
 
 
 # --- ending ---
 
 
-def destroy(cfg: object, command: list[str], root: Path) -> int:
+def destroy(cfg: Config, command: list[str], root: Path) -> int:
     """Ends the machines of a run, after a fetch unless --discard; --all: of all runs."""
-    market = open_market(cfg)
     if cfg.all:
         require(cfg.discard, "destroy --all fetches nothing: add --discard to say so")
+        market = open_market(cfg)
         return _end(market, market.instances())
-    round_ = open_round(cfg, command, root, renting=False)
-    for shard in round_.shards:
-        instances = round_.desk.of_shard(shard.record.shard)
-        if instances and not cfg.discard and not shard.record.done:
-            try:
-                _meet(shard, instances[0])
-                shard.pull()
-            except RemoteError as error:
-                raise UserError(f"shard {shard.record.shard}: the results can't be fetched "
-                                f"({error}): add --discard to lose them") from None  # fmt: skip
-        round_.desk.end(shard.record, "destroyed by hand")
-    print(f"{fleet.left_over(round_.desk)}; {spent([s.record for s in round_.shards])}")
+    with _alone(open_run(cfg, command, root)) as opened:
+        for shard in opened.shards:
+            instances = opened.provisioner.instances(shard.record.shard)
+            if instances and not cfg.discard and not shard.record.done:
+                try:
+                    _reach(shard, instances[0])
+                    shard.pull()
+                except RemoteError as error:
+                    raise UserError(f"shard {shard.record.shard}: the results can't be fetched "
+                                    f"({error}): add --discard to lose them") from None  # fmt: skip
+            opened.provisioner.end(shard.record, "destroyed by hand")
+        print(f"{opened.left_over()}; {opened.spent()}")
     return 0
 
 
-def reap(cfg: object, command: list[str], root: Path) -> int:
+def reap(cfg: Config, command: list[str], root: Path) -> int:
     """Ends every machine of ours that is past its deadline, from anywhere, without local files."""
     market = open_market(cfg)
     living = market.instances()
@@ -246,7 +282,7 @@ def reap(cfg: object, command: list[str], root: Path) -> int:
     return _end(market, due)
 
 
-def _end(market: object, instances: list[Instance]) -> int:
+def _end(market: Market, instances: list[Instance]) -> int:
     """0 once none of them is listed any more."""
     for instance in instances:
         print(f"ends {instance.id} ({instance.label or 'label unknown'}), {instance.status}")
@@ -258,38 +294,6 @@ def _end(market: object, instances: list[Instance]) -> int:
         return 1
     print(f"{len(instances)} ended" if instances else "nothing to end")
     return 0
-
-
-# --- machines that live ---
-
-
-def _reached(cfg: object, root: Path, command: list[str] | None = None) -> list[Shard]:
-    """Shards whose machines live, with ssh to them.
-
-    Raises:
-        UserError: there is none, or one can't be reached.
-    """
-    round_: Round = open_round(cfg, command or [], root, renting=False)
-    found = []
-    for shard in round_.shards:
-        instances = round_.desk.of_shard(shard.record.shard)
-        if cfg.shard in (0, shard.record.shard) and instances:
-            try:
-                _meet(shard, instances[0])
-            except RemoteError as error:
-                raise UserError(f"shard {shard.record.shard}, instance {instances[0].id}, can't "
-                                f"be reached: {error}") from None  # fmt: skip
-            found.append(shard)
-    require(bool(found), f"no machine of {round_.desk.run} lives: see status")
-    return found
-
-
-def _meet(shard: Shard, instance: Instance) -> None:
-    require(bool(instance.endpoints), f"instance {instance.id} is {instance.status}: wait")
-    shard.machine.meet(instance)
-    with contextlib.suppress(Unavailable):
-        if not shard.machine.reach(instance):
-            shard.machine.remote.run("true")
 
 
 VERBS = {"doctor": doctor, "search": search, "sweep": sweep, "launch": launch, "status": status,

@@ -1,4 +1,4 @@
-"""The vast.ai service through its official SDK, made safe to buy from.
+"""The vast.ai service: what it offers and lists, and its official SDK, made safe to buy from.
 
 Three things that the SDK does not do, each of which has cost somebody money: a purchase is never
 sent twice (its answer may be lost after it took effect); an answer of another shape than documented
@@ -7,27 +7,30 @@ intervals that the service documents.
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from sparse_coding.config import UserError, require
 from sparse_coding.files import require_private
-from sparse_coding.rental.terms import PREFIX, BadAnswer, Instance, Offer
+from sparse_coding.rental.records import Rates
 
+PREFIX = "sae1"  # of all labels of ours; 1: the version of what follows
+MONTH_HOURS = 30 * 24  # vast.ai quotes storage in $/GB/month
+BID_FACTOR = 1.2  # over the lowest bid that wins now; SkyPilot and vast.ai's examples do alike
 # seconds between calls to one endpoint: x-rate-limit of vast.ai's OpenAPI files, August 2026, and
 # a fifth more, since answers to earlier calls take their time
-INTERVALS = {"create": 4.5, "destroy": 3.0, "list": 1.0, "show": 2.0, "search": 6.0, "bid": 5.5,
-             "ssh": 1.0, "logs": 1.0, "user": 1.0}  # fmt: skip
+INTERVALS = {"create": 4.5, "destroy": 3.0, "list": 1.0, "show": 2.0, "search": 6.0, "ssh": 1.0,
+             "user": 1.0}  # fmt: skip
 PENALTY = 12.0  # seconds, after a 429 on create: it was refused before it took effect
 TRIES, PATIENCE, LONGEST_WAIT = 8, 1.0, 30.0  # of a read or destroy; waits double from PATIENCE
 TIMEOUT = 30.0  # seconds for one answer
 AUTH = "auth_error"  # in the 404 that a wrong key gets: not every 404 means that nothing is there
 PAGE = 25  # instances per answer, the service's limit
-
 
 Answer = TypeVar("Answer")
 
@@ -36,13 +39,166 @@ class Unavailable(Exception):
     """The service gave no usable answer, however often it was asked."""
 
 
-@dataclass(frozen=True)
-class Purchase:
-    """What came of an order: an instance, a refused offer, or (id None, sure False) who knows."""
+class BadAnswer(Exception):
+    """The service answered something else than its documents say. Never read as "nothing"."""
 
-    id: int | None
-    sure: bool
-    why: str = ""
+
+class Refused(Exception):
+    """An order that the service refuses: somebody else was quicker."""
+
+
+# --- what is offered and rented ---
+
+
+@dataclass(frozen=True)
+class Label:
+    """sae1/<run>/<shard>/a<attempt>/exp=<epoch seconds>: all that must survive the loss of this
+    computer, since an instance carries nothing else from its creation to its end.
+
+    shard: from 1; expires: the instance must be gone then, whoever sees it
+    """
+
+    run: str
+    shard: int
+    attempt: int
+    expires: int
+    PATTERN: ClassVar = re.compile(rf"{PREFIX}/([\w.-]+)/(\d+)/a(\d+)/exp=(\d+)")
+
+    def __str__(self) -> str:
+        return f"{PREFIX}/{self.run}/{self.shard}/a{self.attempt}/exp={self.expires}"
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Label | None":
+        """None if the label is not one of ours."""
+        match = cls.PATTERN.fullmatch(text or "")
+        return cls(match[1], *map(int, match.groups()[1:])) if match else None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is rented; the names are those of vastai_utils.py's flags."""
+
+    gpu_names: tuple[str, ...]
+    n_gpus: int
+    disk_gb: float
+    image: str
+    image_gb: float
+    min_reliability: float
+    min_inet_mbps: float
+    min_cuda: float
+    interruptible: bool
+    max_dph: float
+    max_hours: float
+    results_gb: float
+
+    def query(self) -> dict:
+        """For the service's search, in its units: MB, seconds."""
+        return {
+            "gpu_name": {"in": list(self.gpu_names)},
+            "num_gpus": {"eq": self.n_gpus},
+            "disk_space": {"gte": self.disk_gb},
+            "reliability": {"gte": self.min_reliability},
+            "inet_down": {"gte": self.min_inet_mbps},
+            "cuda_max_good": {"gte": self.min_cuda},
+            "duration": {"gte": self.max_hours * 3600},
+            "direct_port_count": {"gte": 1},
+        }
+
+    def traffic(self, rates: Rates) -> float:
+        """Dollars for the image on its way there and the results on their way back."""
+        return rates.down * self.image_gb + rates.up * self.results_gb
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A machine that can be rented, priced for the disk that was asked for.
+
+    inet_down: Mbit/s; days_left: until the host takes it back
+    bid: $/h for the GPU of an interruptible machine, 0 on demand
+    """
+
+    id: int
+    machine_id: int
+    gpu_name: str
+    n_gpus: int
+    rates: Rates
+    reliability: float
+    inet_down: float
+    days_left: float
+    bid: float
+    place: str
+
+    @classmethod
+    def of_row(cls, row: dict, *, disk_gb: float, interruptible: bool) -> "Offer":
+        """Raises BadAnswer for a row without its price or names."""
+        try:
+            disk = float(row["storage_cost"]) * disk_gb / MONTH_HOURS
+            bid = BID_FACTOR * float(row["min_bid"]) if interruptible else 0.0
+            gpu = bid or max(0.0, float(row["dph_total"]) - disk)
+            return cls(
+                id=int(row["id"]),
+                machine_id=int(row["machine_id"]),
+                gpu_name=str(row["gpu_name"]),
+                n_gpus=int(row["num_gpus"]),
+                rates=Rates(gpu, disk, float(row["inet_up_cost"]), float(row["inet_down_cost"])),
+                reliability=float(row.get("reliability2") or row.get("reliability") or 0.0),
+                inet_down=float(row.get("inet_down") or 0.0),
+                days_left=float(row.get("duration") or 0.0) / 86400,
+                bid=bid,
+                place=str(row.get("geolocation") or ""),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadAnswer(f"an offer without {error}") from None
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A rented machine, as the service lists it.
+
+    label: None if it is none of ours; status: loading, running, stopped, ...
+    endpoints: (host, port) of its ssh, the direct one first, then the proxy
+    dph_total: $/h as billed now, disk included
+    """
+
+    id: int
+    label: Label | None
+    status: str
+    message: str
+    gpu_name: str
+    endpoints: tuple[tuple[str, int], ...]
+    dph_total: float
+    gpu_util: float
+
+    @classmethod
+    def of_row(cls, row: dict) -> "Instance":
+        """Nulls stand for what is not known yet. Raises BadAnswer for a row without an id."""
+        try:
+            return cls(
+                id=int(row["id"]),
+                label=Label.parse(row.get("label")),
+                status=row.get("actual_status") or "created",
+                message=(row.get("status_msg") or "").strip(),
+                gpu_name=row.get("gpu_name") or "?",
+                endpoints=_endpoints(row),
+                dph_total=float(row.get("dph_total") or 0.0),
+                gpu_util=float(row.get("gpu_util") or 0.0),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadAnswer(f"an instance without {error}") from None
+
+
+def _endpoints(row: dict) -> tuple[tuple[str, int], ...]:
+    """Direct first: the proxy is slow. Neither is known before the instance runs."""
+    found = []
+    mapped = (row.get("ports") or {}).get("22/tcp") or []
+    if row.get("public_ipaddr") and mapped:
+        found.append((row["public_ipaddr"].strip(), int(mapped[0]["HostPort"])))
+    if row.get("ssh_host") and row.get("ssh_port"):
+        found.append((row["ssh_host"].strip(), int(row["ssh_port"])))
+    return tuple(dict.fromkeys(found))
+
+
+# --- the service ---
 
 
 def find_key() -> str:
@@ -158,28 +314,22 @@ class Market:
     # --- what costs or ends costs ---
 
     def buy(
-        self, offer: Offer, *, image: str, disk_gb: float, label: str, onstart: str, bid: float
-    ) -> Purchase:
-        """Orders the offer, once.
+        self, offer: Offer, *, image: str, disk_gb: float, label: str, onstart: str
+    ) -> int | None:
+        """Orders the offer, once: the number of the instance.
 
-        bid: $/h of an interruptible instance; 0: on demand
+        None: no answer came, and whether there is one shows in the list only.
+
         Raises:
-            UserError: the account may not buy.
+            Refused. UserError: the account may not buy.
         """
-        terms = {"bid_price": bid} if bid else {}
+        more = {"bid_price": offer.bid} if offer.bid else {}
+        more |= dict(ssh=True, direct=True, cancel_unavail=True)
         while True:
             self._wait_for_turn("create")
             try:
                 answer = self.sdk.create_instance(
-                    id=offer.id,
-                    image=image,
-                    disk=disk_gb,
-                    label=label,
-                    onstart_cmd=onstart,
-                    ssh=True,
-                    direct=True,
-                    cancel_unavail=True,
-                    **terms,
+                    offer.id, image=image, disk=disk_gb, label=label, onstart_cmd=onstart, **more
                 )
             except Exception as error:
                 if not _is_of_the_line(error):
@@ -190,12 +340,11 @@ class Market:
                     continue
                 if status in (401, 403) or AUTH in _said(error):
                     raise UserError(f"vast.ai refuses to sell ({status}): {_said(error)}") from None
-                taken = status is not None and 400 <= status < 500
-                return Purchase(None, sure=taken, why=_said(error))
+                if status is not None and 400 <= status < 500:
+                    raise Refused(_said(error)) from None
+                return None
             id = answer.get("new_contract") if isinstance(answer, dict) else None
-            if isinstance(id, int):
-                return Purchase(id, sure=True)
-            return Purchase(None, sure=False, why=f"it answered {str(answer)[:100]}")
+            return id if isinstance(id, int) else None
 
     def destroy(self, id: int) -> None:
         """Asks until the service has taken the order, or says that there is no such instance."""
@@ -208,10 +357,6 @@ class Market:
                     raise
 
         self._ask("destroy", order)
-
-    def raise_bid(self, id: int, price: float) -> None:
-        """price: $/h"""
-        self._ask("bid", lambda: self.sdk.change_bid(id, price=price))
 
     def attach_key(self, id: int, public_key: str) -> None:
         """Lets the ssh key into a running instance."""

@@ -1,5 +1,5 @@
 #!/bin/bash
-# This machine destroys itself: at its deadline, after its lifetime, or once its results are home.
+# This machine destroys itself: at its deadline, after its lifetime, or once its results are fetched.
 cd ~ || exit
 umask 077
 mkdir -p .sae
@@ -29,7 +29,3 @@ over() {
   until over; do sleep @EVERY@; done
   until destroy; do sleep @EVERY@; done
 ) > .sae/watchdog.log 2>&1 < /dev/null &
-# an interrupted machine that comes back goes on with its job
-if [ -e .sae/job.json ]; then
-  sh sparse_coding/sparse_coding/rental/remote.sh start > .sae/restart.log 2>&1 < /dev/null
-fi

@@ -1,39 +1,80 @@
-"""What is known of a run on rented machines, on disk, and the money that it may still spend.
+"""What is known on disk of a run on rented machines, and the money that it may still spend.
 
 The service's own list is the truth about what lives; these files remember the prices, what went
-wrong where, and what is home already.
+wrong where, and which shards are done.
 """
 
 import json
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sparse_coding.config import UserError
 from sparse_coding.files import write_json
-from sparse_coding.rental.terms import Cost, Rates, cost_of
 
 GRACE_H = 2 / 60  # hours past its deadline until a machine has destroyed itself, at most; ours
+LOST = "the answer to the order was lost, and no instance appeared"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """In dollars."""
+
+    gpu: float = 0.0
+    disk: float = 0.0
+    traffic: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.gpu + self.disk + self.traffic
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.gpu + other.gpu, self.disk + other.disk, self.traffic + other.traffic)
+
+    def __str__(self) -> str:
+        digits = 2 if self.total >= 1 else 3 if self.total >= 0.02 else 4
+        parts = f"GPU {self.gpu:.{digits}f}, disk {self.disk:.{digits}f}"
+        return f"${self.total:.{digits}f} ({parts}, traffic {self.traffic:.{digits}f})"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an instance costs.
+
+    gpu: $/h while it runs; disk: $/h while it exists, running or not; up, down: $/GB of traffic
+    """
+
+    gpu: float
+    disk: float
+    up: float
+    down: float
+
+    @property
+    def hourly(self) -> float:
+        return self.gpu + self.disk
+
+    def cost(self, *, running_h: float, existing_h: float, gb_up: float, gb_down: float) -> Cost:
+        """Of an instance that exists for so long and runs in a part of it."""
+        traffic = self.up * gb_up + self.down * gb_down
+        return Cost(self.gpu * running_h, self.disk * existing_h, traffic)
 
 
 @dataclass
-class Rental:
-    """One machine, from order to end. Times are epoch seconds.
+class Attempt:
+    """One machine's life for a shard, from its order to its end. Times are epoch seconds.
 
-    running: [from, to] in which it ran (to is None while it does): the GPU is billed then
-    bid: $/h of an interruptible machine, 0 on demand
+    number: from 1, as in the label; id: of the instance, None until it is known
     planned: (up, down), GB of traffic that were expected
+    running: [from, to] in which it ran (to is None while it does): the GPU is billed then
     """
 
-    attempt: int
+    number: int
     machine_id: int
     gpu_name: str
     rates: Rates
     ordered: float
     expires: float
     planned: tuple[float, float] = (0.0, 0.0)
-    bid: float = 0.0
     id: int | None = None
     running: list[list[float | None]] = field(default_factory=list)
     gone: float | None = None
@@ -50,78 +91,74 @@ class Rental:
             self.running[-1][1] = now
 
     def ended(self, now: float, why: str) -> None:
+        """It was ended by us."""
         self.seen("gone", now)
-        self.gone, self.why = now, self.why or why
+        self.gone, self.why = now, why
 
-    def never_was(self, why: str) -> None:
+    def vanished(self, now: float) -> None:
+        """Nobody saw it end: it is charged as running until its deadline at most."""
+        self.seen("running", self.ordered)
+        self.ended(min(now, self.expires), "it vanished from the service's list")
+
+    def not_made(self, why: str) -> None:
         """It was ordered, but nothing came of it."""
         self.gb_down, self.running = 0.0, []
         self.gone, self.why = self.ordered, why
 
-    def appeared(self, id: int, now: float) -> None:
-        """It was after all, and was ended now."""
+    def made_late(self, id: int, now: float) -> None:
+        """It was made after all, and has been ended now."""
         self.id, self.gb_down = id, self.planned[1]
         self.running, self.gone = [[self.ordered, now]], now
 
-    def written_off(self, now: float) -> None:
-        """Nobody saw it end: a killed controller's. Charged as running to its deadline; before
-        that, one without a number was not made."""
-        if self.id is None and now < self.expires:
-            self.never_was("ordered by a command that was killed, and not made")
-            return
-        self.seen("running", self.ordered)
-        self.ended(min(now, self.expires), "gone before this command")
-
     def cost(self, now: float) -> Cost:
         """So far."""
-        traffic = dict(gb_up=self.gb_up, gb_down=self.gb_down)
         end = self.gone or now
         ran = sum((to or end) - start for start, to in self.running)
-        existing_h = (end - self.ordered) / 3600
-        return cost_of(self.rates, running_h=ran / 3600, existing_h=existing_h, **traffic)
+        return self.rates.cost(
+            running_h=ran / 3600,
+            existing_h=(end - self.ordered) / 3600,
+            gb_up=self.gb_up,
+            gb_down=self.gb_down,
+        )
 
     def worst(self) -> Cost:
         """If it lives, running, until its deadline."""
         hours = (self.expires - self.ordered) / 3600 + GRACE_H
         up, down = self.planned
         traffic = dict(gb_up=max(up, self.gb_up), gb_down=max(down, self.gb_down))
-        return cost_of(self.rates, running_h=hours, existing_h=hours, **traffic)
+        return self.rates.cost(running_h=hours, existing_h=hours, **traffic)
 
 
 @dataclass
 class ShardRecord:
-    """One part of a sweep: the machines it was on, and whether its results are home.
+    """One shard of a sweep: the machines that it was on, and whether its results are fetched.
 
-    avoid: machines on which it went wrong
+    avoid: machines on which something went wrong
     """
 
     shard: int
-    rentals: list[Rental] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     avoid: list[int] = field(default_factory=list)
     done: bool = False
 
     @property
-    def current(self) -> Rental | None:
-        """The machine that was ordered last, if it is not known to be gone."""
-        last = self.rentals[-1] if self.rentals else None
+    def current(self) -> Attempt | None:
+        """The last attempt, if its machine is not known to be gone."""
+        last = self.attempts[-1] if self.attempts else None
         return last if last and last.gone is None else None
 
     def cost(self, now: float) -> Cost:
-        return sum((rental.cost(now) for rental in self.rentals), Cost())
+        return sum((attempt.cost(now) for attempt in self.attempts), Cost())
 
 
 class Records:
-    """rentals/<run>/: plan.json, shard-<i>.json, and what the shards keep beside them."""
+    """rentals/<run>/: plan.json, shard-<i>.json, and the results on their way."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def make(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
-
     def plan(self) -> dict:
-        """Raises UserError if there is no such run."""
+        """What the run is. Raises UserError if there is no such run."""
         path = self.folder / "plan.json"
         if not path.exists():
             runs = sorted(p.parent.name for p in self.folder.parent.glob("*/plan.json"))
@@ -129,16 +166,17 @@ class Records:
             raise UserError(f"no run {self.folder.name} in {self.folder.parent}/: {there}")
         return json.loads(path.read_text())
 
-    def write_plan(self, plan: dict) -> None:
+    def save_plan(self, plan: dict) -> None:
         write_json(self.folder / "plan.json", plan)
 
     def load(self, shard: int) -> ShardRecord:
+        """A new one if nothing is known of the shard."""
         path = self._path(shard)
         if not path.exists():
             return ShardRecord(shard)
         row = json.loads(path.read_text())
-        rentals = [Rental(**r | {"rates": Rates(**r["rates"])}) for r in row.pop("rentals")]
-        return ShardRecord(**row, rentals=rentals)
+        attempts = [Attempt(**a | {"rates": Rates(**a["rates"])}) for a in row.pop("attempts")]
+        return ShardRecord(**row, attempts=attempts)
 
     def save(self, record: ShardRecord) -> None:
         write_json(self._path(record.shard), asdict(record))
@@ -157,35 +195,26 @@ class Budget:
 
     def __init__(self, max_total: float, records: list[ShardRecord]):
         self.max_total, self.records = max_total, records
-        self.lock = threading.Lock()
 
     def committed(self) -> float:
-        rentals = [rental for record in self.records for rental in record.rentals]
-        return sum(
-            (rental.cost(rental.gone) if rental.gone else rental.worst()).total
-            for rental in rentals
-        )
+        """Dollars that are spent or may yet be."""
+        attempts = [attempt for record in self.records for attempt in record.attempts]
+        return sum((a.cost(a.gone) if a.gone else a.worst()).total for a in attempts)
 
     def hours_left(self, rates: Rates, traffic: float) -> float:
         """How long one more machine at these rates could live."""
         left = self.max_total - self.committed() - traffic
         return max(0.0, left / rates.hourly - GRACE_H) if rates.hourly else float("inf")
 
-    def spare_rate(self, rental: Rental) -> float:
-        """$/h that this machine may cost more, to its deadline."""
-        hours = (rental.expires - rental.ordered) / 3600 + GRACE_H
-        return max(0.0, self.max_total - self.committed()) / hours
-
-    def order(self, record: ShardRecord, rental: Rental) -> None:
-        """Enters a machine that is about to be bought.
+    def enter(self, record: ShardRecord, attempt: Attempt) -> None:
+        """Counts a machine that is about to be bought; one thread at a time.
 
         Raises:
             OverBudget: the worst case of everything would exceed the cap.
         """
-        with self.lock:
-            if self.committed() + rental.worst().total > self.max_total + 1e-9:
-                raise OverBudget
-            record.rentals.append(rental)
+        if self.committed() + attempt.worst().total > self.max_total + 1e-9:
+            raise OverBudget
+        record.attempts.append(attempt)
 
 
 def spent(records: list[ShardRecord]) -> Cost:

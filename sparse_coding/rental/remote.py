@@ -1,13 +1,17 @@
-"""One rented machine over ssh and rsync: commands, files out, results back.
+"""One rented machine over ssh and rsync: commands, files out, verified results back.
 
 The other side belongs to a stranger: nothing of it is executed here, links and devices are not
-taken, its host key is kept per instance, and a changed one ends the acquaintance.
+taken, its host key is kept per instance, and one that changed ends the connection for good. What
+comes back counts only once every file matches the sums that were taken there; the last such state
+is kept whole beside the next one, and from it a shard goes on elsewhere when its machine is lost.
 """
 
 import errno
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -17,10 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparse_coding.config import require
-from sparse_coding.files import require_private, write_atomic
+from sparse_coding.files import require_private, sha256, write_atomic
+from sparse_coding.rental.remote_job import SUMS
 
 USER = "root"  # in vast.ai's containers
 REMOTE_DIR = "sparse_coding"  # below the login directory; never that itself, which ssh guards
+JOB = f"cd {REMOTE_DIR} && sh sparse_coding/rental/remote.sh"
+REPULLS = 3  # of files whose sum is wrong, before the machine counts as broken
 RSYNC_RETRY = {12, 23, 24, 30, 255}  # protocol, partial, vanished, timeout, ssh: may pass by
 RSYNC_TRIES, PAUSE = 4, 2.0  # seconds before the second try, doubled before each further one
 TAIL = 400  # characters of stderr in messages
@@ -105,6 +112,10 @@ class Remote:
         if code == 0:
             return out
         raise RemoteError(_ssh_kind(code, err), _last(err) or _last(out) or f"exit {code}")
+
+    def ask(self, verb: str, *, stdin: bytes = b"", timeout: float = 120.0) -> dict:
+        """The answer of remote_job.py there. Raises RemoteError as run does."""
+        return json.loads(self.run(f"{JOB} {verb}", stdin=stdin, timeout=timeout))
 
     def push(self, root: Path, files: Iterable[str], to: str = REMOTE_DIR) -> None:
         """Copies files, named relative to root, and removes those that root no longer has."""
@@ -201,6 +212,64 @@ def _check_disk(code: int, err: str, into: Path | None) -> None:
 def _last(text: str) -> str:
     """The last lines, as one."""
     return " ".join(text.split())[-TAIL:]
+
+
+class Results:
+    """The results of one shard as far as they have been fetched.
+
+    folder: of the run; `verified` below it is the last whole state
+    """
+
+    def __init__(self, folder: Path, shard: int):
+        self.verified = folder / f"results-{shard}"
+        self.incoming = folder / f"incoming-{shard}"
+        self.old = folder / f"old-{shard}"
+        self.state = ""  # of `verified`: sha256 of its sums
+        if self.old.exists() and not self.verified.exists():  # killed between two renames
+            self.old.rename(self.verified)
+        if (self.verified / SUMS).exists():
+            self.state = sha256(self.verified / SUMS)
+
+    def pull(self, remote: Remote) -> bool:
+        """Fetches the present state and verifies it; whether it is another one than before.
+
+        Raises:
+            RemoteError: it could not be fetched, or does not become what its sums say.
+            OSError: our disk is full.
+        """
+        state = remote.ask("snapshot", timeout=600)["state"]
+        if state == self.state:
+            return False
+        for _ in range(REPULLS):
+            remote.pull_folder(".sae/snapshot", self.incoming, known=self.verified)
+            wrong = wrong_files(self.incoming)
+            if not wrong and sha256(self.incoming / SUMS) == state:
+                self._accept(state)
+                return True
+            for path in [*wrong, self.incoming / SUMS]:
+                path.unlink(missing_ok=True)
+        names = ", ".join(path.name for path in wrong[:3])
+        raise RemoteError("cut", f"fetched {REPULLS} times, and still not what it was: {names}")
+
+    def _accept(self, state: str) -> None:
+        shutil.rmtree(self.old, ignore_errors=True)
+        if self.verified.exists():
+            self.verified.rename(self.old)
+        self.incoming.rename(self.verified)
+        shutil.rmtree(self.old, ignore_errors=True)
+        self.state = state
+
+
+def wrong_files(folder: Path) -> list[Path]:
+    """Files that are missing or not what SHA256SUMS says, and files that it does not name."""
+    sums = folder / SUMS
+    if not sums.exists():
+        return [sums]
+    lines = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+    named = {folder / name: digest for digest, name in lines}
+    found = {path for path in folder.rglob("*") if path.is_file()} - {sums}
+    wrong = [p for p, digest in named.items() if not p.is_file() or sha256(p) != digest]
+    return wrong + sorted(found - named.keys())
 
 
 def make_key(path: Path) -> str:

@@ -1,20 +1,18 @@
 """What runs on a rented machine: its checks, the job, snapshots of the results.
 
 Called over ssh by remote.py as `sh sparse_coding/rental/remote.sh VERB ...`; answers are JSON on
-stdout. Standard library only: nothing is installed there yet.
+stdout. Standard library only (config and files need no more): nothing is installed there yet.
 
     check       what the machine lacks, in seconds
     install     the packages of requirements.txt that are missing
-    submit      the job on stdin, detached, unless it is there already
-    start       the job of ~/.sae/job.json, if it was interrupted
-    status      whether it runs, how it ended, its last line
+    submit      starts the job on stdin, detached, unless it runs or has ended already
+    status      whether it runs, how it ended, its last lines
     snapshot    ~/.sae/snapshot: the results as they are now, each file whole, with SHA256SUMS
 """
 
 import contextlib
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -26,7 +24,8 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+
+from sparse_coding.files import held, sha256, write_json
 
 HOME = Path.home() / ".sae"
 JOB, STATUS, LOG, LOCK = (HOME / name for name in ("job.json", "status.json", "job.log", "lock"))
@@ -36,8 +35,8 @@ INSTALL_GB = 12.0  # a CUDA build of torch, unpacked beside its downloads; ours,
 
 
 def main(argv: list[str]) -> int:
-    verbs = {"check": check, "install": install, "submit": submit, "start": start,
-             "status": status, "snapshot": snapshot, "_run": run_job}  # fmt: skip
+    verbs = {"check": check, "install": install, "submit": submit, "status": status,
+             "snapshot": snapshot, "_run": run_job}  # fmt: skip
     HOME.mkdir(mode=0o700, exist_ok=True)
     answer = verbs[argv[0]](*argv[1:])
     if answer is not None:
@@ -52,10 +51,10 @@ def check(disk_gb: str, need_gpu: str) -> dict:
     """What is there, and under `problems` what would stop the job, each with its remedy."""
     lacking = missing_packages()
     free = shutil.disk_usage(Path.home()).free / 1e9
-    wanted = float(disk_gb) + (INSTALL_GB if "torch" in lacking else 0)
+    needed = float(disk_gb) + (INSTALL_GB if "torch" in lacking else 0)
     problems = []
-    if free < wanted:
-        problems.append(f"{free:.0f} GB of disk are free, {wanted:.0f} needed: raise --disk-gb")
+    if free < needed:
+        problems.append(f"{free:.0f} GB of disk are free, {needed:.0f} needed: raise --disk-gb")
     gpu = gpu_name()
     if need_gpu == "gpu" and not gpu:
         problems.append("nvidia-smi finds no GPU: the machine is broken")
@@ -71,7 +70,7 @@ def check(disk_gb: str, need_gpu: str) -> dict:
 
 
 def missing_packages() -> dict[str, str]:
-    """Pins of requirements.txt that are not met: name -> what is wanted."""
+    """Pins of requirements.txt that are not met: name -> the version that is wanted."""
     lacking = {}
     for line in Path("requirements.txt").read_text().splitlines():
         pin = re.match(r"([\w.-]+)==([\w.]+)", line)
@@ -123,48 +122,41 @@ def install() -> dict:
 
 
 def submit() -> dict:
-    """Starts another job; the one that is there already is left alone, running or ended."""
+    """Starts the job; one that is there already is left alone, running or ended."""
     job = json.load(sys.stdin)
     if job != read(JOB):
         if is_running():
             sys.exit("another job is running here: wait for it, or destroy the machine")
         STATUS.unlink(missing_ok=True)
-        write(JOB, job)
-    return start()
-
-
-def start() -> dict:
-    """Starts the job, unless it runs or has ended; also called by onstart after a restart."""
-    if is_running() or not JOB.exists() or "exit" in read(STATUS):
-        return status()
-    with open(LOG, "ab") as log:
-        subprocess.Popen(
-            [sys.executable, "-m", "sparse_coding.rental.remote_job", "_run"],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    end = time.monotonic() + 10
-    while not is_running() and "exit" not in read(STATUS) and time.monotonic() < end:
-        time.sleep(0.05)
+        write_json(JOB, job)
+    if not is_running() and "exit" not in read(STATUS):
+        with open(LOG, "ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "sparse_coding.rental.remote_job", "_run"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + 10
+        while not is_running() and "exit" not in read(STATUS) and time.monotonic() < end:
+            time.sleep(0.05)
     return status()
 
 
 def run_job() -> None:
     """The job itself, in a process of its own that holds the lock while it lives."""
-    lock = open(LOCK, "a")  # noqa: SIM115, held to the end
-    if not locked(lock, seconds=2):  # is_running() holds it for an instant
-        return
-    job = read(JOB)
-    write(STATUS, {"started": time.time(), "pid": os.getpid()})
-    environment = os.environ | job["env"] | secrets(Path(job["secrets"]))
-    command = [sys.executable if job["command"][0] == "python" else job["command"][0]]
-    process = subprocess.Popen(  # it inherits the lock: a keeper that is killed leaves no gap
-        [*command, *job["command"][1:]],
-        env=environment,
-        preexec_fn=die_with_parent,
-        pass_fds=[lock.fileno()],
-    )
-    code = process.wait()
-    write(STATUS, read(STATUS) | {"exit": code, "ended": time.time()})
+    with open(LOCK, "a") as lock:  # not files.held: the job inherits this open file, so that
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a keeper that is killed leaves no gap
+        if "exit" in read(STATUS):  # it waited for another one
+            return
+        job = read(JOB)
+        write_json(STATUS, {"pid": os.getpid()})
+        python = sys.executable if job["command"][0] == "python" else job["command"][0]
+        process = subprocess.Popen(
+            [python, *job["command"][1:]],
+            env=os.environ | job["env"] | secrets(Path(job["secrets"])),
+            preexec_fn=die_with_parent,
+            pass_fds=[lock.fileno()],
+        )
+        write_json(STATUS, {"exit": process.wait()})
 
 
 def die_with_parent() -> None:
@@ -180,43 +172,32 @@ def secrets(path: Path) -> dict[str, str]:
 
 
 def is_running() -> bool:
-    with open(LOCK, "a") as lock:
-        return not locked(lock, seconds=0)
+    """Whether the job's process, or its keeper, holds the lock."""
 
+    def busy() -> None:
+        raise BlockingIOError
 
-def locked(file: IO, *, seconds: float) -> bool:
-    """Whether the lock was to be had in that time."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-        time.sleep(0.05)
+    try:
+        with held(LOCK, when_busy=busy):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def status() -> dict:
-    """running, exit (None while it is not known), the last line of its log, time here."""
-    known = read(STATUS)
+    """running, exit (None while it is not known), the last line of its log and some before it."""
     tail = LOG.read_bytes()[-2000:].decode(errors="replace") if LOG.exists() else ""
     lines = [line.split("\r")[-1].strip() for line in tail.splitlines() if line.strip()]
     return {
         "running": is_running(),
-        "exit": known.get("exit"),
+        "exit": read(STATUS).get("exit"),
         "line": lines[-1] if lines else "",
         "tail": "\n".join(lines[-8:]),
-        "clock": time.time(),
-        "newest": newest_checkpoint(),
     }
 
 
-def newest_checkpoint() -> float | None:
-    """Seconds since a checkpoint was written."""
-    folder = Path(read(JOB).get("output_dir", ""))
-    times = [path.stat().st_mtime for path in folder.glob("checkpoints/*/*.safetensors")]
-    return time.time() - max(times) if times else None
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # --- results ---
@@ -231,8 +212,7 @@ def snapshot() -> dict:
     folder = Path(read(JOB)["output_dir"])
     shutil.rmtree(SNAPSHOT, ignore_errors=True)
     SNAPSHOT.mkdir()
-    known = read(HOME / "hashes.json")
-    hashes, lines = {}, []
+    lines = []
     for path in sorted(files_of(folder)):
         copy = SNAPSHOT / path.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -243,15 +223,9 @@ def snapshot() -> dict:
                 shutil.copy2(path, copy)
         except FileNotFoundError:  # an old checkpoint, dropped meanwhile
             continue
-        stat = copy.stat()
-        key = f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
-        digest = known.get(key) or sha256(copy)
-        if path.suffix in WRITE_ONCE:
-            hashes[key] = digest
-        lines.append(f"{digest}  {path.relative_to(folder)}\n")
+        lines.append(f"{sha256(copy)}  {path.relative_to(folder)}\n")
     (SNAPSHOT / SUMS).write_text("".join(lines))
-    write(HOME / "hashes.json", hashes)
-    return {"state": sha256(SNAPSHOT / SUMS), "files": len(lines)}
+    return {"state": sha256(SNAPSHOT / SUMS)}
 
 
 def files_of(folder: Path) -> Iterator[Path]:
@@ -260,21 +234,6 @@ def files_of(folder: Path) -> Iterator[Path]:
         ours = not path.name.startswith(".") and path.name != SUMS
         if ours and not path.is_symlink() and path.is_file():
             yield path
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write(path: Path, data: dict) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data))
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,7 @@ if not cfg.shard:
 JOB = ["--", "python", "tiny_job.py"]
 FAST = ["--yes", "--no-need-gpu", "--poll-seconds", "0.2", "--api-spacing", "0.02",
         "--max-dph", "0.5", "--max-total", "1", "--max-hours", "0.05", "--pull-minutes", "0.005",
-        "--image-gb", "0", "--provisioning-minutes", "0.03", "--loading-minutes", "0.05",
-        "--ssh-minutes", "0.05", "--grace-minutes", "0.02", "--outbid-minutes", "0.03"]  # fmt: skip
+        "--image-gb", "0", "--start-minutes", "0.05", "--lost-minutes", "0.05"]  # fmt: skip
 SECRETS = {"HF_TOKEN": "hf_" + 6 * "Canary", "OTHER": "other-canary-1d6b"}
 API_KEY = "account-canary-52f0c1"
 OFFERS = [

@@ -26,12 +26,8 @@ class Machine:
     def __init__(self, home: Path, requirements: str = ""):
         self.home, self.code = home, home / "sparse_coding"
         (self.code / "sparse_coding" / "rental").mkdir(parents=True)
-        for name in (
-            "rental/remote_job.py",
-            "rental/remote.sh",
-            "__init__.py",
-            "rental/__init__.py",
-        ):
+        for name in ("rental/remote_job.py", "rental/remote.sh", "rental/__init__.py",
+                     "__init__.py", "config.py", "files.py"):  # fmt: skip
             source = ROOT / "sparse_coding" / name
             (self.code / "sparse_coding" / name).write_text(source.read_text())
         (self.code / "requirements.txt").write_text(requirements)
@@ -106,7 +102,7 @@ def test_a_job_whose_keeper_is_killed_dies_with_it_and_is_started_again(machine)
         time.sleep(0.1)
     status = machine.ask("status")
     assert (status["running"], status["exit"]) == (False, None)
-    assert machine.ask("start")["running"]
+    assert machine.submit(code)["running"]
     assert machine.starts("xx") == "xx"
     os.kill(machine.pid, signal.SIGKILL)
 

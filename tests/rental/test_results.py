@@ -1,15 +1,14 @@
 """Results are taken only as their sums say, and merged only if they agree."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from sparse_coding.config import UserError
-from sparse_coding.rental.remote import RemoteError
-from sparse_coding.rental.results import Results, merge, wrong_files
+from sparse_coding.rental.remote import RemoteError, Results, wrong_files
+from sparse_coding.rental.run import merge
 
 STATE = {"cells/a.json": "1", "cells/b.json": "2", "metrics.jsonl": "x\n"}
 
@@ -33,9 +32,9 @@ class There:
         self.folder, self.state, self.pulls = folder, make(folder, STATE), 0
         self.spoil = []  # one function per pull, on what has arrived
 
-    def run(self, command: str, **options) -> str:
-        assert command.endswith("snapshot")
-        return json.dumps({"state": self.state})
+    def ask(self, verb: str, **options) -> dict:
+        assert verb == "snapshot"
+        return {"state": self.state}
 
     def pull_folder(self, source: str, folder: Path, *, known: Path | None) -> None:
         self.pulls += 1

@@ -4,8 +4,17 @@ import json
 
 import pytest
 
-from sparse_coding.rental.records import Budget, OverBudget, Records, Rental, ShardRecord, spent
-from sparse_coding.rental.terms import BadAnswer, Cost, Instance, Label, Offer, Rates, cost_of
+from sparse_coding.rental.market import BadAnswer, Instance, Label, Offer
+from sparse_coding.rental.records import (
+    Attempt,
+    Budget,
+    Cost,
+    OverBudget,
+    Rates,
+    Records,
+    ShardRecord,
+    spent,
+)
 
 RATES = Rates(gpu=0.4, disk=0.1, up=0.02, down=0.01)
 OFFER = {"id": 5, "machine_id": 7, "gpu_name": "RTX 3090", "num_gpus": 1, "dph_total": 0.25,
@@ -13,9 +22,9 @@ OFFER = {"id": 5, "machine_id": 7, "gpu_name": "RTX 3090", "num_gpus": 1, "dph_t
          "duration": 86400 * 3}  # fmt: skip
 
 
-def rental(**changes) -> Rental:
-    known = dict(attempt=1, machine_id=7, gpu_name="RTX 3090", rates=RATES, ordered=1000.0)
-    return Rental(**known | dict(expires=1000.0 + 2 * 3600) | changes)
+def rental(**changes) -> Attempt:
+    known = dict(number=1, machine_id=7, gpu_name="RTX 3090", rates=RATES, ordered=1000.0)
+    return Attempt(**known | dict(expires=1000.0 + 2 * 3600) | changes)
 
 
 # --- labels ---
@@ -44,9 +53,9 @@ def test_the_disk_is_priced_by_the_month_and_taken_out_of_the_total():
     assert offer.days_left == 3
 
 
-def test_an_interruptible_offer_costs_its_lowest_bid_and_the_disk():
+def test_an_interruptible_offer_costs_its_bid_and_the_disk():
     offer = Offer.of_row(OFFER, disk_gb=40, interruptible=True)
-    assert offer.rates.hourly == pytest.approx(0.1 + 0.02)
+    assert offer.rates.hourly == pytest.approx(1.2 * 0.1 + 0.02)
 
 
 @pytest.mark.parametrize("name", ["id", "dph_total", "storage_cost", "inet_up_cost", "gpu_name"])
@@ -70,7 +79,7 @@ def test_ssh_is_tried_directly_first_then_through_the_proxy():
 
 
 def test_a_cost_is_hours_and_gigabytes_times_their_rates():
-    cost = cost_of(RATES, running_h=2, existing_h=3, gb_up=5, gb_down=10)
+    cost = RATES.cost(running_h=2, existing_h=3, gb_up=5, gb_down=10)
     assert (cost.gpu, cost.disk, cost.traffic) == pytest.approx((0.8, 0.3, 0.2))
     assert cost.total == pytest.approx(1.3)
     assert str(Cost(0.05, 0.01, 0.01)) == "$0.070 (GPU 0.050, disk 0.010, traffic 0.010)"
@@ -94,16 +103,16 @@ def test_the_gpu_is_charged_while_it_runs_and_the_disk_from_the_order_on():
 def test_what_nobody_saw_end_is_charged_to_its_deadline_running():
     machine = rental(id=4)
     machine.seen("running", 2000)
-    machine.written_off(1e9)
+    machine.vanished(1e9)
     assert machine.gone == 1000 + 7200
     assert machine.cost(2e9).gpu == pytest.approx(0.4 * (7200 - 1000) / 3600)
 
 
 def test_an_order_that_was_never_made_costs_nothing_and_one_that_appears_late_does():
     machine = rental(planned=(0.0, 4.0), gb_down=4.0)
-    machine.written_off(1500)  # before its deadline, without a number
+    machine.not_made("lost")
     assert machine.cost(9e9).total == 0
-    machine.appeared(12, 2800)
+    machine.made_late(12, 2800)
     assert machine.cost(9e9).gpu == pytest.approx(0.4 * 1800 / 3600)
     assert machine.cost(9e9).traffic == pytest.approx(0.04)
 
@@ -116,24 +125,16 @@ def test_a_machine_counts_with_its_worst_until_it_is_gone():
     record = ShardRecord(1)
     worst = 0.5 * (2 + 2 / 60) + 0.02 * 1 + 0.01 * 4
     budget = Budget(worst + 1.1, [record])
-    budget.order(record, first)
+    budget.enter(record, first)
     assert budget.committed() == pytest.approx(worst)
-    budget.order(record, second)
+    budget.enter(record, second)
     with pytest.raises(OverBudget):
-        budget.order(record, rental())
-    assert len(record.rentals) == 2
+        budget.enter(record, rental())
+    assert len(record.attempts) == 2
     first.ended(1000 + 360, "done")  # cost 0.1 h of disk
     assert budget.committed() == pytest.approx(0.01 + 0.5 * (2 + 2 / 60))
     assert budget.hours_left(RATES, traffic=0.0) > 2
-    budget.order(record, rental())
-
-
-def test_a_bid_may_rise_as_far_as_the_budget_pays_to_the_deadline():
-    record = ShardRecord(1)
-    budget = Budget(2.0, [record])
-    budget.order(record, rental())
-    hours = 2 + 2 / 60
-    assert budget.spare_rate(record.rentals[0]) == pytest.approx((2.0 - 0.5 * hours) / hours)
+    budget.enter(record, rental())
 
 
 def test_what_is_left_is_said_in_hours():
@@ -144,13 +145,12 @@ def test_what_is_left_is_said_in_hours():
 
 def test_records_come_back_from_disk_as_they_were(tmp_path):
     records = Records(tmp_path / "run")
-    records.make()
-    assert (tmp_path / "run").stat().st_mode & 0o77 == 0
+    records.folder.mkdir()
     record = ShardRecord(2, [rental(id=4)], avoid=[7, 9])
-    record.rentals[0].seen("running", 1200.0)
+    record.attempts[0].seen("running", 1200.0)
     records.save(record)
     again = records.load(2)
-    assert again.rentals[0].rates == RATES
+    assert again.attempts[0].rates == RATES
     assert json.dumps(again.cost(5000.0).total) == json.dumps(record.cost(5000.0).total)
     assert (again.avoid, again.done, again.current.id) == ([7, 9], False, 4)
     assert records.load(1) == ShardRecord(1)

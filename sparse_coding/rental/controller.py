@@ -1,0 +1,382 @@
+"""Takes one shard to verified results here, on one rented machine after the other.
+
+Machine is what a shard works on: waited for, reached over ssh, set up, given up. Controller is the
+sequence: a machine, the last fetched state, the job, checkpoints, results, the end of the machine.
+"""
+
+import contextlib
+import errno
+import json
+import shlex
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sparse_coding.rental.market import Instance, Unavailable
+from sparse_coding.rental.provisioner import MachineLost, Outbid, Provisioner, Stopped
+from sparse_coding.rental.records import ShardRecord
+from sparse_coding.rental.remote import REMOTE_DIR, Remote, RemoteError, Results
+
+NEEDED_GB = 2.0  # free disk for a job's results and checkpoints, at least
+# vast.ai's ssh mode brings sshd, not always rsync; and tmux, which it starts in login shells
+HAVE_RSYNC = (
+    "touch .no_auto_tmux; command -v rsync || "
+    "(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq rsync)"
+)
+RESTARTS = 3  # of a job that was killed, on one machine
+LAST_PULL = 120.0  # seconds for what can still be fetched when a run is stopped
+MARGIN = 120.0  # seconds before the end of its lifetime in which a machine is emptied, at most
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class JobFailed(Exception):
+    """The job itself failed, or the time is up: another machine would not help."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a machine may take; the names are those of vastai_utils.py's flags."""
+
+    start_minutes: float  # until it is listed and has loaded its image
+    lost_minutes: float  # running but not reached, exited, offline, unknown
+    pull_minutes: float  # between two fetches of checkpoints
+    attempts: int  # machines per shard that may fail
+
+
+@dataclass(frozen=True)
+class Job:
+    """What runs on the machines.
+
+    command: of this shard; files: tracked ones, relative to root
+    secrets: NAME=value lines, sent over ssh's stdin into memory there
+    """
+
+    command: list[str]
+    env: dict[str, str]
+    output_dir: str
+    root: Path
+    files: list[str]
+    secrets: bytes
+    need_gpu: bool
+
+
+class Machine:
+    """The machine of a shard's current attempt.
+
+    key: the private half of our ssh key; phase: what is being done, for the progress line
+    """
+
+    def __init__(
+        self, provisioner: Provisioner, record: ShardRecord, patience: Patience, *, key: Path
+    ):
+        self.provisioner, self.record, self.patience, self.key = provisioner, record, patience, key
+        self.remote: Remote | None = None
+        self.key_attached = False
+        self.status, self.answered = "", time.monotonic()  # last status; since when it is silent
+        self.phase = "waiting"
+
+    def say(self, text: str) -> None:
+        """A line on the screen."""
+        self.provisioner.say(f"shard {self.record.shard}: {text}")
+
+    def check_stop(self) -> None:
+        """Raises Stopped if the user wants an end."""
+        if self.provisioner.stop.is_set():
+            raise Stopped
+
+    # --- until it answers ---
+
+    def start(self) -> None:
+        """Waits for a machine that answers over ssh, that of a killed command or a new one.
+
+        Raises:
+            MachineLost: it did not come up. Stopped. What Provisioner.order raises.
+        """
+        self.phase, self.remote, self.status = "renting", None, ""
+        if self.record.current is None:
+            self.provisioner.order(self.record)
+        else:
+            known = self.record.current.id
+            self.say(f"goes on with instance {known}" if known else "looks for what it ordered")
+        while True:
+            self.check_stop()
+            instance = self.locate()
+            self.phase = instance.status if instance else "ordered"
+            up = instance and instance.status == "running" and instance.endpoints
+            if up and self.reach(instance):
+                return
+            self.provisioner.stop.wait(self.provisioner.poll_seconds)
+
+    def locate(self) -> Instance | None:
+        """The machine as it is listed, None if it isn't yet.
+
+        Raises:
+            MachineLost: it is gone, too dear, outbid, or silent for longer than its patience.
+        """
+        instance = self.provisioner.locate(self.record)
+        status = instance.status if instance else "created"
+        if status == "stopped" and self.provisioner.terms.interruptible:
+            raise Outbid("it was outbid")
+        if status != self.status:
+            self.status, self.answered = status, time.monotonic()
+        starting = status in ("created", "loading")
+        limit = 60 * (self.patience.start_minutes if starting else self.patience.lost_minutes)
+        waited = time.monotonic() - self.answered
+        if waited > limit:
+            where = "running, but not to be reached," if status == "running" else status
+            message = f" ({instance.message})" if instance and instance.message else ""
+            raise MachineLost(f"{where} for {waited / 60:.1f} min{message}")
+        return instance
+
+    def reach(self, instance: Instance) -> bool:
+        """Whether ssh works by now. Raises MachineLost if it never will."""
+        self.connect(instance)
+        try:
+            self.remote.run(HAVE_RSYNC, timeout=300)
+            return True
+        except RemoteError as error:
+            if error.kind == "stopped":
+                raise Stopped from None
+            if error.kind in ("host_key", "failed"):
+                raise MachineLost(str(error)) from None
+            if error.kind == "denied" and not self.key_attached:
+                public = self.key.with_name(self.key.name + ".pub").read_text().strip()
+                self.provisioner.market.attach_key(instance.id, public)
+                self.key_attached = True
+            self.remote.other_endpoint()
+            return False
+
+    def connect(self, instance: Instance) -> None:
+        """Points ssh to where the machine is now: it may come back elsewhere."""
+        if self.remote is None:
+            shared = self.provisioner
+            options = dict(key=self.key.resolve(), stop=shared.stop, scale=shared.scale)
+            folder = shared.records.folder.resolve()
+            self.remote = Remote(instance.id, instance.endpoints, folder, **options)
+            self.key_attached = False
+        elif not instance.endpoints or instance.endpoints == self.remote.endpoints:
+            return
+        self.remote.endpoints = instance.endpoints
+        self.remote.write_config()
+
+    # --- when it answers ---
+
+    def set_up(self, job: Job) -> None:
+        """The code, and what it needs; refuses a machine that can't do the work, in seconds.
+
+        Raises:
+            MachineLost: with the remedy.
+        """
+        if "busy" in self.remote.run("test -e .sae/job.json && echo busy || true"):
+            return  # the job of an earlier command: its code stays
+        self.phase = "set-up"
+        self.remote.push(job.root, job.files)
+        check = f"check {NEEDED_GB:g} {'gpu' if job.need_gpu else 'any'}"
+        found = self.remote.ask(check)
+        if not found["problems"] and found["missing"]:
+            self.say(f"installs {', '.join(found['missing'])}")
+            self.remote.ask("install", timeout=1800)
+            found = self.remote.ask(check)
+        if found["problems"]:
+            raise MachineLost("; ".join(found["problems"]))
+        self.say(f"instance {self.record.current.id} is set up: {found['gpu'] or 'no GPU'}, Python "
+                 f"{found['python']}, {found['free_gb']:.0f} GB free")  # fmt: skip
+
+    def note_traffic(self) -> None:
+        """Moves the bytes counted over to the attempt, from the machine's side."""
+        traffic, attempt = self.remote.traffic, self.record.current
+        attempt.gb_up += traffic.down / 1e9
+        attempt.gb_down += traffic.up / 1e9
+        traffic.up = traffic.down = 0
+        self.provisioner.records.save(self.record)
+
+    def give_up(self, lost: MachineLost) -> None:
+        """Ends the machine, keeps its log, and avoids it if it was at fault."""
+        attempt, folder = self.record.attempts[-1], self.provisioner.records.folder
+        self.say(f"gives up {f'instance {attempt.id}' if attempt.id else 'its order'}: {lost}")
+        if not isinstance(lost, Outbid):
+            self.record.avoid.append(attempt.machine_id)
+        if attempt.id is not None:
+            log = folder / "logs" / f"instance-{attempt.id}.txt"
+            log.parent.mkdir(exist_ok=True)
+            log.write_text(f"{lost}\n{self.provisioner.market.log(attempt.id)}")
+            (folder / f"ssh_config-{attempt.id}").unlink(missing_ok=True)
+        self.provisioner.end(self.record, str(lost))
+        self.remote = None
+
+
+class Controller:
+    """One shard of a run, from here."""
+
+    def __init__(self, machine: Machine, job: Job):
+        self.machine, self.job = machine, job
+        self.record, self.provisioner = machine.record, machine.provisioner
+        self.results = Results(self.provisioner.records.folder, self.record.shard)
+        self.line = ""  # the last of the job's log
+        self.pulled, self.restarts = 0.0, 0
+
+    def complete(self) -> None:
+        """All of it.
+
+        Raises:
+            Stopped, JobFailed, OverBudget, UserError, Unavailable: no machine is left, or the
+                message says that one may be.
+            OSError: our disk is full; the machine is kept, with results that have no room here.
+        """
+        why, keep = "the command failed", False
+        try:
+            if not self.record.done:  # else a killed command may have left its machine
+                self.work()
+            why = "done"
+        except Stopped:
+            why = "stopped"
+            self.pull_once_more()
+            raise
+        except OSError as error:
+            keep = error.errno in DISK_FULL and self.record.current is not None
+            if keep:
+                until = time.strftime("%H:%M", time.localtime(self.record.current.expires))
+                self.machine.say(f"keeps instance {self.record.current.id}, billing, until {until}")
+            raise
+        finally:
+            if not keep:
+                self.machine.phase = "ending"
+                self.provisioner.end(self.record, why)
+            self.machine.phase = why
+
+    def work(self) -> None:
+        """On one machine after the other, until the results are here."""
+        failures, why = 0, ""
+        while failures < self.machine.patience.attempts:
+            of_a_killed_command = self.record.current is not None
+            try:
+                self.machine.start()
+                self.machine.set_up(self.job)
+                self.restore()
+                self.submit()
+                return self.follow()
+            except MachineLost as error:
+                lost = error
+            except RemoteError as error:
+                if error.kind == "stopped":
+                    raise Stopped from None
+                lost = MachineLost(str(error))
+            self.machine.give_up(lost)
+            failures += not (of_a_killed_command or isinstance(lost, Outbid))
+            why = str(lost)
+        raise JobFailed(f"{failures} machines failed, the last: {why}")
+
+    def restore(self) -> None:
+        """Puts the last verified state where the job resumes from it, unless the job runs."""
+        remote = self.machine.remote
+        if self.results.state and not remote.ask("status")["running"]:
+            self.machine.phase = "restoring"
+            remote.push_folder(self.results.verified, f"{REMOTE_DIR}/{self.job.output_dir}")
+
+    def submit(self) -> None:
+        """Starts the job there, unless it is there already."""
+        where = f"/dev/shm/sparse_coding-{self.record.current.id}"
+        if self.job.secrets:
+            command = f"umask 077 && cat > {shlex.quote(where)}"
+            self.machine.remote.run(command, stdin=self.job.secrets)
+        job = {
+            "command": self.job.command,
+            "output_dir": self.job.output_dir,
+            "secrets": where,
+            "env": self.job.env,
+        }
+        self.machine.remote.ask("submit", stdin=json.dumps(job).encode())
+        self.machine.phase = "running"
+
+    def follow(self) -> None:
+        """Watches the job, fetching checkpoints, until its results are here.
+
+        Raises:
+            JobFailed: it ended with an error, or its time is up. MachineLost.
+        """
+        self.pulled, self.restarts = time.monotonic(), 0
+        while True:
+            self.machine.check_stop()
+            with contextlib.suppress(Unavailable):  # the job does without the service
+                instance = self.machine.locate()
+                if instance is not None:
+                    self.machine.connect(instance)
+            try:
+                if self.attend():
+                    return
+                self.machine.answered = time.monotonic()
+            except RemoteError as error:  # if that lasts, the machine is given up
+                if error.kind in ("host_key", "disk", "stopped"):
+                    raise
+                self.machine.remote.other_endpoint()
+            self.check_time()
+            self.provisioner.stop.wait(self.provisioner.poll_seconds)
+
+    def attend(self) -> bool:
+        """One look at the job, with what it calls for; whether its results are here.
+
+        Raises:
+            JobFailed: it ended with an error, or is killed again and again.
+        """
+        status = self.machine.remote.ask("status")
+        self.line = status["line"]
+        if status["exit"] is not None:
+            self.finish(status)
+            return True
+        if not status["running"]:
+            self.restarts += 1
+            if self.restarts > RESTARTS:
+                raise JobFailed(f"the job was killed {self.restarts} times:\n{status['tail']}")
+            self.submit()
+        elif time.monotonic() - self.pulled > 60 * self.machine.patience.pull_minutes:
+            self.pull()
+            self.pulled = time.monotonic()
+        return False
+
+    def check_time(self) -> None:
+        """Raises JobFailed, with the last state fetched, shortly before the machine ends itself."""
+        attempt = self.record.current
+        margin = min(MARGIN, 0.1 * (attempt.expires - attempt.ordered))
+        if time.time() > attempt.expires - margin:
+            self.pull_once_more()
+            raise JobFailed("its time is up: raise --max-hours; the same command then goes on")
+
+    def finish(self, status: dict) -> None:
+        """Fetches the results, and marks the shard as done.
+
+        Raises:
+            JobFailed: the job ended with an error; its results up to then are fetched.
+        """
+        self.machine.phase = "fetching"
+        self.pull()
+        if status["exit"] != 0:
+            raise JobFailed(f"the job ends with exit code {status['exit']}:\n{status['tail']}")
+        self.record.done = True
+        self.provisioner.records.save(self.record)
+        with contextlib.suppress(RemoteError):  # so that it ends itself, should we be cut off now
+            self.machine.remote.run("touch .sae/done")
+        self.machine.say("results fetched, verified")
+
+    def pull(self) -> None:
+        """Fetches the present state."""
+        try:
+            self.results.pull(self.machine.remote)
+        finally:
+            self.machine.note_traffic()
+
+    def pull_once_more(self) -> None:
+        """One more pull, in a bounded time, although everything else has stopped."""
+        if self.machine.remote is None or self.machine.phase not in ("running", "fetching"):
+            return
+        limit = threading.Event()
+        timer = threading.Timer(LAST_PULL, limit.set)
+        timer.start()
+        self.machine.remote = replace(self.machine.remote, stop=limit)
+        try:
+            self.pull()
+            self.machine.say("its last state is fetched")
+        except RemoteError as error:
+            self.machine.say(f"its last state could not be fetched ({error})")
+        finally:
+            timer.cancel()

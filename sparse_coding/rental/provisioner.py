@@ -1,0 +1,225 @@
+"""Buys and ends machines, so that none is bought twice and none is left.
+
+What lives is what the service lists under our labels. The one machine of a shard is that of its
+current attempt; whatever else lives for the shard is a stray, and is ended.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from sparse_coding.config import UserError
+from sparse_coding.rental.market import Instance, Label, Market, Offer, Refused, Terms, Unavailable
+from sparse_coding.rental.records import LOST, Attempt, Budget, OverBudget, Records, ShardRecord
+
+LISTED_WITHIN = 60.0  # seconds after its order in which a machine gets into the list; assumed
+OFFERS_LAST = 60.0  # seconds for which a search counts: there is a daily quota of them
+ENDING = 600.0  # seconds after which a machine that is listed in spite of its end is given up
+SHORTEST_H = 0.1  # hours of life below which a machine is not worth its start
+
+
+class Stopped(Exception):
+    """By a signal."""
+
+
+class MachineLost(Exception):
+    """The machine is of no use any more, by its own fault; another one may be."""
+
+
+class Outbid(MachineLost):
+    """Somebody bid more for it: nobody's fault."""
+
+
+@dataclass
+class Provisioner:
+    """What all shards of a run share.
+
+    onstart: expiry (epoch seconds), lifetime (s) -> the script that each machine starts with
+    scale: times all waits for the service; say: prints a line
+    """
+
+    market: Market
+    run: str
+    terms: Terms
+    records: Records
+    budget: Budget
+    onstart: Callable[[float, float], str]
+    poll_seconds: float
+    scale: float
+    stop: threading.Event
+    say: Callable[[str], None]
+    buying: threading.Lock = field(default_factory=threading.Lock)
+    offered: tuple[float, list[Offer]] = (float("-inf"), [])
+
+    def instances(self, shard: int | None = None) -> list[Instance]:
+        """What lives under the label of the run, or of one of its shards.
+
+        Raises:
+            Unavailable: the service does not say.
+        """
+        ours = [i for i in self.market.instances() if i.label and i.label.run == self.run]
+        return [i for i in ours if shard in (None, i.label.shard)]
+
+    # --- buying ---
+
+    def order(self, record: ShardRecord) -> Attempt:
+        """Orders the cheapest suitable machine; refused offers are passed over.
+
+        Raises:
+            OverBudget: what is left does not pay for one. UserError: nothing suitable is offered.
+            Stopped: before one was bought.
+        """
+        refused: set[int] = set()
+        why = "none is left that fits the caps and minimums"
+        while True:
+            with self.buying:  # one shard at a time: no two want the same machine
+                if self.stop.is_set():
+                    raise Stopped
+                offer = next((o for o in self.suitable() if o.id not in refused), None)
+                if offer is None:
+                    raise UserError(f"no machine to be had for shard {record.shard}: {why}")
+                try:
+                    return self._buy(record, offer)
+                except Refused as error:
+                    why = str(error)
+                    refused.add(offer.id)
+
+    def suitable(self) -> list[Offer]:
+        """Offers within the caps on machines that no shard has and that never failed."""
+        terms, (when, offers) = self.terms, self.offered
+        if time.monotonic() - when > OFFERS_LAST * self.scale:
+            options = dict(disk_gb=terms.disk_gb, interruptible=terms.interruptible)
+            offers = self.market.offers(terms.query(), **options)
+            self.offered = (time.monotonic(), offers)
+        taken: set[int] = set()
+        for record in self.budget.records:
+            taken |= set(record.avoid)
+            taken |= {record.current.machine_id} if record.current else set()
+        fit = [o for o in offers if o.machine_id not in taken]
+        return [o for o in fit if o.rates.hourly <= terms.max_dph]
+
+    def _buy(self, record: ShardRecord, offer: Offer) -> Attempt:
+        """Raises OverBudget, Refused; UserError if the account may not buy."""
+        rates, terms, now = offer.rates, self.terms, time.time()
+        hours = min(terms.max_hours, self.budget.hours_left(rates, terms.traffic(rates)))
+        if hours < min(SHORTEST_H, terms.max_hours):
+            raise OverBudget
+        attempt = Attempt(
+            number=len(record.attempts) + 1, machine_id=offer.machine_id, gpu_name=offer.gpu_name,
+            rates=rates, ordered=now, expires=int(now + hours * 3600),
+            planned=(terms.results_gb, terms.image_gb), gb_down=terms.image_gb,
+        )  # fmt: skip
+        self.budget.enter(record, attempt)
+        self.records.save(record)  # before the order: a killed command must know of it
+        label = Label(self.run, record.shard, attempt.number, int(attempt.expires))
+        try:
+            attempt.id = self.market.buy(
+                offer,
+                image=terms.image,
+                disk_gb=terms.disk_gb,
+                label=str(label),
+                onstart=self.onstart(attempt.expires, hours * 3600),
+            )
+        except (Refused, UserError) as error:
+            attempt.not_made(f"not sold: {error}")
+            raise
+        finally:
+            self.records.save(record)
+        self.say(
+            f"shard {record.shard}: rents {f'instance {attempt.id}, ' if attempt.id else ''}"
+            f"{offer.n_gpus} x {offer.gpu_name}, ${rates.hourly:.3f}/h, machine {offer.machine_id}"
+        )
+        return attempt
+
+    # --- looking ---
+
+    def locate(self, record: ShardRecord) -> Instance | None:
+        """The machine of the shard's current attempt as it is listed, None if it isn't yet.
+
+        Strays are ended, among them machines of orders whose answers came to nobody.
+
+        Raises:
+            MachineLost: it costs more than the caps allow, or there is none.
+        """
+        attempt = record.current
+        instance = self._sort_out(record, self.instances(record.shard))
+        late = time.time() > attempt.ordered + LISTED_WITHIN * self.scale
+        if instance is None and late and not (attempt.id and self.market.exists(attempt.id)):
+            if attempt.id is None:
+                attempt.not_made(LOST)
+            else:
+                attempt.vanished(time.time())
+            self.records.save(record)
+            raise MachineLost(attempt.why)
+        if instance is not None:
+            attempt.seen(instance.status, time.time())
+            self._check_price(record, instance)
+        return instance
+
+    def _sort_out(self, record: ShardRecord, listed: list[Instance]) -> Instance | None:
+        """The current attempt's machine of those listed for the shard; ends the others."""
+        attempt, found = record.current, None
+        for instance in listed:
+            if attempt.id is None and instance.label.attempt == attempt.number:
+                attempt.id = instance.id
+                self.records.save(record)
+                self.say(
+                    f"shard {record.shard}: the answer to the order was lost; it is instance "
+                    f"{instance.id}"
+                )
+            if instance.id == attempt.id:
+                found = instance
+            else:
+                self.say(f"shard {record.shard}: ends the stray instance {instance.id}")
+                self._end_stray(record, instance)
+        return found
+
+    def _check_price(self, record: ShardRecord, instance: Instance) -> None:
+        """Raises MachineLost if the machine costs more than the caps allow."""
+        attempt, price = record.current, instance.dph_total
+        if price > attempt.rates.hourly + 1e-9:
+            attempt.rates = replace(attempt.rates, gpu=price - attempt.rates.disk)
+            self.records.save(record)
+        if price > self.terms.max_dph + 1e-9:
+            cap = f"--max-dph {self.terms.max_dph:g}"
+            raise MachineLost(f"it costs ${price:.3f}/h, above {cap}")
+        if self.budget.committed() > self.budget.max_total + 1e-9:
+            raise MachineLost(f"at ${price:.3f}/h it could exceed --max-total")
+
+    # --- ending ---
+
+    def _end_stray(self, record: ShardRecord, instance: Instance) -> None:
+        self.market.destroy(instance.id)
+        for attempt in record.attempts:
+            if attempt.number == instance.label.attempt and attempt.id is None:
+                attempt.made_late(instance.id, time.time())
+        self.records.save(record)
+
+    def end(self, record: ShardRecord, why: str) -> None:
+        """Ends all machines of a shard, and returns when the service lists none of them.
+
+        Raises:
+            Unavailable: it does not say so.
+        """
+        attempt, ended = record.current, time.time()
+        known = attempt is not None and attempt.id is not None
+        if known:
+            self.market.destroy(attempt.id)
+            ended = time.time()
+        # a machine of an order without an answer may show up yet
+        until = attempt.ordered + LISTED_WITHIN * self.scale if attempt and not known else 0.0
+        give_up = time.monotonic() + ENDING * self.scale
+        while (living := self.instances(record.shard)) or time.time() < until:
+            for instance in living:
+                self._end_stray(record, instance)
+            if living and time.monotonic() > give_up:
+                raise Unavailable(f"instance {living[0].id} is still listed, although ended")
+            time.sleep(self.poll_seconds / 5)
+        if known and self.market.exists(attempt.id):
+            raise Unavailable(f"instance {attempt.id} is listed no more, but is still there")
+        if known:
+            attempt.ended(ended, why)
+        elif record.current:
+            attempt.not_made(why)
+        self.records.save(record)

@@ -1,0 +1,386 @@
+"""A sweep on rented machines: opened from its files, priced, all shards at once, one table."""
+
+import difflib
+import importlib.util
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sparse_coding.config import UserError, fingerprint, pick, require
+from sparse_coding.files import sha256, written_whole
+from sparse_coding.rental.controller import Controller, Job, JobFailed, Machine, Patience
+from sparse_coding.rental.market import Market, Offer, Terms, Unavailable, find_key
+from sparse_coding.rental.preflight import (
+    git_state,
+    require_script,
+    require_tools,
+    secrets_for,
+    tracked_files,
+)
+from sparse_coding.rental.provisioner import Provisioner, Stopped
+from sparse_coding.rental.records import GRACE_H, Budget, Cost, OverBudget, Records, spent
+from sparse_coding.rental.remote import Results, make_key, wrong_files
+from sparse_coding.rental.remote_job import SUMS
+from sparse_coding.rental.settings import Config
+from sparse_coding.sweep.run_folder import GIT_STATE
+
+RENTALS = Path("rentals")  # a folder per run: its plan, prices, results on their way
+ONSTART = Path(__file__).with_name("onstart.sh")
+ONSTART_LIMIT = 4096  # characters, of vast.ai
+WATCH_SECONDS = 20  # between two looks at the clock of a machine that ends itself, at most
+REPORT_SECONDS = 30.0  # between two lines of progress
+OF_ONE_SHARD = {"config.json", "metrics.jsonl"}  # written by every shard, with its own command
+
+
+def say(text: str) -> None:
+    """A line with the time, from any thread."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+@dataclass
+class Run:
+    """The shards of a run with what they share."""
+
+    provisioner: Provisioner
+    shards: list[Controller]
+    output_dir: Path
+
+    @property
+    def name(self) -> str:
+        return self.provisioner.run
+
+    def spent(self) -> Cost:
+        """By all its machines, up to now."""
+        return spent([shard.record for shard in self.shards])
+
+    # --- the price ---
+
+    def agree(self, cfg: Config) -> bool:
+        """Says the price and asks; False for --dry-run.
+
+        Raises:
+            UserError: it is above the caps, or nobody agreed.
+        """
+        offers = self._offers()
+        print(f"{self.name}: {len(self.shards)} shards, {len(offers)} machines to rent")
+        for offer in offers:
+            print(f"  {offer.n_gpus} x {offer.gpu_name:<14} ${offer.rates.hourly:.3f}/h with "
+                  f"{cfg.disk_gb:g} GB, reliability {offer.reliability:.3f}, "
+                  f"{offer.inet_down:.0f} Mbit/s, {offer.days_left:.0f} days left, "
+                  f"{offer.place}")  # fmt: skip
+        self._say_price(offers, cfg.hours)
+        if cfg.dry_run:
+            print("dry run: nothing bought")
+            return False
+        if offers:
+            confirm(cfg.yes)
+        return True
+
+    def _offers(self) -> list[Offer]:
+        """One for each machine that is still to be rented. Raises UserError for too few."""
+        living = {(i.label.shard, i.label.attempt) for i in self.provisioner.instances()}
+        records = [shard.record for shard in self.shards if not shard.record.done]
+        needed = [r for r in records if not r.current or (r.shard, r.current.number) not in living]
+        offers = self.provisioner.suitable()[: len(needed)] if needed else []
+        if needed and not offers:
+            raise UserError(nearest_offers(self.provisioner.market, self.provisioner.terms))
+        require(
+            len(offers) == len(needed),
+            f"{len(needed)} machines are needed, {len(offers)} fit the caps and minimums: lower "
+            "--instances, or give more --gpu-names",
+        )
+        return offers
+
+    def _say_price(self, offers: list[Offer], hours: float) -> None:
+        """Raises UserError if the worst case exceeds --max-total."""
+        terms, budget, before = self.provisioner.terms, self.provisioner.budget, self.spent()
+        traffic = dict(gb_up=terms.results_gb, gb_down=terms.image_gb)
+
+        def price(h: float) -> Cost:
+            costs = [o.rates.cost(running_h=h, existing_h=h, **traffic) for o in offers]
+            return sum(costs, Cost())
+
+        worst = price(terms.max_hours + GRACE_H)
+        require(
+            budget.committed() + worst.total <= budget.max_total + 1e-9,
+            f"at most ${budget.committed() + worst.total:.2f} (spent before: ${before.total:.2f}) "
+            f"is above --max-total {budget.max_total:g}: raise it, or lower --max-hours",
+        )
+        if before.total:
+            print(f"spent before: {before}")
+        print(f"expected, at {hours:g} h each: {price(hours)}")
+        print(f"at most, if all live to their deadline of {terms.max_hours:g} h: {worst}")
+        credit = self.provisioner.market.credit()
+        if credit < worst.total:
+            print(f"warning: the account's credit of ${credit:.2f} is less than that")
+
+    # --- all shards at once ---
+
+    def complete(self) -> tuple[dict[int, Exception], int | None]:
+        """Runs all shards to their ends: what went wrong, by shard, and the signal that came."""
+        wrong: dict[int, Exception] = {}
+
+        def complete(shard: Controller) -> None:
+            try:
+                shard.complete()
+            except Exception as error:  # kept: the other shards go on, the caller tells
+                wrong[shard.record.shard] = error
+                if not isinstance(error, Stopped):
+                    say(f"shard {shard.record.shard}: {describe(error)}")
+
+        with signals_stop(self.provisioner.stop) as came:
+            threads = [threading.Thread(target=complete, args=(s,)) for s in self.shards]
+            for thread in threads:
+                thread.start()
+            reported = time.monotonic()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.2)
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    say(self.progress())
+                    reported = time.monotonic()
+        return wrong, came[0] if came else None
+
+    def progress(self) -> str:
+        """What has been spent, what each shard is at, the last line of one of the jobs."""
+        phases = ", ".join(f"{s.record.shard} {s.machine.phase}" for s in self.shards)
+        line = next((s.line for s in self.shards if s.line and not s.record.done), "")
+        return f"${self.spent().total:.3f} | {phases} | {line[:90]}"
+
+    def left_over(self) -> str:
+        """Whether a machine of the run still lives, as the service lists it."""
+        living = self.provisioner.instances()
+        if not living:
+            return "no machine of it is left"
+        names = ", ".join(f"{i.id} until {time.ctime(i.label.expires)}" for i in living)
+        return f"STILL BILLING: instance {names}"
+
+    # --- one table ---
+
+    def merge(self, command: list[str]) -> int:
+        """Puts the shards' results together and lets the script merge them; its exit code."""
+        done, code = self.output_dir / "DONE", 0
+        if not done.exists():
+            merge([shard.results for shard in self.shards], self.output_dir)
+        if not done.exists():
+            words = [*command[1:], "--output-dir", str(self.output_dir.resolve())]
+            if importlib.util.find_spec("torch") is None:
+                say(f"torch is missing here. Where it is, this merges: python {shlex.join(words)}")
+                code = 1
+            else:
+                root = self.shards[0].job.root
+                code = subprocess.run([sys.executable, *words], cwd=root).returncode
+        runs = f"{self.output_dir}/wandb/offline-run-*"
+        if any((self.output_dir / "wandb").glob("offline-run-*")):
+            say(f"W&B runs were written to disk; to upload: wandb sync {runs}")
+        say(f"results: {self.output_dir}")
+        return code
+
+
+def nearest_offers(market: Market, terms: Terms) -> str:
+    """What to say when nothing is on offer: other names, or the cheapest price."""
+
+    def search(query: dict) -> list[Offer]:
+        return market.offers(query, disk_gb=terms.disk_gb, interruptible=terms.interruptible)
+
+    named = search({"gpu_name": {"in": list(terms.gpu_names)}})
+    asked = ", ".join(terms.gpu_names)
+    if not named:
+        names = sorted({offer.gpu_name for offer in search({})})
+        near = difflib.get_close_matches(terms.gpu_names[0], names, 3, 0.4) or names[:6]
+        require(bool(names), "vast.ai offers no machine at all just now: try again later")
+        return f"no offer of {asked}: did you mean {', '.join(near)}?"
+    return (
+        f"none of {len(named)} offers of {asked} fits the caps and minimums (--max-dph "
+        f"{terms.max_dph:g}, ...); the cheapest of them costs ${named[0].rates.hourly:.3f}/h"
+    )
+
+
+def confirm(yes: bool) -> None:
+    """Raises UserError unless --yes or a y at the terminal."""
+    if yes:
+        return
+    require(sys.stdin.isatty(), "nobody is there to confirm the price: add --yes to accept it")
+    require(input("rent? [y/N] ").strip().lower() in ("y", "yes"), "not confirmed: nothing bought")
+
+
+@contextmanager
+def signals_stop(stop: threading.Event) -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and a closed terminal set `stop`; the list holds the signal that came."""
+    came: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        say("stopping: the machines are emptied and ended, which takes a moment")
+        came.append(signum)
+        stop.set()
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def describe(error: Exception) -> str:
+    """What went wrong, and what to do."""
+    if isinstance(error, OverBudget):
+        return "what is left of --max-total pays for no further machine: raise it"
+    if isinstance(error, Unavailable):
+        return f"{error}: look with `status`, end with `destroy` or `reap`"
+    known = isinstance(error, (UserError, JobFailed, Stopped))
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def merge(shards: list[Results], folder: Path) -> None:
+    """Puts the shards' files into one folder, where the script then merges their cells.
+
+    Raises:
+        UserError: two shards have different results of one cell, or files are not what they were.
+    """
+    for results in shards:
+        wrong = wrong_files(results.verified)
+        if wrong:
+            raise UserError(f"{wrong[0]} has changed since it was fetched: remove the folder "
+                            f"{results.verified} and give the same command again")  # fmt: skip
+        for source in sorted(p for p in results.verified.rglob("*") if p.is_file()):
+            name = source.relative_to(results.verified)
+            target = folder / name
+            if str(name) == SUMS or (str(name) in OF_ONE_SHARD and target.exists()):
+                continue
+            if target.exists() and sha256(target) != sha256(source):
+                # a cell twice with different numbers is a fault to look at, not to paper over
+                raise UserError(f"{target} is there already with other contents than {source}")
+            if not target.exists():
+                with written_whole(target) as temporary:
+                    shutil.copy2(source, temporary)
+
+
+# --- from constants and files ---
+
+
+def open_market(cfg: Config) -> Market:
+    """The service, with the user's key. Raises UserError if there is none."""
+    return Market(find_key(), spacing=cfg.api_spacing)
+
+
+def terms_of(cfg: Config, *, renting: bool = False) -> Terms:
+    """Raises UserError for a cap that is missing where money is to be spent."""
+    for name, what in (("max_dph", "per hour and machine"), ("max_total", "in all")):
+        flag = "--" + name.replace("_", "-")
+        missing = renting and getattr(cfg, name) is None
+        require(not missing, f"{flag} is missing: say how many dollars {what} may be spent")
+    cap = math.inf if cfg.max_dph is None else cfg.max_dph
+    gpus = tuple(name.replace("_", " ") for name in cfg.gpu_names)
+    return pick(Terms, cfg, max_dph=cap, gpu_names=gpus)
+
+
+def open_run(cfg: Config, command: list[str], root: Path, *, renting: bool = False) -> Run:
+    """The run that the command or --run names, made if it is to be rented for.
+
+    Raises:
+        UserError: something is missing here, or the run is another one.
+    """
+    require_tools()
+    terms = terms_of(cfg, renting=renting)
+    files = tracked_files(root)
+    if command:
+        require_script(command, root, files)
+    name = _name_of(cfg, command, renting=renting)
+    records = Records(RENTALS / name)
+    secrets = secrets_for(cfg.send_env, root)
+    market = open_market(cfg)
+    make_key(Path(cfg.ssh_key))
+    if renting:
+        plan = _claim(records, {"command": command, "instances": cfg.instances}, root)
+    else:
+        plan = records.plan() | ({"command": command} if command else {})
+    shard_records = [records.load(i + 1) for i in range(plan["instances"])]
+    every = int(max(1, min(WATCH_SECONDS, 2 * cfg.poll_seconds)))
+    provisioner = Provisioner(
+        market=market, run=name, terms=terms, records=records,
+        budget=Budget(cfg.max_total or math.inf, shard_records),
+        onstart=partial(onstart, every=every), poll_seconds=cfg.poll_seconds,
+        scale=cfg.api_spacing, stop=threading.Event(), say=say,
+    )  # fmt: skip
+    shards = []
+    for record in shard_records:
+        job = Job(
+            command=_words(plan, record.shard, name), env=_environment(root, secrets),
+            output_dir=f"outputs/{name}", root=root, files=files, secrets=secrets,
+            need_gpu=cfg.need_gpu,
+        )  # fmt: skip
+        machine = Machine(provisioner, record, pick(Patience, cfg), key=Path(cfg.ssh_key))
+        shards.append(Controller(machine, job))
+    return Run(provisioner, shards, Path("outputs") / name)
+
+
+def onstart(expires: float, lifetime_s: float, *, every: int) -> str:
+    """The script with which a machine starts: it ends itself.
+
+    every: seconds between two looks at the clock
+    """
+    text = ONSTART.read_text()
+    for name, value in (("EVERY", every), ("DEADLINE", expires), ("LIFETIME", lifetime_s)):
+        text = text.replace(f"@{name}@", str(int(value)))
+    assert len(text) <= ONSTART_LIMIT
+    return text
+
+
+def _name_of(cfg: Config, command: list[str], *, renting: bool) -> str:
+    """--run; or a name that the same command has again; or the run that was opened last."""
+    name = cfg.run
+    if not name and command:
+        constants = {"command": tuple(command), "shards": cfg.instances}
+        name = f"{Path(command[1]).stem}-{fingerprint(constants)}"
+    elif not name:
+        name = "by-hand" if renting else newest_run()
+    good = re.fullmatch(r"[\w.-]{1,100}", name)  # it becomes a part of labels
+    require(bool(good), f"--run {name} must be letters, digits, - _ and . only, 100 at most")
+    return name
+
+
+def newest_run() -> str:
+    """The run that was opened last. Raises UserError if there is none."""
+    plans = sorted(RENTALS.glob("*/plan.json"), key=lambda p: p.stat().st_mtime)
+    require(bool(plans), f"no run in {RENTALS}/ yet: sweep or launch one, or give --run")
+    return plans[-1].parent.name
+
+
+def _words(plan: dict, shard: int, name: str) -> list[str]:
+    """The command of one shard, as it is run there."""
+    if not plan["command"]:
+        return []
+    words = ["python", *plan["command"][1:], "--output-dir", f"outputs/{name}"]
+    return words + (["--shard", f"{shard}/{plan['instances']}"] if plan["instances"] > 1 else [])
+
+
+def _environment(root: Path, secrets: bytes) -> dict[str, str]:
+    """Of the job: W&B writes to disk unless it is sent a key; there is no git checkout there."""
+    state = {name: value for name, value in git_state(root).items() if name != "git_diff"}
+    offline = {} if b"WANDB_API_KEY=" in secrets else {"WANDB_MODE": "offline"}
+    return {GIT_STATE: json.dumps(state)} | offline
+
+
+def _claim(records: Records, plan: dict, root: Path) -> dict:
+    """Notes what the run is. Raises UserError if the name belongs to another one."""
+    records.folder.mkdir(parents=True, exist_ok=True)
+    records.folder.chmod(0o700)
+    if (records.folder / "plan.json").exists():
+        known = records.plan()
+        for key in plan:
+            require(known[key] == plan[key], f"--run {records.folder.name} has {key} {known[key]}, "
+                    f"not {plan[key]}: choose another name")  # fmt: skip
+    records.save_plan(plan | {"began": time.time(), **git_state(root)})
+    return plan
