@@ -11,10 +11,16 @@ if not torch.cuda.is_available():
     # the kernels' tests have Triton interpret them, which must be said before it is loaded
     os.environ["TRITON_INTERPRET"] = "1"
 
-# the lab of rented machines is tested with what is long about them: see rental/test_sweep.py
-collect_ignore_glob = (
-    [] if os.environ.get("RENTAL_SCHEDULES") == "all" else ["rental/vast_lab/test_vast_lab*.py"]
-)
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="with what takes minutes, marked long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked long, unless --long is given."""
+    left_out = [i for i in items if i.get_closest_marker("long") and not config.option.long]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -2,71 +2,64 @@
 hand, and what is refused before anything is bought."""
 
 import json
-import os
 import shutil
+import signal
 import subprocess
 import time
 
 import pytest
 from builders.rented import (
+    API_KEY,
     FAST,
     JOB,
-    World,
+    User,
     assert_nothing_lives,
     git,
-    make_checkout,
-    market,
-    require_lab,
+    rental_server,
+    renting,
 )
-from builders.scripts import ROOT, assert_refused, run_script, served, table
+from builders.scripts import ROOT, assert_refused, run_script, table
 
 from sparse_coding.rental.preflight import tracked_files
 
-SCRIPT = ROOT / "vastai_utils.py"
 TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "60",
        "--dict-ratio-exp-high", "1", "--l1-exp-high", "0", "--wandb-mode", "offline"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    require_lab()
-    home = tmp_path_factory.mktemp("vastai_utils")
-    make_checkout(home / "checkout", "replicate_toy_models.py")
-    script = home / "checkout" / "vastai_utils.py"
-    with served(script, home, patch={}, modules=("vastai",)) as server:
+    with rental_server(tmp_path_factory.mktemp("vastai_utils")) as server:
         yield server
 
 
 @pytest.fixture
-def world(server, tmp_path):
-    with market(tmp_path, server) as world:
-        yield world
+def user(server, tmp_path):
+    with renting(tmp_path, server) as user:
+        yield user
 
 
 # --- the real script ---
 
 
-def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(world, tmp_path):
-    done = world.sweep("--poll-seconds", "1", job=["--", *TOY], timeout_s=200)
+def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(user, tmp_path):
+    done = user.sweep("--poll-seconds", "1", job=["--", *TOY], timeout_s=200)
     assert done.code == 0, done.out + done.err
-    print(done.out)
-    assert_nothing_lives(world)
-    for shard in ("1/2", "2/2"):
+    assert_nothing_lives(user)
+    words = [ROOT / "replicate_toy_models.py", *TOY[2:], "--output-dir", "here"]
+    for shard in (["--shard", "1/2"], ["--shard", "2/2"], []):
         # of this checkout, where kernels are compiled already
-        words = [ROOT / "replicate_toy_models.py", *TOY[2:], "--output-dir", "here"]
-        done_here = run_script([*words, "--shard", shard], cwd=tmp_path)
+        done_here = run_script([*words, *shard], cwd=tmp_path)
         assert done_here.code == 0, done_here.err
-    assert run_script(words, cwd=tmp_path).code == 0
-    ours, theirs = table(tmp_path / "here"), table(world.output)
+    ours, theirs = table(tmp_path / "here"), table(user.output)
     assert len(ours) == 12
     for row, other in zip(ours, theirs, strict=True):
         same = row.keys() - {"seconds"}
         assert {name: row[name] for name in same} == {name: other[name] for name in same}
-    assert (world.output / "figures" / "mmcs.png").stat().st_size > 10_000
-    assert len(list((world.output / "wandb").glob("offline-run-*"))) == 3  # shards, and the merge
+    assert (user.output / "figures" / "mmcs.png").stat().st_size > 10_000
+    assert len(list((user.output / "wandb").glob("offline-run-*"))) == 3  # shards, and the merge
     assert "to upload: wandb sync" in done.out
-    config = json.loads((world.output / "config.json").read_text())
-    head = subprocess.run(["git", "-C", world.checkout, "rev-parse", "HEAD"], capture_output=True)
+    config = json.loads((user.output / "config.json").read_text())
+    head = subprocess.run(["git", "-C", user.checkout, "rev-parse", "HEAD"], capture_output=True)
     assert config["git_commit"] == head.stdout.decode().strip()  # although there is no git there
     assert "resumed_by" not in config
 
@@ -74,65 +67,87 @@ def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(world, t
 # --- by hand ---
 
 
-def test_a_round_by_hand(world):
-    run = ["--run", "mine"]
-    done = world.call("launch", *run, *FAST, "--instances", "2")
-    assert done.code == 0, done.out + done.err
-    assert len(world.lab.live()) == 2
-    (world.checkout / "tiny_job.py").write_text((world.checkout / "tiny_job.py").read_text() + "\n")
-    assert "are there" in world.call("sync", *run, *FAST).out
-    (world.checkout / "models").mkdir()
-    (world.checkout / "models" / "weights.bin").write_bytes(b"123")
-    assert "models/ is there" in world.call("copy-models", *run, *FAST).out
-    homes = [row["home"] for row in world.lab.instances()]
-    for home in homes:
-        with open(f"{home}/sparse_coding/models/weights.bin", "rb") as file:
-            assert file.read() == b"123"
-    assert "runs python tiny_job.py" in world.call("run", *run, *FAST, *JOB).out
-    time.sleep(1.5)
-    status = world.call("status", *FAST).out
+def test_a_sweep_by_hand(user):
+    def call(*words: str) -> str:
+        done = user.call(words[0], "--run", "mine", *FAST, *words[1:])
+        assert done.code == 0, done.out + done.err
+        return done.out
+
+    call("launch", "--instances", "2")
+    assert len(user.lab.live()) == 2
+    (user.checkout / "tiny_job.py").write_text((user.checkout / "tiny_job.py").read_text() + "\n")
+    assert "are there" in call("sync")
+    (user.checkout / "models").mkdir()
+    (user.checkout / "models" / "weights.bin").write_bytes(b"123")
+    assert "models/ is there" in call("copy-models")
+    for number in user.lab.live():
+        there = user.lab.home(number) / "sparse_coding"
+        assert (there / "models" / "weights.bin").read_bytes() == b"123"
+        assert (there / "tiny_job.py").read_text().endswith("\n\n")
+    run = user.start("run", "--run", "mine", *FAST, *JOB)
+    last = [
+        "sparse_coding/outputs/mine/cells/cell-5.json",
+        "sparse_coding/outputs/mine/cells/cell-4.json",
+    ]
+    homes = [user.lab.home(number) for number in user.lab.live()]
+    run.wait_until(lambda: all(any((h / name).exists() for h in homes) for name in last))
+    assert "runs python tiny_job.py" in run.wait().out
+    status = call("status")
     assert status.count("running, RTX 3090, $0.1") == 2
     assert "mine: 0 of 2 shards done" in status
-    assert "cell 5" in world.call("logs", *run, *FAST).out
-    assert world.call("ssh", *run, *FAST, "--shard", "1", "--", "echo", "hello").out == "hello\n"
-    assert "fetched: outputs/mine" in world.call("copy-recent", *FAST).out
-    cells = sorted(p.name for p in (world.checkout / "outputs" / "mine" / "cells").iterdir())
+    assert "cell 5" in call("logs")
+    assert call("ssh", "--shard", "1", "--", "echo", "hello") == "hello\n"
+    assert "fetched: outputs/mine" in call("copy-recent")
+    cells = sorted(p.name for p in (user.output / "cells").iterdir())
     assert cells == [f"cell-{i}.json" for i in range(6)]
-    done = world.call("destroy", *run, *FAST)
-    assert done.code == 0, done.out + done.err
-    assert "no machine of it is left" in done.out
-    assert_nothing_lives(world)
+    assert "no machine of it is left" in call("destroy")
+    assert_nothing_lives(user)
 
 
-def test_destroy_fetches_first_and_refuses_to_lose_what_it_can_not_fetch(world):
-    job = [*JOB, "--seconds", "9"]
-    process = world.start_sweep(instances=1, job=job)
-    process.wait_until(world.lab.live)
-    time.sleep(3)
-    os.kill(process.pid, 9)
+def killed(user: User, *flags: str, until) -> None:
+    """A sweep whose command is killed, so that its machine lives on."""
+    process = user.start_sweep(*flags, instances=1, job=user.held())
+    until(process)
+    process.signal(signal.SIGKILL)
     process.wait()
-    (row,) = world.lab.instances()
-    shutil.rmtree(f"{row['home']}/.sae")
-    refused = world.call("destroy", *FAST)
-    assert refused.code == 2
-    assert "add --discard to lose them" in refused.err
-    assert len(world.lab.live()) == 1
-    assert world.call("destroy", "--discard", *FAST).code == 0
-    assert_nothing_lives(world)
 
 
-def test_doctor_tries_everything_and_buys_nothing(world):
-    done = world.call("doctor", *FAST)
+def test_destroy_fetches_first_and_refuses_to_lose_what_it_can_not_fetch(user):
+    killed(user, until=user.until_running)
+    (number,) = user.lab.live()
+    shutil.rmtree(user.lab.home(number) / ".sae")
+    assert_refused(user.call("destroy", *FAST), "add --discard to lose them")
+    assert user.lab.live() == [number]
+    assert user.call("destroy", "--discard", *FAST).code == 0
+    assert_nothing_lives(user)
+
+
+def test_status_flags_what_is_overdue_unknown_or_stopped(user):
+    flags = ["--max-hours", "0.0008", "--start-minutes", "9"]
+    user.lab.behave(stuck="loading")
+    killed(user, *flags, until=lambda process: process.wait_until(user.lab.live))
+    user.lab.act(user.lab.live()[0], "stop")
+    expires = int(user.lab.ledger()[0]["label"].rpartition("=")[2])
+    time.sleep(max(0.0, expires - time.time()))
+    shutil.rmtree(user.folder)
+    line = user.call("status", *FAST).out
+    for words in ("OVERDUE: reap ends it", "not rented from here",
+                  "its disk is billed in this state too"):  # fmt: skip
+        assert words in line
+
+
+def test_doctor_tries_everything_and_buys_nothing(user):
+    done = user.call("doctor", *FAST)
     assert done.code == 0, done.err
     for words in ("ssh and rsync are there", "the key works, credit $", "8 offers of any kind",
                   "0 machines of ours live", "all well"):  # fmt: skip
         assert words in done.out
-    assert {r["method"] for r in world.lab.requests()} <= {"GET", "POST"}
-    assert world.lab.ledger() == []
+    assert {r["method"] for r in user.lab.requests()} <= {"GET", "POST"}
+    assert user.lab.ledger() == []
 
 
-def test_search_lists_the_cheapest_first_with_traffic(world):
-    done = world.call("search", "--api-spacing", "0", "--image-gb", "10", "--max-dph", "0.13")
+def test_search_lists_the_cheapest_first_with_traffic(user):
+    done = user.call("search", "--api-spacing", "0", "--image-gb", "10", "--max-dph", "0.13")
     lines = [line for line in done.out.splitlines() if "RTX 3090" in line]
     prices = [float(line.split()[4]) for line in lines]
     assert prices == sorted(prices)
@@ -140,49 +155,28 @@ def test_search_lists_the_cheapest_first_with_traffic(world):
     assert max(prices) <= 0.13
 
 
-def test_status_flags_what_is_overdue_unknown_or_stopped(world):
-    process = world.start_sweep("--max-hours", "0.0008", "--start-minutes", "9", instances=1)
-    process.wait_until(world.lab.live)
-    os.kill(process.pid, 9)
-    process.wait()
-    (number,) = world.lab.live()
-    world.lab.act(id=number, what="stop")
-    time.sleep(3)
-    shutil.rmtree(world.checkout / "rentals")
-    line = world.call("status", *FAST).out
-    assert "OVERDUE: reap ends it" in line
-    assert "not rented from here" in line
-    assert "its disk is billed in this state too" in line
-    assert "1 ended" in world.call("reap", *FAST).out
-
-
 # --- refused before anything is bought ---
 
 
-def refused(world: World, *words: str, env: dict | None = None) -> str:
-    """The one line of a sweep that is refused; nothing was bought, no run is noted."""
-    done = world.start(*words, env=env).wait()
+def refused(user: User, *words: str, env: dict | None = None) -> str:
+    """The one line of a command that is refused; nothing was bought."""
+    done = user.start(*words, env=env).wait()
     assert_refused(done)
-    assert world.lab.ledger() == []
+    assert user.lab.ledger() == []
     return done.err
 
 
-def test_without_a_key_the_place_for_it_is_named(world):
-    assert "VAST_API_KEY" in refused(world, "sweep", *FAST, *JOB, env={"VAST_API_KEY": ""})
-
-
-def test_a_key_file_that_others_can_read_is_refused_with_the_command_that_helps(world):
-    path = world.checkout.parent / ".config" / "vastai" / "vast_api_key"
+def test_a_key_that_is_missing_open_to_others_or_wrong_is_refused_with_what_to_do(user):
+    sweep, no_key = ["sweep", *FAST, *JOB], {"VAST_API_KEY": ""}
+    assert "VAST_API_KEY" in refused(user, *sweep, env=no_key)
+    path = user.checkout.parent / ".config" / "vastai" / "vast_api_key"
     path.parent.mkdir(parents=True)
-    path.write_text("abc")
+    path.write_text(API_KEY)
     path.chmod(0o644)
-    line = refused(world, "sweep", *FAST, *JOB, env={"VAST_API_KEY": ""})
+    line = refused(user, *sweep, env=no_key)
     assert f"mode 0644): chmod 600 {path}" in line
-    assert "abc" not in line.split("chmod")[0]
-
-
-def test_a_wrong_key_is_refused_in_one_line(world):
-    line = refused(world, "sweep", *FAST, *JOB, env={"VAST_API_KEY": "wrong-canary"})
+    assert API_KEY not in line
+    line = refused(user, *sweep, env={"VAST_API_KEY": "wrong-canary"})
     assert "refuses the key (404)" in line
     assert "wrong-canary" not in line
 
@@ -204,16 +198,16 @@ def test_a_wrong_key_is_refused_in_one_line(world):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_sweep_that_can_not_be_is_refused_with_what_to_do(world, flags, words):
-    assert words in refused(world, "sweep", *FAST, *flags, *JOB)
+def test_a_sweep_that_can_not_be_is_refused_with_what_to_do(user, flags, words):
+    assert words in refused(user, "sweep", *FAST, *flags, *JOB)
 
 
-def test_the_caps_have_no_default_and_the_price_wants_a_yes(world):
+def test_the_caps_have_no_default_and_the_price_wants_a_yes(user):
     fast = [word for word in FAST if word != "--yes"]
-    assert "nobody is there to confirm the price: add --yes" in refused(world, "sweep", *fast, *JOB)
+    assert "nobody is there to confirm the price: add --yes" in refused(user, "sweep", *fast, *JOB)
     for name in ("--max-dph", "--max-total"):
         at = fast.index(name)
-        line = refused(world, "sweep", *fast[:at], *fast[at + 2 :], *JOB)
+        line = refused(user, "sweep", *fast[:at], *fast[at + 2 :], *JOB)
         assert f"{name} is missing: say how many dollars" in line
 
 
@@ -228,34 +222,34 @@ def test_the_caps_have_no_default_and_the_price_wants_a_yes(world):
         (["--", "python", "replicate_toy_models.py"], "--preset is missing"),
     ],
 )
-def test_a_command_that_can_not_be_sharded_is_refused(world, job, words):
-    assert words in refused(world, "sweep", *FAST, *job)
+def test_a_command_that_can_not_be_sharded_is_refused(user, job, words):
+    assert words in refused(user, "sweep", *FAST, *job)
 
 
-def test_tracked_secrets_are_refused_and_a_dirty_tree_is_recorded(world):
-    git(world.checkout, "add", "-f", "secrets.json")
-    assert "secrets.json is tracked by git" in refused(world, "sweep", *FAST, *JOB)
-    git(world.checkout, "rm", "-q", "--cached", "secrets.json")
-    (world.checkout / "sparse_coding" / "__init__.py").write_text("x = 'hf_" + 30 * "a" + "'\n")
-    assert "seems to hold a token" in refused(world, "sweep", *FAST, *JOB)
-    (world.checkout / "sparse_coding" / "__init__.py").write_text("# another line\n")
-    done = world.sweep(instances=1)
-    assert done.code == 0, done.err
-    (plan,) = (world.checkout / "rentals").glob("*/plan.json")
+def test_tracked_secrets_are_refused_and_a_dirty_tree_is_recorded(user):
+    sweep, edited = ["sweep", *FAST, *JOB], user.checkout / "sparse_coding" / "__init__.py"
+    git(user.checkout, "add", "-f", "secrets.json")
+    assert "secrets.json is tracked by git" in refused(user, *sweep)
+    git(user.checkout, "rm", "-q", "--cached", "secrets.json")
+    edited.write_text("x = 'hf_" + 30 * "a" + "'\n")
+    assert "seems to hold a token" in refused(user, *sweep)
+    edited.write_text("# another line\n")
+    assert user.call(*sweep[:1], "--dry-run", *sweep[1:]).code == 0
+    (plan,) = user.folder.glob("*/plan.json")
     known = json.loads(plan.read_text())
     assert known["git_dirty"] is True
     assert "+# another line" in known["git_diff"]
 
 
-def test_without_rsync_or_outside_git_nothing_is_bought(world, tmp_path):
+def test_without_rsync_or_outside_git_nothing_is_bought(user, tmp_path):
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ("ssh", "ssh-keygen", "git"):
         (folder / tool).symlink_to(shutil.which(tool))
-    line = refused(world, "sweep", *FAST, *JOB, env={"PATH": str(folder)})
+    line = refused(user, "sweep", *FAST, *JOB, env={"PATH": str(folder)})
     assert "rsync is missing: install rsync" in line
-    shutil.rmtree(world.checkout / ".git")
-    assert "is no git checkout" in refused(world, "sweep", *FAST, *JOB)
+    shutil.rmtree(user.checkout / ".git")
+    assert "is no git checkout" in refused(user, "sweep", *FAST, *JOB)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +262,8 @@ def test_without_rsync_or_outside_git_nothing_is_bought(world, tmp_path):
         (["destroy", "--all"], "add --discard to say so"),
     ],
 )
-def test_commands_without_their_object_are_refused(world, words, told):
-    assert told in refused(world, *words, *(FAST if words else []))
+def test_commands_without_their_object_are_refused(user, words, told):
+    assert told in refused(user, *words, *(FAST if words else []))
 
 
 def test_help_and_import_need_neither_torch_nor_vastai(tmp_path):
@@ -287,11 +281,9 @@ vastai_utils.main(["--help"])
 
 
 def test_without_the_package_the_command_that_installs_it_is_named(tmp_path):
-    code = (
-        "import sys; sys.modules['vastai'] = None; from sparse_coding.rental.market import Market; "
-    )
-    code += "Market('key')"
-    done = run_script(["-c", f"import sys; sys.path.insert(0, '{ROOT}'); {code}"], cwd=tmp_path)
+    code = "from sparse_coding.rental.market import Market; Market('key')"
+    start = f"import sys; sys.path.insert(0, '{ROOT}'); sys.modules['vastai'] = None"
+    done = run_script(["-c", f"{start}; {code}"], cwd=tmp_path)
     assert "pip install -r requirements-vast.txt" in done.err
 
 

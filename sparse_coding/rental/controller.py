@@ -295,7 +295,8 @@ class Controller:
         Raises:
             JobFailed: it ended with an error, or its time is up. MachineLost.
         """
-        self.pulled, self.restarts = time.monotonic(), 0
+        self.pulled = self.machine.answered = time.monotonic()
+        self.restarts = 0
         while True:
             self.machine.check_stop()
             with contextlib.suppress(Unavailable):  # the job does without the service

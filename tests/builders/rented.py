@@ -1,4 +1,4 @@
-"""A user's checkout, a rental market on loopback, and what must hold after every sweep.
+"""A user with a checkout and a rental market on loopback, and what must hold after every sweep.
 
 The machines run `tiny_job.py`, which keeps the contract of the scripts (--shard, --output-dir, the
 same command resumes, without --shard it merges) and takes a second, so that hundreds of sweeps can
@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,18 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from builders.scripts import ROOT, Done, Process, Server
-from vast_instance import missing_tools
-from vast_server import lab_process
+from builders.scripts import ROOT, Done, Process, Server, served
+from builders.vast.instance import missing_tools, script
+from builders.vast.server import FakeVast
 
 TINY_JOB = '''
 """Six cells of some work each, in the way of the scripts."""
-import argparse, hashlib, json, os, pathlib, signal, sys, time
+import argparse, hashlib, json, os, pathlib, sys, time
 
 flags = argparse.ArgumentParser()
 flags.add_argument("--shard", default="")
 flags.add_argument("--output-dir", required=True)
-flags.add_argument("--seconds", type=float, default=0.1)
+flags.add_argument("--seconds", type=float, default=0.1)  # of a cell
+flags.add_argument("--hold", default="")  # from cell 3 on it waits while this file exists
 flags.add_argument("--exit", type=int, default=0)
 cfg = flags.parse_args()
 out = pathlib.Path(cfg.output_dir)
@@ -49,7 +49,9 @@ for cell in range(index - 1, 6, count):
     if path.exists():
         continue
     if not cfg.shard and "SPARSE_CODING_GIT_STATE" not in os.environ:
-        sys.exit("cells are missing")  # at home nothing is trained: all must have come from there
+        sys.exit("cells are missing")  # here nothing is trained: all must have come from there
+    while cell >= 3 and cfg.hold and os.path.exists(cfg.hold):
+        time.sleep(0.02)
     value = b""
     for step in range(5):  # a checkpoint per step, from which a resume goes on
         checkpoint = out / "checkpoints" / "a" / f"{cell}.safetensors"
@@ -79,6 +81,7 @@ JOB = ["--", "python", "tiny_job.py"]
 FAST = ["--yes", "--no-need-gpu", "--poll-seconds", "0.2", "--api-spacing", "0.02",
         "--max-dph", "0.5", "--max-total", "1", "--max-hours", "0.05", "--pull-minutes", "0.005",
         "--image-gb", "0", "--start-minutes", "0.05", "--lost-minutes", "0.05"]  # fmt: skip
+QUICK = {"sparse_coding.rental.market.TIMEOUT": 1.5, "sparse_coding.rental.remote.PAUSE": 0.2}
 SECRETS = {"HF_TOKEN": "hf_" + 6 * "Canary", "OTHER": "other-canary-1d6b"}
 API_KEY = "account-canary-52f0c1"
 OFFERS = [
@@ -87,37 +90,30 @@ OFFERS = [
 ]
 
 
-def require_lab() -> None:
-    """Skips where sshd or rsync is missing; in CI that is a failure."""
-    reason = missing_tools()
-    if reason and os.environ.get("CI"):
-        pytest.fail(reason)
-    if reason:
-        pytest.skip(reason)
+@contextlib.contextmanager
+def rental_server(folder: Path) -> Iterator[Server]:
+    """Forks vastai_utils.py of a checkout: a git one with the package, a script and tiny_job.py.
 
-
-def make_checkout(folder: Path, *more: str) -> Path:
-    """A git checkout with vastai_utils.py, the package and tiny_job.py; a secret lies untracked.
-
-    more: scripts of ours
+    A secret lies there untracked. Skips where sshd or rsync is missing; in CI that is a failure.
     """
-    folder.mkdir()
-    for name in ("vastai_utils.py", ".gitignore", *more):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(
-        ROOT / "sparse_coding",
-        folder / "sparse_coding",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    (folder / "requirements.txt").write_text("")
-    (folder / "tiny_job.py").write_text(TINY_JOB)
-    git(folder, "init", "-q")
-    git(folder, "add", ".")
-    git(folder, "-c", "user.name=a", "-c", "user.email=a@b.invalid", "commit", "-qm", "a")
-    (folder / "secrets.json").write_text(json.dumps({"OTHER": SECRETS["OTHER"]}))
-    (folder / "secrets.json").chmod(0o600)
-    (folder / "notes.txt").write_text("untracked-canary-77aa")
-    return folder
+    reason = missing_tools()
+    if reason:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for name in ("vastai_utils.py", "replicate_toy_models.py", ".gitignore"):
+        shutil.copy(ROOT / name, checkout)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sparse_coding", checkout / "sparse_coding", ignore=ignored)
+    (checkout / "requirements.txt").write_text("")
+    (checkout / "tiny_job.py").write_text(TINY_JOB)
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        git(checkout, "-c", "user.name=a", "-c", "user.email=a@b.invalid", *words)
+    (checkout / "secrets.json").write_text(json.dumps({"OTHER": SECRETS["OTHER"]}))
+    (checkout / "secrets.json").chmod(0o600)
+    (checkout / "notes.txt").write_text("untracked-canary-77aa")
+    with served(checkout / "vastai_utils.py", folder, patch=QUICK, modules=("vastai",)) as server:
+        yield server
 
 
 def git(folder: Path, *words: str) -> None:
@@ -125,35 +121,23 @@ def git(folder: Path, *words: str) -> None:
 
 
 @dataclass
-class World:
-    """A checkout with a market: what a user has."""
+class User:
+    """A checkout, and a market to rent from."""
 
-    lab: object
+    lab: FakeVast
     checkout: Path
     server: Server
     commands: set[str] = field(default_factory=set)  # lines of /proc/*/cmdline that were seen
 
-    @property
-    def env(self) -> dict[str, str]:
-        return {
-            "VAST_URL": self.lab.url,
-            "VAST_API_KEY": API_KEY,
-            "HF_TOKEN": SECRETS["HF_TOKEN"],
-            "HOME": str(self.checkout.parent),
-            "no_proxy": "127.0.0.1",
-        }
-
-    @property
-    def script(self) -> Path:
-        return self.checkout / "vastai_utils.py"
-
     def start(self, *words: str, env: dict[str, str] | None = None) -> Process:
-        return self.server.start(
-            *words, cwd=self.checkout, env=self.env | (env or {}), script=self.script
-        )
+        """vastai_utils.py with these words."""
+        known = {"VAST_URL": self.lab.url, "VAST_API_KEY": API_KEY, "no_proxy": "127.0.0.1",
+                 "HF_TOKEN": SECRETS["HF_TOKEN"], "HOME": str(self.checkout.parent)}  # fmt: skip
+        script = self.checkout / "vastai_utils.py"
+        return self.server.start(*words, cwd=self.checkout, env=known | (env or {}), script=script)
 
-    def call(self, *words: str, timeout_s: float = 60) -> Done:
-        return self.start(*words).wait(timeout_s)
+    def call(self, *words: str) -> Done:
+        return self.start(*words).wait(60)
 
     def start_sweep(self, *flags: str, instances: int = 2, job: list[str] = JOB) -> Process:
         return self.start("sweep", "--instances", instances, *FAST, *flags, *job)
@@ -161,36 +145,62 @@ class World:
     def sweep(self, *flags: str, timeout_s: float = 60, **options: object) -> Done:
         return self.start_sweep(*flags, **options).wait(timeout_s)
 
+    # --- a job that waits ---
+
+    @property
+    def hold(self) -> Path:
+        """While this file exists, a job of held() waits before its cell 3."""
+        return self.checkout.parent / "hold"
+
+    def held(self) -> list[str]:
+        """The tiny job, waiting before its cell 3 until let_go()."""
+        self.hold.touch()
+        return [*JOB, "--hold", self.hold]
+
+    def let_go(self) -> None:
+        self.hold.unlink()
+
+    def until_running(self, process: Process) -> None:
+        """Waits until a job works on its cells on a machine."""
+        pattern = "home/sparse_coding/outputs/*/cells/*"
+        process.wait_until(lambda: any(self.lab.root.glob(f"i*/{pattern}")))
+
+    def until_fetched(self, process: Process) -> None:
+        """Waits until the cells before the hold have been fetched, verified."""
+        process.wait_until(lambda: any(self.folder.glob("*/results-1/cells/cell-2.json")))
+
+    # --- what there is afterwards ---
+
+    @property
+    def folder(self) -> Path:
+        return self.checkout / "rentals"
+
     @property
     def output(self) -> Path:
         """Where the results of the one run are."""
         (folder,) = (self.checkout / "outputs").iterdir()
         return folder
 
-    def rows(self) -> str:
-        return (self.output / "results.csv").read_text()
+    def trained(self) -> int:
+        """Cells of the first shard that were trained, each as often as it was."""
+        return len((self.output / "metrics-1.jsonl").read_text().splitlines())
 
     def records(self) -> list[dict]:
-        paths = sorted((self.checkout / "rentals").glob("*/shard-*.json"))
-        return [json.loads(path.read_text()) for path in paths]
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*/shard-*.json"))]
 
 
 @contextlib.contextmanager
-def market(tmp_path: Path, server: Server, **config: object) -> Iterator[World]:
-    """A world with eight offers of RTX 3090 unless the config says otherwise."""
-    config = {"offers": OFFERS, "api_key": API_KEY, "keep_files": True} | config
+def renting(tmp_path: Path, server: Server, **config: object) -> Iterator[User]:
+    """A user in a market of eight RTX 3090."""
     checkout = tmp_path / "checkout"
     shutil.copytree(server.folder / "checkout", checkout, symlinks=True)
-    with lab_process(config) as lab:
-        bin_folder = Path(lab.root) / "bin"
-        bin_folder.mkdir(exist_ok=True)
-        python = bin_folder / "python3"
+    with FakeVast(tmp_path / "lab", offers=OFFERS, api_key=API_KEY, **config) as lab:
         one_thread = "OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE"  # as here: the same last bits
-        python.write_text(f'#!/bin/sh\n{one_thread} exec {sys.executable} "$@"\n')
-        python.chmod(0o755)
-        world = World(lab, checkout, server)
-        with watched_commands(world.commands):
-            yield world
+        run = f'#!/bin/sh\n{one_thread} exec {sys.executable} "$@"\n'
+        script(lab.root / "bin" / "python3", run)
+        user = User(lab, checkout, server)
+        with watched_commands(user.commands):
+            yield user
 
 
 @contextlib.contextmanager
@@ -224,28 +234,33 @@ def expected_rows() -> str:
     return "\n".join(lines) + "\n"
 
 
-def assert_nothing_lives(world: World, most: float = 1.0) -> None:
+def assert_nothing_lives(user: User, most: float = 1.0) -> None:
     """No instance is left, and no more was spent than --max-total allows."""
-    assert world.lab.live() == []
-    assert world.lab.total() <= most
+    assert user.lab.live() == []
+    assert sum(row["total"] for row in user.lab.ledger()) <= most
 
 
-def assert_no_secret_shows(world: World, *outputs: str) -> None:
+def assert_whole(user: User, done: Done, machines: int | None = None) -> None:
+    """The sweep is complete: the same table, nothing left, so many machines bought."""
+    assert done.code == 0, done.out + done.err
+    assert (user.output / "results.csv").read_text() == expected_rows()
+    assert_nothing_lives(user)
+    assert machines in (None, len(user.lab.ledger()))
+
+
+def assert_no_secret_shows(user: User, *outputs: str) -> None:
     """In no request, command line, output, file of the checkout, or file that was pushed."""
-    canaries = [SECRETS["HF_TOKEN"], SECRETS["OTHER"]]
-    requests = json.dumps([[r["path"], r["query"], r["body"]] for r in world.lab.requests()])
-    texts = {"requests": requests, "commands": "\n".join(world.commands)}
+    texts = {"requests": json.dumps(user.lab.requests()), "commands": "\n".join(user.commands)}
     texts |= {f"output {i}": text for i, text in enumerate(outputs)}
-    for path in [p for p in world.checkout.rglob("*") if p.is_file() and ".git/" not in str(p)]:
-        if path.name != "secrets.json":
+    files = [
+        p for p in user.checkout.rglob("*") if ".git" not in p.relative_to(user.checkout).parts
+    ]
+    pushed = list(user.lab.root.glob("i*/home/**/*"))  # what is kept in memory there is elsewhere
+    assert pushed
+    assert {"secrets.json", "notes.txt"}.isdisjoint(path.name for path in pushed)
+    for path in [*files, *pushed]:
+        if path.is_file() and path.name != "secrets.json":
             texts[str(path)] = path.read_text(errors="replace")
-    pushed = [p for p in Path(world.lab.root).rglob("*") if p.is_file() and not p.is_symlink()]
-    for path in pushed:
-        if "home" in path.parts:  # not what is kept in memory there
-            assert path.name not in ("secrets.json", "notes.txt")
-            with contextlib.suppress(OSError):
-                texts[str(path)] = path.read_text(errors="replace")
     for where, text in texts.items():
-        for canary in [*canaries, API_KEY]:
+        for canary in [*SECRETS.values(), API_KEY]:
             assert canary not in text, f"{canary} is in {where}"
-    assert not re.search(API_KEY, requests)

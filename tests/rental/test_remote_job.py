@@ -164,7 +164,8 @@ def test_missing_packages_are_installed_into_the_python_that_runs_the_job(tmp_pa
         for name, text in (("METADATA", METADATA), ("WHEEL", WHEEL), ("RECORD", "")):
             wheel.writestr(f"made_on_the_spot-1.2.dist-info/{name}", text)
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", venv], check=True)
+    options = ["--system-site-packages", "--without-pip"]
+    subprocess.run([sys.executable, "-m", "venv", *options, venv], check=True)
     machine = Machine(tmp_path / "home", "made-on-the-spot==1.2\n")
     machine.env |= {"SPARSE_CODING_PYTHON": str(venv / "bin" / "python")}
     machine.env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}

@@ -3,8 +3,8 @@
 An action is one word, optionally after "act+", which means that the request is carried out first
 and only the answer is spoiled:
 
-    429 500 502 503 504 410 ...   this status instead of an answer
-    drop, close                   the connection is reset, or closed without an answer
+    429 500 503 504 410 ...       this status instead of an answer
+    drop                          the connection is reset without an answer
     hang                          never answered
     html, empty, null, object     an answer of status 200 that is no answer
     truncated                     the first half of the true answer (always acts)
@@ -21,12 +21,13 @@ import os
 import random
 import re
 import signal
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-WHAT = r"(\d{3}|drop|close|hang|html|empty|null|object|truncated|null-fields(:[\w,]+)?"
-WHAT += r"|short|delay:[\d.]+|signal:[A-Z]+)"
+ACTIONS = (
+    r"(act\+)?(\d{3}|drop|hang|html|empty|null|object|truncated|null-fields:[\w,]+|short|"
+    r"delay:[\d.]+|signal:[A-Z]+)"
+)
 GATEWAY = "<html>\r\n<head><title>{status} Bad Gateway</title></head>\r\n</html>\r\n"
 SPOILED = {"html": "<!doctype html><title>Vast.ai | Console</title>", "empty": "", "null": "null",
            "object": "{}"}  # fmt: skip
@@ -46,14 +47,12 @@ class Rule:
     probability: float | None = None
     seed: int = 0
     body: str | None = None  # of the spoiled answer, instead of the usual one
-    group: bool = False  # the signal goes to the caller's process group, as Ctrl-C does
-    headers: dict[str, str] = field(default_factory=dict)  # with it, as Retry-After
     seen: int = field(default=0, init=False)
     fired: int = field(default=0, init=False)
 
     def __post_init__(self):
-        if not re.fullmatch(r"(act\+)?" + WHAT, self.action):
-            raise ValueError(f"action={self.action!r} is not known; see vast_faults.py")
+        if not re.fullmatch(ACTIONS, self.action):
+            raise ValueError(f"action={self.action!r} is not known; see faults.py")
         self.chance = random.Random(self.seed)
 
     def hits(self, method: str, path: str, caller: str) -> bool:
@@ -74,40 +73,14 @@ class Rule:
         return wrong
 
     @property
-    def acts(self) -> bool:
-        always = self.what.startswith(("truncated", "short", "null-fields", "delay"))
-        return always or self.action.startswith("act+")
-
-    @property
     def what(self) -> str:
         return self.action.removeprefix("act+")
 
-
-class Faults:
-    """The rules in force; the first that hits a request decides."""
-
-    def __init__(self, rules: list[dict] = ()):
-        self.rules, self.lock = [Rule(**rule) for rule in rules], threading.Lock()
-
-    def add(self, **rule) -> int:
-        with self.lock:
-            self.rules.append(Rule(**rule))
-            return len(self.rules) - 1
-
-    def clear(self) -> None:
-        with self.lock:
-            self.rules = []
-
-    def counts(self) -> list[dict]:
-        """What has matched and fired so far, rule by rule."""
-        with self.lock:
-            return [{"path": r.path, "action": r.action, "seen": r.seen, "fired": r.fired}
-                    for r in self.rules]  # fmt: skip
-
-    def hit(self, method: str, path: str, caller: str) -> Rule | None:
-        with self.lock:
-            hits = [rule for rule in self.rules if rule.hits(method, path, caller)]
-        return hits[0] if hits else None
+    @property
+    def acts(self) -> bool:
+        """Whether the request is carried out."""
+        spoils_the_answer = ("truncated", "short", "null-fields", "delay")
+        return self.action.startswith("act+") or self.what.startswith(spoils_the_answer)
 
 
 def spoil(rule: Rule, status: int, body: str) -> tuple[int, str, str]:
@@ -122,7 +95,7 @@ def spoil(rule: Rule, status: int, body: str) -> tuple[int, str, str]:
     if what in ("truncated", "short"):
         body = body[: len(body) // 2]
     elif what == "null-fields":
-        body = without(json.loads(body), detail or "start_date,extra_env")
+        body = without(json.loads(body), detail)
     return status, body, "application/json"
 
 
@@ -137,13 +110,22 @@ def error_body(status: int) -> tuple[str, str]:
     return json.dumps(body), "application/json"
 
 
-def without(answer: dict, fields: str) -> str:
+def without(answer: dict, names: str) -> str:
     """The answer with these fields of every instance null."""
     rows = answer.get("instances")
     for row in rows if isinstance(rows, list) else [rows]:
         if row:
-            row.update(dict.fromkeys(fields.split(",")))
+            row.update(dict.fromkeys(names.split(",")))
     return json.dumps(answer)
+
+
+def send_signal(name: str, port: int) -> None:
+    """Signals the process that made the request from this port."""
+    pid = client_process(port)
+    if pid == os.getpid():
+        raise RuntimeError("the caller to be signalled is the lab's own process")
+    if pid:
+        os.kill(pid, getattr(signal, f"SIG{name}"))
 
 
 def client_process(port: int) -> int | None:
@@ -158,14 +140,3 @@ def client_process(port: int) -> int | None:
             if any(os.readlink(fd.path) in inodes for fd in os.scandir(folder)):
                 return int(folder.parent.name)
     return None
-
-
-def send_signal(name: str, port: int, group: bool) -> None:
-    """Signals the process that made the request from this port, or its process group."""
-    pid, number = client_process(port), getattr(signal, f"SIG{name}")
-    if pid == os.getpid():
-        raise RuntimeError("the caller to be signalled is the lab's own process")
-    if pid and group and os.getpgid(pid) != os.getpgrp():
-        os.killpg(os.getpgid(pid), number)
-    elif pid:
-        os.kill(pid, number)
