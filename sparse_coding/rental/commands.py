@@ -12,9 +12,10 @@ from pathlib import Path
 
 from sparse_coding.config import Interrupted, UserError, require
 from sparse_coding.rental.controller import Controller
-from sparse_coding.rental.market import Instance, Market, Unavailable
+from sparse_coding.rental.market import Instance, Unavailable
 from sparse_coding.rental.preflight import require_script, require_tools, tracked_files
-from sparse_coding.rental.records import Records, spent
+from sparse_coding.rental.provisioner import say
+from sparse_coding.rental.records import Ledger, read_plan
 from sparse_coding.rental.remote import REMOTE_DIR, RemoteError, make_key
 from sparse_coding.rental.run import (
     RENTALS,
@@ -23,7 +24,6 @@ from sparse_coding.rental.run import (
     nearest_offers,
     open_market,
     open_run,
-    say,
     terms_of,
 )
 from sparse_coding.rental.settings import Config
@@ -56,17 +56,11 @@ def search(cfg: Config, command: list[str], root: Path) -> int:
     found = [offer for offer in found if offer.rates.hourly <= terms.max_dph]
     if not found:
         raise UserError(nearest_offers(market, terms))
-    print(f"$/h with {cfg.disk_gb:g} GB, traffic for {cfg.image_gb:g} GB down and "
-          f"{cfg.results_gb:g} GB up, {cfg.hours:g} h in all")  # fmt: skip
-    print("  GPU              $/h    traffic  in all  reliability  Mbit/s  days left  place")
+    print(f"in all: {cfg.hours:g} h with {cfg.disk_gb:g} GB of disk, traffic of {cfg.image_gb:g} "
+          f"GB down and {cfg.results_gb:g} GB up")  # fmt: skip
     for offer in found[:20]:
-        traffic = terms.traffic(offer.rates)
-        total = offer.rates.hourly * cfg.hours + traffic
-        print(
-            f"  {offer.n_gpus} x {offer.gpu_name:<12} {offer.rates.hourly:<6.3f} {traffic:<8.3f} "
-            f"{total:<7.3f} {offer.reliability:<12.3f} {offer.inet_down:<7.0f} "
-            f"{offer.days_left:<10.0f} {offer.place}"
-        )
+        total = offer.rates.hourly * cfg.hours + terms.traffic(offer.rates)
+        print(f"  ${total:.3f} in all: {offer}")
     return 0
 
 
@@ -78,10 +72,9 @@ def status(cfg: Config, command: list[str], root: Path) -> int:
     if not living:
         print("no machine of ours lives")
     for plan in sorted(RENTALS.glob("*/plan.json")):
-        records = Records(plan.parent)
-        shards = [records.load(i + 1) for i in range(records.plan()["instances"])]
-        n_done = sum(shard.done for shard in shards)
-        print(f"{plan.parent.name}: {n_done} of {len(shards)} shards done, {spent(shards)}")
+        ledger = Ledger(plan.parent, read_plan(plan.parent)["instances"])
+        n_done, n = sum(shard.done for shard in ledger.shards), len(ledger.shards)
+        print(f"{plan.parent.name}: {n_done} of {n} shards done, {ledger.spent()}")
     return 0
 
 
@@ -89,7 +82,7 @@ def _status_line(instance: Instance) -> str:
     label, notes = instance.label, []
     if label is None:
         return f"instance {instance.id}: {instance.status}, a label that is none of ours now"
-    record = Records(RENTALS / label.run).load(label.shard)
+    record = Ledger(RENTALS / label.run, label.shard).shards[-1]
     attempts = [a for a in record.attempts if a.id == instance.id]
     left = label.expires - time.time()
     if left < 0:
@@ -125,7 +118,7 @@ def sweep(cfg: Config, command: list[str], root: Path) -> int:
             return 0
         wrong, signum = run.complete()
         code = 1 if wrong else run.merge(command)
-        say(f"this sweep cost about {run.spent()}")
+        say(f"this sweep cost about {run.ledger.spent()}")
         say(run.left_over())
         bad_input = [error for error in wrong.values() if isinstance(error, (UserError, OSError))]
         if bad_input:
@@ -141,7 +134,7 @@ def sweep(cfg: Config, command: list[str], root: Path) -> int:
 @contextlib.contextmanager
 def _alone(run: Run) -> Iterator[Run]:
     """With the run's records to itself. Raises UserError while another command has them."""
-    with locked(run.provisioner.records.folder):
+    with locked(run.ledger.folder):
         yield run
 
 
@@ -251,11 +244,7 @@ def _reach(shard: Controller, instance: Instance) -> None:
 
 
 def destroy(cfg: Config, command: list[str], root: Path) -> int:
-    """Ends the machines of a run, after a fetch unless --discard; --all: of all runs."""
-    if cfg.all:
-        require(cfg.discard, "destroy --all fetches nothing: add --discard to say so")
-        market = open_market(cfg)
-        return _end(market, market.instances())
+    """Ends the machines of a run, after a fetch unless --discard."""
     with _alone(open_run(cfg, command, root)) as opened:
         for shard in opened.shards:
             instances = opened.provisioner.instances(shard.record.shard)
@@ -267,32 +256,28 @@ def destroy(cfg: Config, command: list[str], root: Path) -> int:
                     raise UserError(f"shard {shard.record.shard}: the results can't be fetched "
                                     f"({error}): add --discard to lose them") from None  # fmt: skip
             opened.provisioner.end(shard.record, "destroyed by hand")
-        print(f"{opened.left_over()}; {opened.spent()}")
+        print(f"{opened.left_over()}; {opened.ledger.spent()}")
     return 0
 
 
 def reap(cfg: Config, command: list[str], root: Path) -> int:
-    """Ends every machine of ours that is past its deadline, from anywhere, without local files."""
+    """Ends every machine of ours that is past its deadline, from anywhere, without local files;
+    --all: and those that are not."""
     market = open_market(cfg)
-    living = market.instances()
-    due = [i for i in living if cfg.all or (i.label and i.label.expires <= time.time())]
-    for instance in living:
-        if instance not in due:
+    due = []
+    for instance in market.instances():
+        if cfg.all or (instance.label and instance.label.expires <= time.time()):
+            print(f"ends {instance.id} ({instance.label or 'label unknown'}), {instance.status}")
+            market.destroy(instance.id)
+            due.append(instance.id)
+        else:
             print(f"not due: {_status_line(instance)}")
-    return _end(market, due)
-
-
-def _end(market: Market, instances: list[Instance]) -> int:
-    """0 once none of them is listed any more."""
-    for instance in instances:
-        print(f"ends {instance.id} ({instance.label or 'label unknown'}), {instance.status}")
-        market.destroy(instance.id)
-    left = {i.id for i in market.instances()} & {i.id for i in instances}
-    left |= {i.id for i in instances if market.exists(i.id)}
+    left = {instance.id for instance in market.instances()}
+    left = [id for id in due if id in left or market.exists(id)]
     if left:
-        print(f"STILL ALIVE: {', '.join(map(str, sorted(left)))}: try again", file=sys.stderr)
+        print(f"STILL ALIVE: {', '.join(map(str, left))}: try again", file=sys.stderr)
         return 1
-    print(f"{len(instances)} ended" if instances else "nothing to end")
+    print(f"{len(due)} ended" if due else "nothing to end")
     return 0
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparse_coding.rental.market import Instance, Unavailable
-from sparse_coding.rental.provisioner import MachineLost, Outbid, Provisioner, Stopped
+from sparse_coding.rental.provisioner import MachineLost, Outbid, Provisioner, say
 from sparse_coding.rental.records import ShardRecord
-from sparse_coding.rental.remote import REMOTE_DIR, Remote, RemoteError, Results
+from sparse_coding.rental.remote import REMOTE_DIR, Remote, RemoteError, Results, Stopped
 
 NEEDED_GB = 2.0  # free disk for a job's results and checkpoints, at least
 # vast.ai's ssh mode brings sshd, not always rsync; and tmux, which it starts in login shells
@@ -32,16 +32,6 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 class JobFailed(Exception):
     """The job itself failed, or the time is up: another machine would not help."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a machine may take; the names are those of vastai_utils.py's flags."""
-
-    start_minutes: float  # until it is listed and has loaded its image
-    lost_minutes: float  # running but not reached, exited, offline, unknown
-    pull_minutes: float  # between two fetches of checkpoints
-    attempts: int  # machines per shard that may fail
 
 
 @dataclass(frozen=True)
@@ -67,10 +57,9 @@ class Machine:
     key: the private half of our ssh key; phase: what is being done, for the progress line
     """
 
-    def __init__(
-        self, provisioner: Provisioner, record: ShardRecord, patience: Patience, *, key: Path
-    ):
-        self.provisioner, self.record, self.patience, self.key = provisioner, record, patience, key
+    def __init__(self, provisioner: Provisioner, record: ShardRecord, *, key: Path):
+        self.provisioner, self.record, self.key = provisioner, record, key
+        self.terms, self.ledger = provisioner.terms, provisioner.ledger
         self.remote: Remote | None = None
         self.key_attached = False
         self.status, self.answered = "", time.monotonic()  # last status; since when it is silent
@@ -78,7 +67,7 @@ class Machine:
 
     def say(self, text: str) -> None:
         """A line on the screen."""
-        self.provisioner.say(f"shard {self.record.shard}: {text}")
+        say(text, self.record.shard)
 
     def check_stop(self) -> None:
         """Raises Stopped if the user wants an end."""
@@ -116,12 +105,12 @@ class Machine:
         """
         instance = self.provisioner.locate(self.record)
         status = instance.status if instance else "created"
-        if status == "stopped" and self.provisioner.terms.interruptible:
+        if status == "stopped" and self.terms.interruptible:
             raise Outbid("it was outbid")
         if status != self.status:
             self.status, self.answered = status, time.monotonic()
         starting = status in ("created", "loading")
-        limit = 60 * (self.patience.start_minutes if starting else self.patience.lost_minutes)
+        limit = 60 * (self.terms.start_minutes if starting else self.terms.lost_minutes)
         waited = time.monotonic() - self.answered
         if waited > limit:
             where = "running, but not to be reached," if status == "running" else status
@@ -136,8 +125,6 @@ class Machine:
             self.remote.run(HAVE_RSYNC, timeout=300)
             return True
         except RemoteError as error:
-            if error.kind == "stopped":
-                raise Stopped from None
             if error.kind in ("host_key", "failed"):
                 raise MachineLost(str(error)) from None
             if error.kind == "denied" and not self.key_attached:
@@ -152,7 +139,7 @@ class Machine:
         if self.remote is None:
             shared = self.provisioner
             options = dict(key=self.key.resolve(), stop=shared.stop, scale=shared.scale)
-            folder = shared.records.folder.resolve()
+            folder = self.ledger.folder.resolve()
             self.remote = Remote(instance.id, instance.endpoints, folder, **options)
             self.key_attached = False
         elif not instance.endpoints or instance.endpoints == self.remote.endpoints:
@@ -185,23 +172,20 @@ class Machine:
 
     def note_traffic(self) -> None:
         """Moves the bytes counted over to the attempt, from the machine's side."""
-        traffic, attempt = self.remote.traffic, self.record.current
-        attempt.gb_up += traffic.down / 1e9
-        attempt.gb_down += traffic.up / 1e9
-        traffic.up = traffic.down = 0
-        self.provisioner.records.save(self.record)
+        remote, attempt = self.remote, self.record.current
+        attempt.gb_up += remote.down / 1e9
+        attempt.gb_down += remote.up / 1e9
+        remote.up = remote.down = 0
+        self.ledger.save(self.record)
 
     def give_up(self, lost: MachineLost) -> None:
-        """Ends the machine, keeps its log, and avoids it if it was at fault."""
-        attempt, folder = self.record.attempts[-1], self.provisioner.records.folder
+        """Ends the machine, and avoids it if it was at fault."""
+        attempt = self.record.attempts[-1]
         self.say(f"gives up {f'instance {attempt.id}' if attempt.id else 'its order'}: {lost}")
         if not isinstance(lost, Outbid):
             self.record.avoid.append(attempt.machine_id)
-        if attempt.id is not None:
-            log = folder / "logs" / f"instance-{attempt.id}.txt"
-            log.parent.mkdir(exist_ok=True)
-            log.write_text(f"{lost}\n{self.provisioner.market.log(attempt.id)}")
-            (folder / f"ssh_config-{attempt.id}").unlink(missing_ok=True)
+        if self.remote is not None:
+            self.remote.config.unlink(missing_ok=True)
         self.provisioner.end(self.record, str(lost))
         self.remote = None
 
@@ -212,7 +196,7 @@ class Controller:
     def __init__(self, machine: Machine, job: Job):
         self.machine, self.job = machine, job
         self.record, self.provisioner = machine.record, machine.provisioner
-        self.results = Results(self.provisioner.records.folder, self.record.shard)
+        self.results = Results(machine.ledger.folder, self.record.shard)
         self.line = ""  # the last of the job's log
         self.pulled, self.restarts = 0.0, 0
 
@@ -248,7 +232,7 @@ class Controller:
     def work(self) -> None:
         """On one machine after the other, until the results are here."""
         failures, why = 0, ""
-        while failures < self.machine.patience.attempts:
+        while failures < self.machine.terms.attempts:
             of_a_killed_command = self.record.current is not None
             try:
                 self.machine.start()
@@ -259,8 +243,6 @@ class Controller:
             except MachineLost as error:
                 lost = error
             except RemoteError as error:
-                if error.kind == "stopped":
-                    raise Stopped from None
                 lost = MachineLost(str(error))
             self.machine.give_up(lost)
             failures += not (of_a_killed_command or isinstance(lost, Outbid))
@@ -308,7 +290,7 @@ class Controller:
                     return
                 self.machine.answered = time.monotonic()
             except RemoteError as error:  # if that lasts, the machine is given up
-                if error.kind in ("host_key", "disk", "stopped"):
+                if error.kind in ("host_key", "disk"):
                     raise
                 self.machine.remote.other_endpoint()
             self.check_time()
@@ -330,7 +312,7 @@ class Controller:
             if self.restarts > RESTARTS:
                 raise JobFailed(f"the job was killed {self.restarts} times:\n{status['tail']}")
             self.submit()
-        elif time.monotonic() - self.pulled > 60 * self.machine.patience.pull_minutes:
+        elif time.monotonic() - self.pulled > 60 * self.machine.terms.pull_minutes:
             self.pull()
             self.pulled = time.monotonic()
         return False
@@ -354,7 +336,7 @@ class Controller:
         if status["exit"] != 0:
             raise JobFailed(f"the job ends with exit code {status['exit']}:\n{status['tail']}")
         self.record.done = True
-        self.provisioner.records.save(self.record)
+        self.machine.ledger.save(self.record)
         with contextlib.suppress(RemoteError):  # so that it ends itself, should we be cut off now
             self.machine.remote.run("touch .sae/done")
         self.machine.say("results fetched, verified")
@@ -377,7 +359,7 @@ class Controller:
         try:
             self.pull()
             self.machine.say("its last state is fetched")
-        except RemoteError as error:
-            self.machine.say(f"its last state could not be fetched ({error})")
+        except (RemoteError, Stopped) as error:
+            self.machine.say(f"its last state could not be fetched ({str(error) or 'no time'})")
         finally:
             timer.cancel()

@@ -76,7 +76,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Terms:
-    """What is rented; the names are those of vastai_utils.py's flags."""
+    """What is rented, and how long it may take; the names are those of vastai_utils.py's flags."""
 
     gpu_names: tuple[str, ...]
     n_gpus: int
@@ -90,6 +90,10 @@ class Terms:
     max_dph: float
     max_hours: float
     results_gb: float
+    start_minutes: float
+    lost_minutes: float
+    pull_minutes: float
+    attempts: int
 
     def query(self) -> dict:
         """For the service's search, in its units: MB, seconds."""
@@ -127,6 +131,13 @@ class Offer:
     days_left: float
     bid: float
     place: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_gpus} x {self.gpu_name:<12} ${self.rates.hourly:.3f}/h, reliability "
+            f"{self.reliability:.3f}, {self.inet_down:.0f} Mbit/s, {self.days_left:.0f} days left, "
+            f"{self.place}"
+        )
 
     @classmethod
     def of_row(cls, row: dict, *, disk_gb: float, interruptible: bool) -> "Offer":
@@ -298,18 +309,6 @@ class Market:
             return _dict(answer.json())["instances"] is not None
 
         return self._ask("show", is_there)
-
-    def log(self, id: int) -> str:
-        """What the container and the daemon that starts it have printed, or why that is not known:
-        of use where ssh is not."""
-        parts = []
-        for name, daemon in (("container", False), ("daemon", True)):
-            try:
-                text = self.sdk.logs(id, tail="200", daemon_logs=daemon)
-            except Exception as error:  # a log is a help, never a reason to stop
-                text = f"none: {type(error).__name__}"
-            parts.append(f"--- {name} ---\n{text}\n")
-        return "".join(parts)
 
     # --- what costs or ends costs ---
 

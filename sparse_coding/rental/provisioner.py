@@ -6,21 +6,26 @@ current attempt; whatever else lives for the shard is a stray, and is ended.
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from sparse_coding.config import UserError
 from sparse_coding.rental.market import Instance, Label, Market, Offer, Refused, Terms, Unavailable
-from sparse_coding.rental.records import LOST, Attempt, Budget, OverBudget, Records, ShardRecord
+from sparse_coding.rental.records import LOST, Attempt, Ledger, OverBudget, ShardRecord
+from sparse_coding.rental.remote import Stopped
 
 LISTED_WITHIN = 60.0  # seconds after its order in which a machine gets into the list; assumed
 OFFERS_LAST = 60.0  # seconds for which a search counts: there is a daily quota of them
 ENDING = 600.0  # seconds after which a machine that is listed in spite of its end is given up
 SHORTEST_H = 0.1  # hours of life below which a machine is not worth its start
+ONSTART = Path(__file__).with_name("onstart.sh")  # at most 4096 characters, vast.ai's limit
+WATCH_SECONDS = 20  # between two looks at the clock of a machine that ends itself, at most
 
 
-class Stopped(Exception):
-    """By a signal."""
+def say(text: str, shard: int = 0) -> None:
+    """A line with the time, of a shard or (0) of all."""
+    of = f"shard {shard}: " if shard else ""
+    print(f"{time.strftime('%H:%M:%S')} {of}{text}", flush=True)
 
 
 class MachineLost(Exception):
@@ -35,20 +40,16 @@ class Outbid(MachineLost):
 class Provisioner:
     """What all shards of a run share.
 
-    onstart: expiry (epoch seconds), lifetime (s) -> the script that each machine starts with
-    scale: times all waits for the service; say: prints a line
+    scale: times all waits for the service
     """
 
     market: Market
     run: str
     terms: Terms
-    records: Records
-    budget: Budget
-    onstart: Callable[[float, float], str]
+    ledger: Ledger
     poll_seconds: float
     scale: float
-    stop: threading.Event
-    say: Callable[[str], None]
+    stop: threading.Event = field(default_factory=threading.Event)
     buying: threading.Lock = field(default_factory=threading.Lock)
     offered: tuple[float, list[Offer]] = (float("-inf"), [])
 
@@ -93,7 +94,7 @@ class Provisioner:
             offers = self.market.offers(terms.query(), **options)
             self.offered = (time.monotonic(), offers)
         taken: set[int] = set()
-        for record in self.budget.records:
+        for record in self.ledger.shards:
             taken |= set(record.avoid)
             taken |= {record.current.machine_id} if record.current else set()
         fit = [o for o in offers if o.machine_id not in taken]
@@ -102,16 +103,15 @@ class Provisioner:
     def _buy(self, record: ShardRecord, offer: Offer) -> Attempt:
         """Raises OverBudget, Refused; UserError if the account may not buy."""
         rates, terms, now = offer.rates, self.terms, time.time()
-        hours = min(terms.max_hours, self.budget.hours_left(rates, terms.traffic(rates)))
+        hours = min(terms.max_hours, self.ledger.hours_left(rates, terms.traffic(rates)))
         if hours < min(SHORTEST_H, terms.max_hours):
             raise OverBudget
         attempt = Attempt(
             number=len(record.attempts) + 1, machine_id=offer.machine_id, gpu_name=offer.gpu_name,
             rates=rates, ordered=now, expires=int(now + hours * 3600),
-            planned=(terms.results_gb, terms.image_gb), gb_down=terms.image_gb,
+            planned_up=terms.results_gb, planned_down=terms.image_gb, gb_down=terms.image_gb,
         )  # fmt: skip
-        self.budget.enter(record, attempt)
-        self.records.save(record)  # before the order: a killed command must know of it
+        self.ledger.enter(record, attempt)  # before the order: a killed command must know of it
         label = Label(self.run, record.shard, attempt.number, int(attempt.expires))
         try:
             attempt.id = self.market.buy(
@@ -119,18 +119,24 @@ class Provisioner:
                 image=terms.image,
                 disk_gb=terms.disk_gb,
                 label=str(label),
-                onstart=self.onstart(attempt.expires, hours * 3600),
+                onstart=self._onstart(attempt.expires, hours * 3600),
             )
         except (Refused, UserError) as error:
             attempt.not_made(f"not sold: {error}")
             raise
         finally:
-            self.records.save(record)
-        self.say(
-            f"shard {record.shard}: rents {f'instance {attempt.id}, ' if attempt.id else ''}"
-            f"{offer.n_gpus} x {offer.gpu_name}, ${rates.hourly:.3f}/h, machine {offer.machine_id}"
-        )
+            self.ledger.save(record)
+        number = f"instance {attempt.id}, " if attempt.id else ""
+        say(f"rents {number}machine {offer.machine_id}: {offer}", record.shard)
         return attempt
+
+    def _onstart(self, expires: float, lifetime_s: float) -> str:
+        """The script with which a machine starts: it ends itself."""
+        every = max(1, min(WATCH_SECONDS, 2 * self.poll_seconds))
+        text = ONSTART.read_text()
+        for name, value in (("EVERY", every), ("DEADLINE", expires), ("LIFETIME", lifetime_s)):
+            text = text.replace(f"@{name}@", str(int(value)))
+        return text
 
     # --- looking ---
 
@@ -150,7 +156,7 @@ class Provisioner:
                 attempt.not_made(LOST)
             else:
                 attempt.vanished(time.time())
-            self.records.save(record)
+            self.ledger.save(record)
             raise MachineLost(attempt.why)
         if instance is not None:
             attempt.seen(instance.status, time.time())
@@ -163,15 +169,12 @@ class Provisioner:
         for instance in listed:
             if attempt.id is None and instance.label.attempt == attempt.number:
                 attempt.id = instance.id
-                self.records.save(record)
-                self.say(
-                    f"shard {record.shard}: the answer to the order was lost; it is instance "
-                    f"{instance.id}"
-                )
+                self.ledger.save(record)
+                say(f"the answer to the order was lost; it is instance {instance.id}", record.shard)
             if instance.id == attempt.id:
                 found = instance
             else:
-                self.say(f"shard {record.shard}: ends the stray instance {instance.id}")
+                say(f"ends the stray instance {instance.id}", record.shard)
                 self._end_stray(record, instance)
         return found
 
@@ -180,11 +183,11 @@ class Provisioner:
         attempt, price = record.current, instance.dph_total
         if price > attempt.rates.hourly + 1e-9:
             attempt.rates = replace(attempt.rates, gpu=price - attempt.rates.disk)
-            self.records.save(record)
+            self.ledger.save(record)
         if price > self.terms.max_dph + 1e-9:
             cap = f"--max-dph {self.terms.max_dph:g}"
             raise MachineLost(f"it costs ${price:.3f}/h, above {cap}")
-        if self.budget.committed() > self.budget.max_total + 1e-9:
+        if self.ledger.committed() > self.ledger.max_total + 1e-9:
             raise MachineLost(f"at ${price:.3f}/h it could exceed --max-total")
 
     # --- ending ---
@@ -194,7 +197,7 @@ class Provisioner:
         for attempt in record.attempts:
             if attempt.number == instance.label.attempt and attempt.id is None:
                 attempt.made_late(instance.id, time.time())
-        self.records.save(record)
+        self.ledger.save(record)
 
     def end(self, record: ShardRecord, why: str) -> None:
         """Ends all machines of a shard, and returns when the service lists none of them.
@@ -222,4 +225,4 @@ class Provisioner:
             attempt.ended(ended, why)
         elif record.current:
             attempt.not_made(why)
-        self.records.save(record)
+        self.ledger.save(record)

@@ -5,6 +5,7 @@ wrong where, and which shards are done.
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class Attempt:
     """One machine's life for a shard, from its order to its end. Times are epoch seconds.
 
     number: from 1, as in the label; id: of the instance, None until it is known
-    planned: (up, down), GB of traffic that were expected
+    planned_up, planned_down: GB of traffic that are expected; gb_up, gb_down: so far
     running: [from, to] in which it ran (to is None while it does): the GPU is billed then
     """
 
@@ -74,7 +75,8 @@ class Attempt:
     rates: Rates
     ordered: float
     expires: float
-    planned: tuple[float, float] = (0.0, 0.0)
+    planned_up: float = 0.0
+    planned_down: float = 0.0
     id: int | None = None
     running: list[list[float | None]] = field(default_factory=list)
     gone: float | None = None
@@ -107,7 +109,7 @@ class Attempt:
 
     def made_late(self, id: int, now: float) -> None:
         """It was made after all, and has been ended now."""
-        self.id, self.gb_down = id, self.planned[1]
+        self.id, self.gb_down = id, self.planned_down
         self.running, self.gone = [[self.ordered, now]], now
 
     def cost(self, now: float) -> Cost:
@@ -124,9 +126,12 @@ class Attempt:
     def worst(self) -> Cost:
         """If it lives, running, until its deadline."""
         hours = (self.expires - self.ordered) / 3600 + GRACE_H
-        up, down = self.planned
-        traffic = dict(gb_up=max(up, self.gb_up), gb_down=max(down, self.gb_down))
-        return self.rates.cost(running_h=hours, existing_h=hours, **traffic)
+        return self.rates.cost(
+            running_h=hours,
+            existing_h=hours,
+            gb_up=max(self.planned_up, self.gb_up),
+            gb_down=max(self.planned_down, self.gb_down),
+        )
 
 
 @dataclass
@@ -147,31 +152,21 @@ class ShardRecord:
         last = self.attempts[-1] if self.attempts else None
         return last if last and last.gone is None else None
 
-    def cost(self, now: float) -> Cost:
-        return sum((attempt.cost(now) for attempt in self.attempts), Cost())
+
+class OverBudget(Exception):
+    """What is left of --max-total does not pay for it."""
 
 
-class Records:
-    """rentals/<run>/: plan.json, shard-<i>.json, and the results on their way."""
+class Ledger:
+    """rentals/<run>/shard-<i>.json, and --max-total, kept by all shards together: a machine counts
+    with the worst that it can cost from its order on, and with what it did cost once it is gone."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, n_shards: int, max_total: float = math.inf):
+        self.folder, self.max_total = folder, max_total
+        self.shards = [self._load(i + 1) for i in range(n_shards)]
 
-    def plan(self) -> dict:
-        """What the run is. Raises UserError if there is no such run."""
-        path = self.folder / "plan.json"
-        if not path.exists():
-            runs = sorted(p.parent.name for p in self.folder.parent.glob("*/plan.json"))
-            there = f"there are {', '.join(runs)}" if runs else "there is none yet"
-            raise UserError(f"no run {self.folder.name} in {self.folder.parent}/: {there}")
-        return json.loads(path.read_text())
-
-    def save_plan(self, plan: dict) -> None:
-        write_json(self.folder / "plan.json", plan)
-
-    def load(self, shard: int) -> ShardRecord:
-        """A new one if nothing is known of the shard."""
-        path = self._path(shard)
+    def _load(self, shard: int) -> ShardRecord:
+        path = self.folder / f"shard-{shard}.json"
         if not path.exists():
             return ShardRecord(shard)
         row = json.loads(path.read_text())
@@ -179,32 +174,25 @@ class Records:
         return ShardRecord(**row, attempts=attempts)
 
     def save(self, record: ShardRecord) -> None:
-        write_json(self._path(record.shard), asdict(record))
+        write_json(self.folder / f"shard-{record.shard}.json", asdict(record))
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard}.json"
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Of all shards."""
+        return [attempt for record in self.shards for attempt in record.attempts]
 
-
-class OverBudget(Exception):
-    """What is left of --max-total does not pay for it."""
-
-
-class Budget:
-    """--max-total, kept by all shards together: a machine counts with the worst that it can cost
-    from its order on, and with what it did cost once it is gone."""
-
-    def __init__(self, max_total: float, records: list[ShardRecord]):
-        self.max_total, self.records = max_total, records
+    def spent(self) -> Cost:
+        """By all machines, up to now."""
+        return sum((attempt.cost(time.time()) for attempt in self.attempts), Cost())
 
     def committed(self) -> float:
         """Dollars that are spent or may yet be."""
-        attempts = [attempt for record in self.records for attempt in record.attempts]
-        return sum((a.cost(a.gone) if a.gone else a.worst()).total for a in attempts)
+        return sum((a.cost(a.gone) if a.gone else a.worst()).total for a in self.attempts)
 
     def hours_left(self, rates: Rates, traffic: float) -> float:
         """How long one more machine at these rates could live."""
         left = self.max_total - self.committed() - traffic
-        return max(0.0, left / rates.hourly - GRACE_H) if rates.hourly else float("inf")
+        return max(0.0, left / rates.hourly - GRACE_H) if rates.hourly else math.inf
 
     def enter(self, record: ShardRecord, attempt: Attempt) -> None:
         """Counts a machine that is about to be bought; one thread at a time.
@@ -215,8 +203,14 @@ class Budget:
         if self.committed() + attempt.worst().total > self.max_total + 1e-9:
             raise OverBudget
         record.attempts.append(attempt)
+        self.save(record)
 
 
-def spent(records: list[ShardRecord]) -> Cost:
-    """By all machines of these shards, up to now."""
-    return sum((record.cost(time.time()) for record in records), Cost())
+def read_plan(folder: Path) -> dict:
+    """rentals/<run>/plan.json: what the run is. Raises UserError if there is no such run."""
+    path = folder / "plan.json"
+    if not path.exists():
+        runs = sorted(p.parent.name for p in folder.parent.glob("*/plan.json"))
+        there = f"there are {', '.join(runs)}" if runs else "there is none yet"
+        raise UserError(f"no run {folder.name} in {folder.parent}/: {there}")
+    return json.loads(path.read_text())

@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_coding.config import require
@@ -33,11 +33,15 @@ RSYNC_TRIES, PAUSE = 4, 2.0  # seconds before the second try, doubled before eac
 TAIL = 400  # characters of stderr in messages
 
 
+class Stopped(Exception):
+    """By a signal."""
+
+
 class RemoteError(Exception):
     """A command or transfer that failed.
 
     kind: unreachable, denied (our key), host_key (changed), failed, cut (a transfer), disk (full
-    there), stopped (by us)
+    there)
     """
 
     def __init__(self, kind: str, message: str):
@@ -46,19 +50,12 @@ class RemoteError(Exception):
 
 
 @dataclass
-class Traffic:
-    """Bytes that rsync moved: vast.ai bills them."""
-
-    up: int = 0
-    down: int = 0
-
-
-@dataclass
 class Remote:
     """An instance that runs.
 
     folder: of the run, for known_hosts and the ssh_config; endpoints: (host, port), tried in turn
-    stop: when set, whatever runs is ended; scale: times the waits between tries
+    stop: when set, whatever runs is ended, and Stopped raised; scale: times the waits between tries
+    up, down: bytes that rsync moved, from here: vast.ai bills them
     """
 
     instance: int
@@ -67,8 +64,9 @@ class Remote:
     key: Path
     stop: threading.Event
     scale: float = 1.0
-    traffic: Traffic = field(default_factory=Traffic)
     endpoint: int = 0
+    up: int = 0
+    down: int = 0
 
     @property
     def alias(self) -> str:
@@ -117,12 +115,12 @@ class Remote:
         """The answer of remote_job.py there. Raises RemoteError as run does."""
         return json.loads(self.run(f"{JOB} {verb}", stdin=stdin, timeout=timeout))
 
-    def push(self, root: Path, files: Iterable[str], to: str = REMOTE_DIR) -> None:
+    def push(self, root: Path, files: Iterable[str]) -> None:
         """Copies files, named relative to root, and removes those that root no longer has."""
         names = "\0".join(files).encode()
         options = ["--relative", "--from0", "--files-from=-", "--delete-missing-args", "--perms",
                    "--links"]  # fmt: skip
-        self._rsync([*options, f"{root}/", f"{self.alias}:{to}/"], stdin=names)
+        self._rsync([*options, f"{root}/", f"{self.alias}:{REMOTE_DIR}/"], stdin=names)
 
     def push_folder(self, folder: Path, to: str) -> None:
         """Copies what is in a folder of ours into one there, but over nothing newer."""
@@ -150,7 +148,8 @@ class Remote:
         command = ["rsync", "-rt", "--timeout=60", "--stats", "-e", shell, *arguments]
         for attempt in range(RSYNC_TRIES):
             code, out, err = self._finish(command, stdin, timeout=None)
-            self._count(out)
+            self.up += _bytes(out, "sent")
+            self.down += _bytes(out, "received")
             if code == 0:
                 return
             _check_disk(code, err, into)
@@ -161,12 +160,6 @@ class Remote:
                 self.other_endpoint()
         kind = _ssh_kind(code, err)
         raise RemoteError("cut" if kind == "failed" else kind, f"rsync {code}: {_last(err)}")
-
-    def _count(self, out: str) -> None:
-        for name, attribute in (("sent", "up"), ("received", "down")):
-            match = re.search(rf"Total bytes {name}: ([\d,.]+)", out)
-            n_bytes = int(re.sub(r"\D", "", match[1])) if match else 0
-            setattr(self.traffic, attribute, getattr(self.traffic, attribute) + n_bytes)
 
     def _finish(
         self, command: list[str], stdin: bytes, timeout: float | None
@@ -187,8 +180,15 @@ class Remote:
                 if self.stop.is_set() or time.monotonic() > end:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.communicate()
-                    kind = "stopped" if self.stop.is_set() else "unreachable"
-                    raise RemoteError(kind, f"{command[0]} did not end in {timeout or 0:.0f} s")
+                    if self.stop.is_set():
+                        raise Stopped
+                    raise RemoteError("unreachable", f"{command[0]} did not end in {timeout:.0f} s")
+
+
+def _bytes(out: str, name: str) -> int:
+    """Sent or received, of rsync's --stats."""
+    match = re.search(rf"Total bytes {name}: ([\d,.]+)", out)
+    return int(re.sub(r"\D", "", match[1])) if match else 0
 
 
 def _ssh_kind(code: int, err: str) -> str:

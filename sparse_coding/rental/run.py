@@ -15,12 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from sparse_coding.config import UserError, fingerprint, pick, require
-from sparse_coding.files import sha256, written_whole
-from sparse_coding.rental.controller import Controller, Job, JobFailed, Machine, Patience
+from sparse_coding.files import sha256, write_json, written_whole
+from sparse_coding.rental.controller import Controller, Job, JobFailed, Machine
 from sparse_coding.rental.market import Market, Offer, Terms, Unavailable, find_key
 from sparse_coding.rental.preflight import (
     git_state,
@@ -29,24 +28,16 @@ from sparse_coding.rental.preflight import (
     secrets_for,
     tracked_files,
 )
-from sparse_coding.rental.provisioner import Provisioner, Stopped
-from sparse_coding.rental.records import GRACE_H, Budget, Cost, OverBudget, Records, spent
-from sparse_coding.rental.remote import Results, make_key, wrong_files
+from sparse_coding.rental.provisioner import Provisioner, say
+from sparse_coding.rental.records import GRACE_H, Cost, Ledger, OverBudget, read_plan
+from sparse_coding.rental.remote import Results, Stopped, make_key, wrong_files
 from sparse_coding.rental.remote_job import SUMS
 from sparse_coding.rental.settings import Config
 from sparse_coding.sweep.run_folder import GIT_STATE
 
 RENTALS = Path("rentals")  # a folder per run: its plan, prices, results on their way
-ONSTART = Path(__file__).with_name("onstart.sh")
-ONSTART_LIMIT = 4096  # characters, of vast.ai
-WATCH_SECONDS = 20  # between two looks at the clock of a machine that ends itself, at most
 REPORT_SECONDS = 30.0  # between two lines of progress
 OF_ONE_SHARD = {"config.json", "metrics.jsonl"}  # written by every shard, with its own command
-
-
-def say(text: str) -> None:
-    """A line with the time, from any thread."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 @dataclass
@@ -61,9 +52,9 @@ class Run:
     def name(self) -> str:
         return self.provisioner.run
 
-    def spent(self) -> Cost:
-        """By all its machines, up to now."""
-        return spent([shard.record for shard in self.shards])
+    @property
+    def ledger(self) -> Ledger:
+        return self.provisioner.ledger
 
     # --- the price ---
 
@@ -76,10 +67,7 @@ class Run:
         offers = self._offers()
         print(f"{self.name}: {len(self.shards)} shards, {len(offers)} machines to rent")
         for offer in offers:
-            print(f"  {offer.n_gpus} x {offer.gpu_name:<14} ${offer.rates.hourly:.3f}/h with "
-                  f"{cfg.disk_gb:g} GB, reliability {offer.reliability:.3f}, "
-                  f"{offer.inet_down:.0f} Mbit/s, {offer.days_left:.0f} days left, "
-                  f"{offer.place}")  # fmt: skip
+            print(f"  {offer}")
         self._say_price(offers, cfg.hours)
         if cfg.dry_run:
             print("dry run: nothing bought")
@@ -105,7 +93,7 @@ class Run:
 
     def _say_price(self, offers: list[Offer], hours: float) -> None:
         """Raises UserError if the worst case exceeds --max-total."""
-        terms, budget, before = self.provisioner.terms, self.provisioner.budget, self.spent()
+        terms, ledger, before = self.provisioner.terms, self.ledger, self.ledger.spent()
         traffic = dict(gb_up=terms.results_gb, gb_down=terms.image_gb)
 
         def price(h: float) -> Cost:
@@ -114,9 +102,9 @@ class Run:
 
         worst = price(terms.max_hours + GRACE_H)
         require(
-            budget.committed() + worst.total <= budget.max_total + 1e-9,
-            f"at most ${budget.committed() + worst.total:.2f} (spent before: ${before.total:.2f}) "
-            f"is above --max-total {budget.max_total:g}: raise it, or lower --max-hours",
+            ledger.committed() + worst.total <= ledger.max_total + 1e-9,
+            f"at most ${ledger.committed() + worst.total:.2f} (spent before: ${before.total:.2f}) "
+            f"is above --max-total {ledger.max_total:g}: raise it, or lower --max-hours",
         )
         if before.total:
             print(f"spent before: {before}")
@@ -138,7 +126,7 @@ class Run:
             except Exception as error:  # kept: the other shards go on, the caller tells
                 wrong[shard.record.shard] = error
                 if not isinstance(error, Stopped):
-                    say(f"shard {shard.record.shard}: {describe(error)}")
+                    say(describe(error), shard.record.shard)
 
         with signals_stop(self.provisioner.stop) as came:
             threads = [threading.Thread(target=complete, args=(s,)) for s in self.shards]
@@ -156,7 +144,7 @@ class Run:
         """What has been spent, what each shard is at, the last line of one of the jobs."""
         phases = ", ".join(f"{s.record.shard} {s.machine.phase}" for s in self.shards)
         line = next((s.line for s in self.shards if s.line and not s.record.done), "")
-        return f"${self.spent().total:.3f} | {phases} | {line[:90]}"
+        return f"${self.ledger.spent().total:.3f} | {phases} | {line[:90]}"
 
     def left_over(self) -> str:
         """Whether a machine of the run still lives, as the service lists it."""
@@ -176,7 +164,9 @@ class Run:
         if not done.exists():
             words = [*command[1:], "--output-dir", str(self.output_dir.resolve())]
             if importlib.util.find_spec("torch") is None:
-                say(f"torch is missing here. Where it is, this merges: python {shlex.join(words)}")
+                say(
+                    f"torch is missing here. Where it is, this merges: python {shlex.join(words)}",
+                )
                 code = 1
             else:
                 root = self.shards[0].job.root
@@ -298,44 +288,24 @@ def open_run(cfg: Config, command: list[str], root: Path, *, renting: bool = Fal
     if command:
         require_script(command, root, files)
     name = _name_of(cfg, command, renting=renting)
-    records = Records(RENTALS / name)
-    secrets = secrets_for(cfg.send_env, root)
+    folder, secrets = RENTALS / name, secrets_for(cfg.send_env, root)
     market = open_market(cfg)
     make_key(Path(cfg.ssh_key))
     if renting:
-        plan = _claim(records, {"command": command, "instances": cfg.instances}, root)
+        plan = _claim(folder, {"command": command, "instances": cfg.instances}, root)
     else:
-        plan = records.plan() | ({"command": command} if command else {})
-    shard_records = [records.load(i + 1) for i in range(plan["instances"])]
-    every = int(max(1, min(WATCH_SECONDS, 2 * cfg.poll_seconds)))
-    provisioner = Provisioner(
-        market=market, run=name, terms=terms, records=records,
-        budget=Budget(cfg.max_total or math.inf, shard_records),
-        onstart=partial(onstart, every=every), poll_seconds=cfg.poll_seconds,
-        scale=cfg.api_spacing, stop=threading.Event(), say=say,
-    )  # fmt: skip
+        plan = read_plan(folder) | ({"command": command} if command else {})
+    ledger = Ledger(folder, plan["instances"], cfg.max_total or math.inf)
+    provisioner = Provisioner(market, name, terms, ledger, cfg.poll_seconds, cfg.api_spacing)
     shards = []
-    for record in shard_records:
+    for record in ledger.shards:
         job = Job(
             command=_words(plan, record.shard, name), env=_environment(root, secrets),
             output_dir=f"outputs/{name}", root=root, files=files, secrets=secrets,
             need_gpu=cfg.need_gpu,
         )  # fmt: skip
-        machine = Machine(provisioner, record, pick(Patience, cfg), key=Path(cfg.ssh_key))
-        shards.append(Controller(machine, job))
+        shards.append(Controller(Machine(provisioner, record, key=Path(cfg.ssh_key)), job))
     return Run(provisioner, shards, Path("outputs") / name)
-
-
-def onstart(expires: float, lifetime_s: float, *, every: int) -> str:
-    """The script with which a machine starts: it ends itself.
-
-    every: seconds between two looks at the clock
-    """
-    text = ONSTART.read_text()
-    for name, value in (("EVERY", every), ("DEADLINE", expires), ("LIFETIME", lifetime_s)):
-        text = text.replace(f"@{name}@", str(int(value)))
-    assert len(text) <= ONSTART_LIMIT
-    return text
 
 
 def _name_of(cfg: Config, command: list[str], *, renting: bool) -> str:
@@ -373,14 +343,13 @@ def _environment(root: Path, secrets: bytes) -> dict[str, str]:
     return {GIT_STATE: json.dumps(state)} | offline
 
 
-def _claim(records: Records, plan: dict, root: Path) -> dict:
+def _claim(folder: Path, plan: dict, root: Path) -> dict:
     """Notes what the run is. Raises UserError if the name belongs to another one."""
-    records.folder.mkdir(parents=True, exist_ok=True)
-    records.folder.chmod(0o700)
-    if (records.folder / "plan.json").exists():
-        known = records.plan()
-        for key in plan:
-            require(known[key] == plan[key], f"--run {records.folder.name} has {key} {known[key]}, "
-                    f"not {plan[key]}: choose another name")  # fmt: skip
-    records.save_plan(plan | {"began": time.time(), **git_state(root)})
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    known = read_plan(folder) if (folder / "plan.json").exists() else plan
+    for key in plan:
+        require(known[key] == plan[key], f"--run {folder.name} has {key} {known[key]}, not "
+                f"{plan[key]}: choose another name")  # fmt: skip
+    write_json(folder / "plan.json", plan | {"began": time.time(), **git_state(root)})
     return plan

@@ -36,7 +36,7 @@ class Config:
     ssh_key: str = "rentals/id_ed25519"  # made when there is none
     follow: bool = False  # logs: go on
     discard: bool = False  # destroy: without fetching first
-    all: bool = False  # destroy, reap: every machine of ours, whatever its run and deadline
+    all: bool = False  # reap: every machine of ours, whatever its run and deadline
 
     # patience: a machine that takes longer is given up, and another one is rented
     start_minutes: float = 15.0  # until it is listed and has loaded its image, each

@@ -214,18 +214,3 @@ def test_a_snapshot_is_whole_verified_by_its_sums_and_holds_still(machine):
     second = machine.ask("snapshot")
     assert second["state"] != first["state"]
     assert machine.ask("snapshot") == second
-
-
-def test_a_file_that_is_replaced_is_summed_anew(machine):
-    machine.submit("raise SystemExit")
-    machine.wait()
-    out = machine.code / "out"
-    out.mkdir()
-    for text in ("{1}", "{2}"):
-        temporary = out / "new"
-        temporary.write_text(text)
-        os.utime(temporary, (5, 5))  # same size, same time: the file is another one
-        temporary.rename(out / "a.json")
-        machine.ask("snapshot")
-        sums = (machine.home / ".sae" / "snapshot" / "SHA256SUMS").read_text()
-        assert sums.startswith(hashlib.sha256(text.encode()).hexdigest())

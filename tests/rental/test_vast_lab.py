@@ -166,18 +166,6 @@ def test_misspelt_orders_are_errors(api):
 # --- faults ---
 
 
-@pytest.mark.parametrize("action", ["429", "500", "503", "504", "drop", "hang"])
-@pytest.mark.parametrize("acts", [False, True])
-def test_an_answer_is_lost_before_or_after_the_purchase(api, action, acts):
-    api.sdk.client.timeout = 0.3
-    api.lab.fault(method="PUT", path="/asks/", action=("act+" if acts else "") + action)
-    with pytest.raises(requests.exceptions.RequestException) as caught:
-        api.sdk.create_instance(101, image="a/b")
-    response = caught.value.response
-    assert response is None or str(response.status_code) == action
-    assert len(api.lab.live()) == acts
-
-
 def test_answers_are_late_break_off_or_are_worded_by_the_test(api):
     api.lab.fault(path="/users/", action="delay:0.2", nth=1)
     began = time.monotonic()
@@ -276,15 +264,6 @@ def test_the_bill_adds_up_as_documented():
     assert row["total"] == pytest.approx(4.2 + 1.2 + 0.2)
 
 
-def test_credit_falls_by_what_is_spent(api):
-    api.lab.add_offer(dph_base=3600.0)
-    api.until(api.sdk.create_instance(104, image="a/b")["new_contract"], "running")
-    time.sleep(0.1)
-    spent = sum(row["total"] for row in api.lab.ledger())
-    assert spent > 0.1
-    assert api.sdk.show_user()["credit"] == pytest.approx(5.0 - spent, abs=0.05)
-
-
 # --- instances ---
 
 LONG = pytest.mark.long
@@ -299,7 +278,8 @@ def test_a_session_and_the_onstart_script_see_what_the_real_ones_do(tester):
     told = tester.ssh(number, "pwd; echo $HOME; nvidia-smi; env | cut -d= -f1").stdout.splitlines()
     assert told[:3] == [str(home), str(home), "lab gpu"]
     assert not {"CONTAINER_ID", "CONTAINER_API_KEY", "VAST_URL"} & set(told)
-    wait_until(lambda: tester.sdk.logs(number) == "started\n")
+    log = home.parent / "container.log"
+    wait_until(lambda: log.read_text() == "started\n")
     assert f"CONTAINER_ID={number}\n" in (home / "env.txt").read_text()
     assert int((home / "now").read_text()) == pytest.approx(time.time() - 3600, abs=20)
 

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import itertools
 import json
 import re
 import time
@@ -24,7 +23,7 @@ STORED = {
 }  # for filters of lists
 PAGE = 25  # rows of /api/v1/instances/ at most
 MIN_DISK_GB, MAX_LABEL, MAX_ONSTART = 8, 256, 4096
-CREDIT = 5.0  # dollars on the account before the first instance
+CREDIT = 5.0  # dollars on the account
 
 OPERATORS: dict[str, Callable] = {
     "eq": lambda a, b: a == b or (a is None and b is False),  # external is null when false
@@ -54,8 +53,6 @@ class Api:
 
     def __init__(self, market: Market, rate_limits: float):
         self.market, self.rate_limits = market, rate_limits
-        self.files: dict[str, str] = {}  # result URLs of logs
-        self.numbers = itertools.count(1)
         self.recent = {route: deque([-1e9], maxlen=route.burst) for route in ROUTES}
         self.until: dict[Route, float] = {}
 
@@ -154,14 +151,6 @@ class Api:
         self.market.end(contract, "destroyed" if request.caller == "account" else "by itself")
         return {"success": True}
 
-    def logs(self, request: Request) -> dict:
-        """A URL at which the log is."""
-        contract = self.market.find(request.ids[0])
-        name = str(next(self.numbers))
-        daemon = request.body.get("daemon_logs") == "true"
-        self.files[name] = contract.box.logs(daemon) if contract.box else ""
-        return {"success": True, "result_url": f"{self.market.url}/instance_logs/{name}"}
-
     def attach(self, request: Request) -> dict:
         """Adds an ssh key to an instance."""
         key = request.body.get("ssh_key") or ""
@@ -172,9 +161,7 @@ class Api:
 
     def user(self, request: Request) -> dict:
         """The account."""
-        now = time.time()
-        spent = sum(c.entry(now)["total"] for c in self.market.contracts.values())
-        return {"id": 1, "username": "lab", "balance": 0.0, "credit": CREDIT - spent}
+        return {"id": 1, "username": "lab", "balance": 0.0, "credit": CREDIT}
 
 
 def matches(row: dict, filters: dict, known: set[str]) -> bool:
@@ -232,7 +219,6 @@ ROUTES = [
     Route("GET", r"/api/v1/instances/?", "list", 1.0),
     Route("GET", r"/api/v0/instances/(\d+)/?", "show", 2.0),
     Route("DELETE", r"/api/v0/instances/(\d+)/?", "destroy", 3.0),
-    Route("PUT", r"/api/v0/instances/request_logs/(\d+)/?", "logs"),
     Route("POST", r"/api/v0/instances/(\d+)/ssh/?", "attach"),
     Route("GET", r"/api/v0/users/current/?", "user"),
 ]

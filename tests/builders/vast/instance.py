@@ -21,7 +21,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SYSTEM_PLACES = ("/usr/sbin", "/usr/local/sbin", "/usr/lib/openssh", "/usr/libexec")
 START_S = 10  # a supervisor that takes longer to come up is a broken lab
 
-# The key exchange is a quick one: a login in half the time.
+# The key exchange is a quick one: a login in half the time. SHLVL and HOME keep the bash that sshd
+# starts from running the developer's own .bashrc.
 SSHD_CONFIG = """\
 HostKey {dir}/etc/host_key
 KexAlgorithms curve25519-sha256,ecdh-sha2-nistp256
@@ -36,6 +37,7 @@ PermitUserRC no
 PrintMotd no
 PrintLastLog no
 ForceCommand {dir}/etc/enter
+SetEnv SHLVL=1 HOME={dir}/home
 """
 
 # What an ssh session sees: HOME, a minimal PATH, none of the container's variables.
@@ -132,7 +134,7 @@ class Sandbox:
     def _read_answer(self) -> None:
         line = self.orders.recv(4096)
         if not line:
-            raise RuntimeError(f"supervisor died: {self.logs(daemon=True)}")
+            raise RuntimeError(f"supervisor died: {(self.dir / 'daemon.log').read_text()}")
         answer = json.loads(line)
         self.port, self.bytes = answer["port"], tuple(answer["bytes"])
 
@@ -161,11 +163,6 @@ class Sandbox:
         if self.disk_mb:
             subprocess.run(["umount", "-l", self.home], check=False)
             self.disk_mb = None
-
-    def logs(self, daemon: bool) -> str:
-        """The container's standard output, or what the host's daemon has to say."""
-        path = self.dir / ("daemon.log" if daemon else "container.log")
-        return path.read_text(errors="replace") if path.exists() else ""
 
 
 def script(path: Path, text: str) -> Path:

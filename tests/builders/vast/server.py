@@ -160,9 +160,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
         url = urlsplit(self.path)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            if url.path.startswith("/instance_logs/"):
-                self.send(200, lab.api.files[Path(url.path).name], "text/plain")
-            elif not lab.stopping.is_set():
+            if not lab.stopping.is_set():
                 self.serve(lab, url.path, dict(parse_qsl(url.query)), raw)
         self.close_connection = True
 

@@ -146,25 +146,26 @@ def pump(outside: socket.socket, inside: socket.socket, limit: int) -> bool:
 
 
 def descendants() -> list[int]:
-    """Every process below this one, by the parent's id in /proc/*/stat."""
-    children: dict[int, list[int]] = {}
+    """Every living process below this one, by the parent's id in /proc/*/stat."""
+    children: dict[int, list[tuple[int, str]]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as stat:
             state, parent = stat.read().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(name))
+            children.setdefault(int(parent), []).append((int(name), state))
     found, todo = [], [os.getpid()]
     while todo:
         below = children.get(todo.pop(), [])
-        found += below
-        todo += below
+        found += [pid for pid, state in below if state != "Z"]
+        todo += [pid for pid, _ in below]  # of a dead one too: its children may be read as its own
     return found
 
 
 def end_everything() -> None:
-    """Kills all that this process started, until nothing is left, and exits."""
-    deadline = time.monotonic() + 5
-    while (alive := descendants()) and time.monotonic() < deadline:
+    """Kills all that this process started, until two looks find nothing, and exits."""
+    deadline, empty = time.monotonic() + 5, 0
+    while empty < 2 and time.monotonic() < deadline:
+        alive = descendants()
+        empty = 0 if alive else empty + 1
         for pid in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
