@@ -26,7 +26,6 @@ from pathlib import Path
 from sparse_coding.config import UserError, nearest, parse_flags, run_as_script
 from sparse_coding.rental.commands import VERBS
 from sparse_coding.rental.market import Unavailable
-from sparse_coding.rental.run import describe
 from sparse_coding.rental.settings import Config
 
 
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> int:
     try:
         return VERBS[name](cfg, command, Path(__file__).resolve().parent)
     except Unavailable as error:
-        print(f"vastai_utils.py: {describe(error)}", file=sys.stderr)
+        print(f"vastai_utils.py: {error}", file=sys.stderr)
         return 1
 
 

@@ -27,7 +27,6 @@ from sparse_coding.rental.run import (
     terms_of,
 )
 from sparse_coding.rental.settings import Config
-from sparse_coding.sweep.run_folder import locked
 
 # --- looking ---
 
@@ -108,7 +107,7 @@ def _status_line(instance: Instance) -> str:
 def sweep(cfg: Config, command: list[str], root: Path) -> int:
     """Rents, trains, fetches, ends, merges."""
     require_script(command, root, tracked_files(root))
-    with _alone(open_run(cfg, command, root, renting=True)) as run:
+    with _alone(cfg, command, root, renting=True) as run:
         living = run.provisioner.instances()
         done = (run.output_dir / "DONE").exists() and all(s.record.done for s in run.shards)
         if done and not living:
@@ -132,10 +131,10 @@ def sweep(cfg: Config, command: list[str], root: Path) -> int:
 
 
 @contextlib.contextmanager
-def _alone(run: Run) -> Iterator[Run]:
-    """With the run's records to itself. Raises UserError while another command has them."""
-    with locked(run.ledger.folder):
-        yield run
+def _alone(cfg: Config, command: list[str], root: Path, *, renting: bool = False) -> Iterator[Run]:
+    """open_run, with the run's records to itself."""
+    with contextlib.ExitStack() as lock:
+        yield open_run(cfg, command, root, renting=renting, alone=lock)
 
 
 # --- by hand ---
@@ -143,7 +142,7 @@ def _alone(run: Run) -> Iterator[Run]:
 
 def launch(cfg: Config, command: list[str], root: Path) -> int:
     """Machines, reached and set up, for `run`. They end themselves after --max-hours."""
-    with _alone(open_run(cfg, command, root, renting=True)) as run:
+    with _alone(cfg, command, root, renting=True) as run:
         if not run.agree(cfg):
             return 0
         try:
@@ -179,7 +178,7 @@ def copy_models(cfg: Config, command: list[str], root: Path) -> int:
 def run(cfg: Config, command: list[str], root: Path) -> int:
     """Starts the command on the machines of the run, a shard on each."""
     require_script(command, root, tracked_files(root))
-    with _alone(open_run(cfg, command, root)) as opened:
+    with _alone(cfg, command, root) as opened:
         for shard in _reached(cfg, opened):
             shard.submit()
             print(f"shard {shard.record.shard}: runs {shlex.join(shard.job.command)}")
@@ -196,7 +195,7 @@ def logs(cfg: Config, command: list[str], root: Path) -> int:
 
 def fetch(cfg: Config, command: list[str], root: Path) -> int:
     """Fetches the results as they are now, verified."""
-    with _alone(open_run(cfg, [], root)) as opened:
+    with _alone(cfg, [], root) as opened:
         shards = _reached(cfg, opened)
         for shard in shards:
             shard.pull()
@@ -213,11 +212,8 @@ def ssh(cfg: Config, command: list[str], root: Path) -> int:
 
 
 def _reached(cfg: Config, opened: Run) -> list[Controller]:
-    """Those of --shard whose machines live, with ssh to them.
-
-    Raises:
-        UserError: there is none, or one can't be reached.
-    """
+    """Those of --shard whose machines live, with ssh to them. Raises UserError if one can't be
+    reached, or none lives."""
     found = []
     for shard in opened.shards:
         instances = opened.provisioner.instances(shard.record.shard)
@@ -245,7 +241,7 @@ def _reach(shard: Controller, instance: Instance) -> None:
 
 def destroy(cfg: Config, command: list[str], root: Path) -> int:
     """Ends the machines of a run, after a fetch unless --discard."""
-    with _alone(open_run(cfg, command, root)) as opened:
+    with _alone(cfg, command, root) as opened:
         for shard in opened.shards:
             instances = opened.provisioner.instances(shard.record.shard)
             if instances and not cfg.discard and not shard.record.done:

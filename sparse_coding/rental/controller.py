@@ -78,10 +78,7 @@ class Machine:
 
     def start(self) -> None:
         """Waits for a machine that answers over ssh, that of a killed command or a new one.
-
-        Raises:
-            MachineLost: it did not come up. Stopped. What Provisioner.order raises.
-        """
+        Raises MachineLost if it doesn't come up, and what Provisioner.order raises."""
         self.phase, self.remote, self.status = "renting", None, ""
         if self.record.current is None:
             self.provisioner.order(self.record)
@@ -98,11 +95,8 @@ class Machine:
             self.provisioner.stop.wait(self.provisioner.poll_seconds)
 
     def locate(self) -> Instance | None:
-        """The machine as it is listed, None if it isn't yet.
-
-        Raises:
-            MachineLost: it is gone, too dear, outbid, or silent for longer than its patience.
-        """
+        """The machine as it is listed, None if it isn't yet. Raises MachineLost if it is gone, too
+        dear, outbid, or has been silent for too long."""
         instance = self.provisioner.locate(self.record)
         status = instance.status if instance else "created"
         if status == "stopped" and self.terms.interruptible:
@@ -150,11 +144,8 @@ class Machine:
     # --- when it answers ---
 
     def set_up(self, job: Job) -> None:
-        """The code, and what it needs; refuses a machine that can't do the work, in seconds.
-
-        Raises:
-            MachineLost: with the remedy.
-        """
+        """The code, and what it needs. Raises MachineLost, with the remedy, for a machine that
+        can't do the work."""
         if "busy" in self.remote.run("test -e .sae/job.json && echo busy || true"):
             return  # the job of an earlier command: its code stays
         self.phase = "set-up"
@@ -201,13 +192,8 @@ class Controller:
         self.pulled, self.restarts = 0.0, 0
 
     def complete(self) -> None:
-        """All of it.
-
-        Raises:
-            Stopped, JobFailed, OverBudget, UserError, Unavailable: no machine is left, or the
-                message says that one may be.
-            OSError: our disk is full; the machine is kept, with results that have no room here.
-        """
+        """All of it. After OSError (our disk is full) the machine is kept, with results that have
+        no room here; after any other exception none is left, or its message says so."""
         why, keep = "the command failed", False
         try:
             if not self.record.done:  # else a killed command may have left its machine
@@ -272,11 +258,8 @@ class Controller:
         self.machine.phase = "running"
 
     def follow(self) -> None:
-        """Watches the job, fetching checkpoints, until its results are here.
-
-        Raises:
-            JobFailed: it ended with an error, or its time is up. MachineLost.
-        """
+        """Watches the job, fetching checkpoints, until its results are here. Raises JobFailed if
+        it fails or its time is up, MachineLost."""
         self.pulled = self.machine.answered = time.monotonic()
         self.restarts = 0
         while True:
@@ -297,11 +280,8 @@ class Controller:
             self.provisioner.stop.wait(self.provisioner.poll_seconds)
 
     def attend(self) -> bool:
-        """One look at the job, with what it calls for; whether its results are here.
-
-        Raises:
-            JobFailed: it ended with an error, or is killed again and again.
-        """
+        """One look at the job, with what it calls for; whether its results are here. Raises
+        JobFailed if it fails, or is killed again and again."""
         status = self.machine.remote.ask("status")
         self.line = status["line"]
         if status["exit"] is not None:
@@ -326,11 +306,8 @@ class Controller:
             raise JobFailed("its time is up: raise --max-hours; the same command then goes on")
 
     def finish(self, status: dict) -> None:
-        """Fetches the results, and marks the shard as done.
-
-        Raises:
-            JobFailed: the job ended with an error; its results up to then are fetched.
-        """
+        """Fetches the results, and marks the shard as done. Raises JobFailed, with the results up
+        to then fetched, if the job ended with an error."""
         self.machine.phase = "fetching"
         self.pull()
         if status["exit"] != 0:

@@ -38,6 +38,9 @@ Answer = TypeVar("Answer")
 class Unavailable(Exception):
     """The service gave no usable answer, however often it was asked."""
 
+    def __str__(self) -> str:
+        return f"{self.args[0]}: look with `status`, end with `destroy` or `reap`"
+
 
 class BadAnswer(Exception):
     """The service answered something else than its documents say. Never read as "nothing"."""
@@ -213,11 +216,8 @@ def _endpoints(row: dict) -> tuple[tuple[str, int], ...]:
 
 
 def find_key() -> str:
-    """The account's API key, where the vastai package looks for it.
-
-    Raises:
-        UserError: there is none, or its file can be read by others.
-    """
+    """The account's API key, where the vastai package looks for it. Raises UserError if there is
+    none, or others can read its file."""
     key = os.environ.get("VAST_API_KEY", "").strip()
     if key:
         return key
@@ -315,13 +315,8 @@ class Market:
     def buy(
         self, offer: Offer, *, image: str, disk_gb: float, label: str, onstart: str
     ) -> int | None:
-        """Orders the offer, once: the number of the instance.
-
-        None: no answer came, and whether there is one shows in the list only.
-
-        Raises:
-            Refused. UserError: the account may not buy.
-        """
+        """Orders the offer, once: the number of the instance, or None if no answer came, and only
+        the list will show whether there is one. Raises Refused, UserError (it may not buy)."""
         more = {"bid_price": offer.bid} if offer.bid else {}
         more |= dict(ssh=True, direct=True, cancel_unavail=True)
         while True:
@@ -372,12 +367,8 @@ class Market:
             self.last[endpoint] = time.monotonic()
 
     def _ask(self, endpoint: str, call: Callable[[], Answer]) -> Answer:
-        """What the call makes of the answer, once that has the documented shape.
-
-        Raises:
-            UserError: the key is refused, or the daily quota of searches is used up.
-            Unavailable: no sound answer in TRIES.
-        """
+        """What the call makes of the answer, once that has the documented shape. Raises Unavailable
+        after TRIES, UserError if the key is refused or the day's searches are used up."""
         wait, why = PATIENCE, ""
         for attempt in range(TRIES):
             if attempt:

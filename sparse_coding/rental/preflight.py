@@ -35,11 +35,8 @@ def require_tools() -> None:
 
 
 def tracked_files(root: Path) -> list[str]:
-    """Files that are pushed: those that git tracks, as they are now.
-
-    Raises:
-        UserError: no git checkout, or a secret among them.
-    """
+    """Files that are pushed: those that git tracks, as they are now. Raises UserError if root is
+    no checkout, or a secret is among them."""
     command = ["git", "-C", str(root), "ls-files", "-z"]
     done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, f"{root} is no git checkout: what git tracks is what is pushed")
@@ -78,11 +75,8 @@ def git_state(root: Path) -> dict:
 
 
 def secrets_for(names: tuple[str, ...], root: Path) -> bytes:
-    """NAME=value lines for --send-env: from the environment, else from secrets.json.
-
-    Raises:
-        UserError: a name that neither has, or secrets.json can be read by others.
-    """
+    """NAME=value lines for --send-env: from the environment, else from secrets.json. Raises
+    UserError if neither has one, or others can read secrets.json."""
     path = root / "secrets.json"
     stored = {}
     if names and path.exists():

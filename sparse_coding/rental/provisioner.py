@@ -54,23 +54,15 @@ class Provisioner:
     offered: tuple[float, list[Offer]] = (float("-inf"), [])
 
     def instances(self, shard: int | None = None) -> list[Instance]:
-        """What lives under the label of the run, or of one of its shards.
-
-        Raises:
-            Unavailable: the service does not say.
-        """
+        """What lives under the label of the run, or of one of its shards. Raises Unavailable."""
         ours = [i for i in self.market.instances() if i.label and i.label.run == self.run]
         return [i for i in ours if shard in (None, i.label.shard)]
 
     # --- buying ---
 
     def order(self, record: ShardRecord) -> Attempt:
-        """Orders the cheapest suitable machine; refused offers are passed over.
-
-        Raises:
-            OverBudget: what is left does not pay for one. UserError: nothing suitable is offered.
-            Stopped: before one was bought.
-        """
+        """Orders the cheapest suitable machine; refused offers are passed over. Raises OverBudget,
+        UserError if nothing suitable is offered, Stopped before one was bought."""
         refused: set[int] = set()
         why = "none is left that fits the caps and minimums"
         while True:
@@ -141,13 +133,8 @@ class Provisioner:
     # --- looking ---
 
     def locate(self, record: ShardRecord) -> Instance | None:
-        """The machine of the shard's current attempt as it is listed, None if it isn't yet.
-
-        Strays are ended, among them machines of orders whose answers came to nobody.
-
-        Raises:
-            MachineLost: it costs more than the caps allow, or there is none.
-        """
+        """The machine of the shard's current attempt as it is listed, None if it isn't yet; strays
+        are ended. Raises MachineLost if it costs more than the caps allow, or there is none."""
         attempt = record.current
         instance = self._sort_out(record, self.instances(record.shard))
         late = time.time() > attempt.ordered + LISTED_WITHIN * self.scale
@@ -200,11 +187,8 @@ class Provisioner:
         self.ledger.save(record)
 
     def end(self, record: ShardRecord, why: str) -> None:
-        """Ends all machines of a shard, and returns when the service lists none of them.
-
-        Raises:
-            Unavailable: it does not say so.
-        """
+        """Ends all machines of a shard, and returns when the service lists none of them. Raises
+        Unavailable if it does not say so."""
         attempt, ended = record.current, time.time()
         known = attempt is not None and attempt.id is not None
         if known:

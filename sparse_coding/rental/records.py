@@ -156,6 +156,9 @@ class ShardRecord:
 class OverBudget(Exception):
     """What is left of --max-total does not pay for it."""
 
+    def __str__(self) -> str:
+        return "what is left of --max-total pays for no further machine: raise it"
+
 
 class Ledger:
     """rentals/<run>/shard-<i>.json, and --max-total, kept by all shards together: a machine counts
@@ -195,11 +198,8 @@ class Ledger:
         return max(0.0, left / rates.hourly - GRACE_H) if rates.hourly else math.inf
 
     def enter(self, record: ShardRecord, attempt: Attempt) -> None:
-        """Counts a machine that is about to be bought; one thread at a time.
-
-        Raises:
-            OverBudget: the worst case of everything would exceed the cap.
-        """
+        """Counts a machine that is about to be bought; one thread at a time. Raises OverBudget if
+        the worst case of everything would exceed the cap."""
         if self.committed() + attempt.worst().total > self.max_total + 1e-9:
             raise OverBudget
         record.attempts.append(attempt)

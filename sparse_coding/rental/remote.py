@@ -101,11 +101,8 @@ class Remote:
         return ["ssh", "-F", str(self.config), self.alias, *command]
 
     def run(self, command: str, *, stdin: bytes = b"", timeout: float = 60.0) -> str:
-        """Standard output of a command, run by the shell there in the login directory.
-
-        Raises:
-            RemoteError: it can't be reached, or the command fails or takes longer than timeout.
-        """
+        """Standard output of a command, run by the shell there in the login directory. Raises
+        RemoteError if it can't be reached, or the command fails or takes longer than timeout."""
         code, out, err = self._finish(self.ssh_command(command), stdin, timeout)
         if code == 0:
             return out
@@ -231,12 +228,8 @@ class Results:
             self.state = sha256(self.verified / SUMS)
 
     def pull(self, remote: Remote) -> bool:
-        """Fetches the present state and verifies it; whether it is another one than before.
-
-        Raises:
-            RemoteError: it could not be fetched, or does not become what its sums say.
-            OSError: our disk is full.
-        """
+        """Fetches the present state and verifies it; whether it is another one than before. Raises
+        RemoteError if it does not become what its sums say, OSError if our disk is full."""
         state = remote.ask("snapshot", timeout=600)["state"]
         if state == self.state:
             return False
@@ -272,12 +265,8 @@ def wrong_files(folder: Path) -> list[Path]:
     return wrong + sorted(found - named.keys())
 
 
-def make_key(path: Path) -> str:
-    """The public half of the project's ssh key, made when there is none.
-
-    Raises:
-        UserError: others may read it, or ssh-keygen is missing.
-    """
+def make_key(path: Path) -> None:
+    """Makes the project's ssh key when there is none. Raises UserError if others may read it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "sparse_coding", "-f"]
@@ -285,4 +274,3 @@ def make_key(path: Path) -> str:
     require_private(path)
     public = path.with_name(path.name + ".pub")
     require(public.exists(), f"{public} is missing: remove {path}, a new pair is made")
-    return public.read_text().strip()

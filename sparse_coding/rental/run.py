@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +33,11 @@ from sparse_coding.rental.records import GRACE_H, Cost, Ledger, OverBudget, read
 from sparse_coding.rental.remote import Results, Stopped, make_key, wrong_files
 from sparse_coding.rental.remote_job import SUMS
 from sparse_coding.rental.settings import Config
-from sparse_coding.sweep.run_folder import GIT_STATE
+from sparse_coding.sweep.run_folder import GIT_STATE, locked
 
 RENTALS = Path("rentals")  # a folder per run: its plan, prices, results on their way
 REPORT_SECONDS = 30.0  # between two lines of progress
+KNOWN = (UserError, JobFailed, OverBudget, Unavailable)  # whose messages say all
 OF_ONE_SHARD = {"config.json", "metrics.jsonl"}  # written by every shard, with its own command
 
 
@@ -59,11 +60,8 @@ class Run:
     # --- the price ---
 
     def agree(self, cfg: Config) -> bool:
-        """Says the price and asks; False for --dry-run.
-
-        Raises:
-            UserError: it is above the caps, or nobody agreed.
-        """
+        """Says the price and asks; False for --dry-run. Raises UserError if it is above the caps,
+        or nobody agrees."""
         offers = self._offers()
         print(f"{self.name}: {len(self.shards)} shards, {len(offers)} machines to rent")
         for offer in offers:
@@ -125,8 +123,9 @@ class Run:
                 shard.complete()
             except Exception as error:  # kept: the other shards go on, the caller tells
                 wrong[shard.record.shard] = error
+                kind = "" if isinstance(error, KNOWN) else f"{type(error).__name__}: "
                 if not isinstance(error, Stopped):
-                    say(describe(error), shard.record.shard)
+                    say(f"{kind}{error}", shard.record.shard)
 
         with signals_stop(self.provisioner.stop) as came:
             threads = [threading.Thread(target=complete, args=(s,)) for s in self.shards]
@@ -164,9 +163,7 @@ class Run:
         if not done.exists():
             words = [*command[1:], "--output-dir", str(self.output_dir.resolve())]
             if importlib.util.find_spec("torch") is None:
-                say(
-                    f"torch is missing here. Where it is, this merges: python {shlex.join(words)}",
-                )
+                say(f"torch is missing here. Where it is, this merges: python {shlex.join(words)}")
                 code = 1
             else:
                 root = self.shards[0].job.root
@@ -223,22 +220,9 @@ def signals_stop(stop: threading.Event) -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def describe(error: Exception) -> str:
-    """What went wrong, and what to do."""
-    if isinstance(error, OverBudget):
-        return "what is left of --max-total pays for no further machine: raise it"
-    if isinstance(error, Unavailable):
-        return f"{error}: look with `status`, end with `destroy` or `reap`"
-    known = isinstance(error, (UserError, JobFailed, Stopped))
-    return str(error) if known else f"{type(error).__name__}: {error}"
-
-
 def merge(shards: list[Results], folder: Path) -> None:
-    """Puts the shards' files into one folder, where the script then merges their cells.
-
-    Raises:
-        UserError: two shards have different results of one cell, or files are not what they were.
-    """
+    """Puts the shards' files into one folder, where the script then merges their cells. Raises
+    UserError for two different results of one cell, or files that are not what they were."""
     for results in shards:
         wrong = wrong_files(results.verified)
         if wrong:
@@ -276,11 +260,16 @@ def terms_of(cfg: Config, *, renting: bool = False) -> Terms:
     return pick(Terms, cfg, max_dph=cap, gpu_names=gpus)
 
 
-def open_run(cfg: Config, command: list[str], root: Path, *, renting: bool = False) -> Run:
+def open_run(
+    cfg: Config, command: list[str], root: Path, *, renting: bool = False,
+    alone: ExitStack | None = None,
+) -> Run:  # fmt: skip
     """The run that the command or --run names, made if it is to be rented for.
 
+    alone: holds, from before its records are read, the lock that keeps other commands out
     Raises:
-        UserError: something is missing here, or the run is another one.
+        UserError: something is missing here, the name is that of another run, or another command
+            holds the lock.
     """
     require_tools()
     terms = terms_of(cfg, renting=renting)
@@ -295,6 +284,8 @@ def open_run(cfg: Config, command: list[str], root: Path, *, renting: bool = Fal
         plan = _claim(folder, {"command": command, "instances": cfg.instances}, root)
     else:
         plan = read_plan(folder) | ({"command": command} if command else {})
+    if alone is not None:
+        alone.enter_context(locked(folder))
     ledger = Ledger(folder, plan["instances"], cfg.max_total or math.inf)
     provisioner = Provisioner(market, name, terms, ledger, cfg.poll_seconds, cfg.api_spacing)
     shards = []

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from builders.scripts import ROOT
 from builders.vast.instance import missing_tools, script, ssh_user
 from builders.vast.market import Behaviour, Contract
 from builders.vast.server import FakeVast
@@ -372,24 +371,3 @@ def test_the_end_of_an_instance_is_the_end_of_all_its_processes(tester, how):
     else:
         tester.lab.act(number, how)
     assert running(f"sleep 100{n}") == []
-
-
-OWNER = """
-import sys
-from pathlib import Path
-from builders.vast.server import FakeVast
-with FakeVast(Path(sys.argv[1]), offers=[{}]) as lab:
-    lab.market.create(101, {"image": "a/b", "onstart": f"setsid sleep {sys.argv[2]} & wait"})
-    sys.stdin.read()
-"""
-
-
-@LONG
-def test_instances_end_with_the_lab_even_if_its_process_is_killed(tmp_path):
-    seconds = f"2{os.getpid()}"
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path / "lab", seconds],
-                             cwd=ROOT / "tests", stdin=subprocess.PIPE)  # fmt: skip
-    wait_until(lambda: running(f"sleep {seconds}"))
-    owner.kill()
-    owner.communicate()
-    wait_until(lambda: not running(f"sleep {seconds}"))
