@@ -25,7 +25,7 @@ from pathlib import Path
 
 from sparse_coding.config import UserError, nearest, parse_flags, run_as_script
 from sparse_coding.rental.commands import VERBS
-from sparse_coding.rental.market import Unavailable
+from sparse_coding.rental.records import RentalError
 from sparse_coding.rental.settings import Config
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     cfg.check()
     try:
         return VERBS[name](cfg, command, Path(__file__).resolve().parent)
-    except Unavailable as error:
+    except RentalError as error:
         print(f"vastai_utils.py: {error}", file=sys.stderr)
         return 1
 

@@ -14,7 +14,7 @@ from sparse_coding.config import Interrupted, UserError, require
 from sparse_coding.rental.controller import Controller
 from sparse_coding.rental.market import Instance, Unavailable
 from sparse_coding.rental.preflight import require_script, require_tools, tracked_files
-from sparse_coding.rental.provisioner import say
+from sparse_coding.rental.provisioner import MachineLost, say
 from sparse_coding.rental.records import Ledger, read_plan
 from sparse_coding.rental.remote import REMOTE_DIR, RemoteError, make_key
 from sparse_coding.rental.run import (
@@ -107,25 +107,25 @@ def _status_line(instance: Instance) -> str:
 def sweep(cfg: Config, command: list[str], root: Path) -> int:
     """Rents, trains, fetches, ends, merges."""
     require_script(command, root, tracked_files(root))
-    with _alone(cfg, command, root, renting=True) as run:
-        living = run.provisioner.instances()
-        done = (run.output_dir / "DONE").exists() and all(s.record.done for s in run.shards)
+    with _alone(cfg, command, root, renting=True) as opened:
+        living = opened.provisioner.instances()
+        done = (opened.output_dir / "DONE").exists() and all(s.record.done for s in opened.shards)
         if done and not living:
-            print(f"done before: {run.output_dir / 'report.html'}; no machine of it is left")
+            print(f"done before: {opened.output_dir / 'report.html'}; no machine of it is left")
             return 0
-        if not run.agree(cfg):
+        if not opened.agree(cfg):
             return 0
-        wrong, signum = run.complete()
-        code = 1 if wrong else run.merge(command)
-        say(f"this sweep cost about {run.ledger.spent()}")
-        say(run.left_over())
+        wrong, signum = opened.complete()
+        code = 1 if wrong else opened.merge(command)
+        say(f"this sweep cost about {opened.ledger.spent()}")
+        say(opened.left_over())
         bad_input = [error for error in wrong.values() if isinstance(error, (UserError, OSError))]
         if bad_input:
             raise bad_input[0]
         if wrong and signum:
             raise Interrupted(signum, "stopped: the same command goes on")
         if wrong:
-            missing = f"{len(wrong)} of {len(run.shards)} shards are missing"
+            missing = f"{len(wrong)} of {len(opened.shards)} shards are missing"
             say(f"{missing}: the same command goes on")
         return code
 
@@ -142,18 +142,18 @@ def _alone(cfg: Config, command: list[str], root: Path, *, renting: bool = False
 
 def launch(cfg: Config, command: list[str], root: Path) -> int:
     """Machines, reached and set up, for `run`. They end themselves after --max-hours."""
-    with _alone(cfg, command, root, renting=True) as run:
-        if not run.agree(cfg):
+    with _alone(cfg, command, root, renting=True) as opened:
+        if not opened.agree(cfg):
             return 0
         try:
-            for shard in run.shards:
+            for shard in opened.shards:
                 shard.machine.start()
                 shard.machine.set_up(shard.job)
         except BaseException:
-            for shard in run.shards:
-                run.provisioner.end(shard.record, "launch failed")
+            for shard in opened.shards:
+                opened.provisioner.end(shard.record, "launch failed")
             raise
-    print(f"ready: python vastai_utils.py run --run {run.name} -- python ...")
+    print(f"ready: python vastai_utils.py run --run {opened.name} -- python ...")
     return 0
 
 
@@ -212,17 +212,13 @@ def ssh(cfg: Config, command: list[str], root: Path) -> int:
 
 
 def _reached(cfg: Config, opened: Run) -> list[Controller]:
-    """Those of --shard whose machines live, with ssh to them. Raises UserError if one can't be
-    reached, or none lives."""
+    """Those of --shard whose machines live, with ssh to them. Raises RentalError if one can't be
+    reached, UserError if none lives."""
     found = []
     for shard in opened.shards:
         instances = opened.provisioner.instances(shard.record.shard)
         if cfg.shard in (0, shard.record.shard) and instances:
-            try:
-                _reach(shard, instances[0])
-            except RemoteError as error:
-                raise UserError(f"shard {shard.record.shard}, instance {instances[0].id}, can't "
-                                f"be reached: {error}") from None  # fmt: skip
+            _reach(shard, instances[0])
             found.append(shard)
     require(bool(found), f"no machine of {opened.name} lives: see status")
     return found
@@ -248,7 +244,7 @@ def destroy(cfg: Config, command: list[str], root: Path) -> int:
                 try:
                     _reach(shard, instances[0])
                     shard.pull()
-                except RemoteError as error:
+                except (MachineLost, RemoteError) as error:
                     raise UserError(f"shard {shard.record.shard}: the results can't be fetched "
                                     f"({error}): add --discard to lose them") from None  # fmt: skip
             opened.provisioner.end(shard.record, "destroyed by hand")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparse_coding.rental.market import Instance, Unavailable
 from sparse_coding.rental.provisioner import MachineLost, Outbid, Provisioner, say
-from sparse_coding.rental.records import ShardRecord
+from sparse_coding.rental.records import RentalError, ShardRecord
 from sparse_coding.rental.remote import REMOTE_DIR, Remote, RemoteError, Results, Stopped
 
 NEEDED_GB = 2.0  # free disk for a job's results and checkpoints, at least
@@ -30,7 +30,7 @@ MARGIN = 120.0  # seconds before the end of its lifetime in which a machine is e
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class JobFailed(Exception):
+class JobFailed(RentalError):
     """The job itself failed, or the time is up: another machine would not help."""
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar, TypeVar
 
 from sparse_coding.config import UserError, require
 from sparse_coding.files import require_private
-from sparse_coding.rental.records import Rates
+from sparse_coding.rental.records import Rates, RentalError
 
 PREFIX = "sae1"  # of all labels of ours; 1: the version of what follows
 MONTH_HOURS = 30 * 24  # vast.ai quotes storage in $/GB/month
@@ -35,7 +35,7 @@ PAGE = 25  # instances per answer, the service's limit
 Answer = TypeVar("Answer")
 
 
-class Unavailable(Exception):
+class Unavailable(RentalError):
     """The service gave no usable answer, however often it was asked."""
 
     def __str__(self) -> str:

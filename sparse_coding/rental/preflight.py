@@ -1,4 +1,4 @@
-"""What is checked at home before a machine is rented: tools, files, secrets."""
+"""What is checked here before a machine is rented: tools, files, secrets."""
 
 import json
 import os

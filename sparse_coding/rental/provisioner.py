@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparse_coding.config import UserError
 from sparse_coding.rental.market import Instance, Label, Market, Offer, Refused, Terms, Unavailable
-from sparse_coding.rental.records import LOST, Attempt, Ledger, OverBudget, ShardRecord
+from sparse_coding.rental.records import LOST, Attempt, Ledger, OverBudget, RentalError, ShardRecord
 from sparse_coding.rental.remote import Stopped
 
 LISTED_WITHIN = 60.0  # seconds after its order in which a machine gets into the list; assumed
@@ -28,7 +28,7 @@ def say(text: str, shard: int = 0) -> None:
     print(f"{time.strftime('%H:%M:%S')} {of}{text}", flush=True)
 
 
-class MachineLost(Exception):
+class MachineLost(RentalError):
     """The machine is of no use any more, by its own fault; another one may be."""
 
 
@@ -119,7 +119,8 @@ class Provisioner:
         finally:
             self.ledger.save(record)
         number = f"instance {attempt.id}, " if attempt.id else ""
-        say(f"rents {number}machine {offer.machine_id}: {offer}", record.shard)
+        price = f"{offer.n_gpus} x {offer.gpu_name}, ${rates.hourly:.3f}/h"
+        say(f"rents {number}{price}, machine {offer.machine_id}", record.shard)
         return attempt
 
     def _onstart(self, expires: float, lifetime_s: float) -> str:

@@ -17,6 +17,10 @@ GRACE_H = 2 / 60  # hours past its deadline until a machine has destroyed itself
 LOST = "the answer to the order was lost, and no instance appeared"
 
 
+class RentalError(Exception):
+    """Something went wrong out there: the message says what, and what to do."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """In dollars."""
@@ -93,12 +97,13 @@ class Attempt:
             self.running[-1][1] = now
 
     def ended(self, now: float, why: str) -> None:
-        """It was ended by us."""
+        """It was ended, by us or by itself: it has not outlived its deadline."""
+        now = min(now, self.expires + GRACE_H * 3600)
         self.seen("gone", now)
         self.gone, self.why = now, why
 
     def vanished(self, now: float) -> None:
-        """Nobody saw it end: it is charged as running until its deadline at most."""
+        """Nobody saw it end: it is charged as running until now, or its deadline."""
         self.seen("running", self.ordered)
         self.ended(min(now, self.expires), "it vanished from the service's list")
 
@@ -153,7 +158,7 @@ class ShardRecord:
         return last if last and last.gone is None else None
 
 
-class OverBudget(Exception):
+class OverBudget(RentalError):
     """What is left of --max-total does not pay for it."""
 
     def __str__(self) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sparse_coding.config import require
 from sparse_coding.files import require_private, sha256, write_atomic
+from sparse_coding.rental.records import RentalError
 from sparse_coding.rental.remote_job import SUMS
 
 USER = "root"  # in vast.ai's containers
@@ -37,7 +38,7 @@ class Stopped(Exception):
     """By a signal."""
 
 
-class RemoteError(Exception):
+class RemoteError(RentalError):
     """A command or transfer that failed.
 
     kind: unreachable, denied (our key), host_key (changed), failed, cut (a transfer), disk (full

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from sparse_coding.config import UserError, fingerprint, pick, require
 from sparse_coding.files import sha256, write_json, written_whole
-from sparse_coding.rental.controller import Controller, Job, JobFailed, Machine
-from sparse_coding.rental.market import Market, Offer, Terms, Unavailable, find_key
+from sparse_coding.rental.controller import Controller, Job, Machine
+from sparse_coding.rental.market import Market, Offer, Terms, find_key
 from sparse_coding.rental.preflight import (
     git_state,
     require_script,
@@ -29,7 +29,7 @@ from sparse_coding.rental.preflight import (
     tracked_files,
 )
 from sparse_coding.rental.provisioner import Provisioner, say
-from sparse_coding.rental.records import GRACE_H, Cost, Ledger, OverBudget, read_plan
+from sparse_coding.rental.records import GRACE_H, Cost, Ledger, RentalError, read_plan
 from sparse_coding.rental.remote import Results, Stopped, make_key, wrong_files
 from sparse_coding.rental.remote_job import SUMS
 from sparse_coding.rental.settings import Config
@@ -37,7 +37,6 @@ from sparse_coding.sweep.run_folder import GIT_STATE, locked
 
 RENTALS = Path("rentals")  # a folder per run: its plan, prices, results on their way
 REPORT_SECONDS = 30.0  # between two lines of progress
-KNOWN = (UserError, JobFailed, OverBudget, Unavailable)  # whose messages say all
 OF_ONE_SHARD = {"config.json", "metrics.jsonl"}  # written by every shard, with its own command
 
 
@@ -123,9 +122,9 @@ class Run:
                 shard.complete()
             except Exception as error:  # kept: the other shards go on, the caller tells
                 wrong[shard.record.shard] = error
-                kind = "" if isinstance(error, KNOWN) else f"{type(error).__name__}: "
+                known = isinstance(error, (UserError, RentalError))
                 if not isinstance(error, Stopped):
-                    say(f"{kind}{error}", shard.record.shard)
+                    say(str(error) if known else repr(error), shard.record.shard)
 
         with signals_stop(self.provisioner.stop) as came:
             threads = [threading.Thread(target=complete, args=(s,)) for s in self.shards]

@@ -43,6 +43,9 @@ def test_what_nobody_saw_end_is_charged_to_its_deadline_running():
     machine.vanished(1e9)
     assert machine.gone == 1000 + 7200
     assert machine.cost(2e9).gpu == pytest.approx(0.4 * (7200 - 1000) / 3600)
+    late = attempt(id=4)
+    late.ended(1e9, "done")  # a killed command's, found gone days later: it ended itself
+    assert late.gone == 1000 + 7200 + 120
 
 
 def test_an_order_that_was_never_made_costs_nothing_and_one_that_appears_late_does():

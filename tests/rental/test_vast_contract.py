@@ -57,7 +57,7 @@ def sent(lab):
     return call
 
 
-def sdk(lab, retry: int = 1) -> object:
+def sdk(lab: FakeVast, retry: int = 1) -> VastAI:
     return VastAI(api_key=lab.api_key, server_url=lab.url, retry=retry)
 
 

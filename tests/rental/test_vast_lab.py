@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.vast.instance import missing_tools, script, ssh_user
@@ -17,7 +19,7 @@ VastAI = pytest.importorskip("vastai").VastAI
 OFFERS = [{"dph_base": 0.1 * n, "min_bid": 0.05 * n} for n in (3, 1, 2)]
 
 
-def wait_until(condition, timeout_s: float = 10) -> object:
+def wait_until(condition: Callable, timeout_s: float = 10) -> Any:
     """The condition's first true value."""
     end = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -58,7 +60,9 @@ class Account:
         self.until(number, "running")
         return number
 
-    def ssh(self, number: int, command: str, *, direct: bool = True, seconds: int = 5) -> object:
+    def ssh(
+        self, number: int, command: str, *, direct: bool = True, seconds: int = 5
+    ) -> subprocess.CompletedProcess:
         """A command there, as of subprocess.run, with text."""
         row = self.sdk.show_instance(number)
         port = row["ports"]["22/tcp"][0]["HostPort"] if direct else row["ssh_port"]
