@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from builders.scripts import ROOT, Done, Process, Server, served
-from builders.vast.instance import missing_tools, script
+from builders.vast.instance import missing_tools, script, ssh_user
 from builders.vast.server import FakeVast
 
 TINY_JOB = '''
@@ -81,7 +81,8 @@ JOB = ["--", "python", "tiny_job.py"]
 FAST = ["--yes", "--no-need-gpu", "--poll-seconds", "0.2", "--api-spacing", "0.02",
         "--max-dph", "0.5", "--max-total", "1", "--max-hours", "0.05", "--pull-minutes", "0.005",
         "--image-gb", "0", "--start-minutes", "0.05", "--lost-minutes", "0.1"]  # fmt: skip
-QUICK = {"sparse_coding.rental.market.TIMEOUT": 1.5, "sparse_coding.rental.remote.PAUSE": 0.2}
+QUICK = {"sparse_coding.rental.market.TIMEOUT": 1.5, "sparse_coding.rental.remote.PAUSE": 0.2,
+         "sparse_coding.rental.remote.USER": ssh_user()}  # fmt: skip
 SECRETS = {"HF_TOKEN": "hf_" + 6 * "Canary", "OTHER": "other-canary-1d6b"}
 API_KEY = "account-canary-52f0c1"
 OFFERS = [
