@@ -147,8 +147,8 @@ def launch(cfg: Config, command: list[str], root: Path) -> int:
             return 0
         try:
             for shard in opened.shards:
-                shard.machine.start()
-                shard.machine.set_up(shard.job)
+                shard.start()
+                shard.set_up()
         except BaseException:
             for shard in opened.shards:
                 opened.provisioner.end(shard.record, "launch failed")
@@ -160,7 +160,7 @@ def launch(cfg: Config, command: list[str], root: Path) -> int:
 def sync(cfg: Config, command: list[str], root: Path) -> int:
     """Pushes what git tracks to the machines of the run."""
     for shard in _reached(cfg, open_run(cfg, [], root)):
-        shard.machine.remote.push(root, shard.job.files)
+        shard.remote.push(root, shard.job.files)
         print(f"shard {shard.record.shard}: {len(shard.job.files)} files are there")
     return 0
 
@@ -170,7 +170,7 @@ def copy_models(cfg: Config, command: list[str], root: Path) -> int:
     models = root / "models"
     require(models.is_dir(), f"{models} is missing: nothing to push")
     for shard in _reached(cfg, open_run(cfg, [], root)):
-        shard.machine.remote.push_folder(models, f"{REMOTE_DIR}/models")
+        shard.remote.push_folder(models, f"{REMOTE_DIR}/models")
         print(f"shard {shard.record.shard}: models/ is there")
     return 0
 
@@ -189,7 +189,7 @@ def logs(cfg: Config, command: list[str], root: Path) -> int:
     """The last lines of the job; --follow: and those to come."""
     for shard in _reached(cfg, open_run(cfg, [], root)):
         tail = "tail -n 40 " + ("-f " if cfg.follow else "") + ".sae/job.log"
-        subprocess.run(shard.machine.remote.ssh_command(tail))
+        subprocess.run(shard.remote.ssh_command(tail))
     return 0
 
 
@@ -207,7 +207,7 @@ def fetch(cfg: Config, command: list[str], root: Path) -> int:
 def ssh(cfg: Config, command: list[str], root: Path) -> int:
     """A shell on the machine of a shard, or what stands after --."""
     shard = _reached(cfg, open_run(cfg, [], root))[0]
-    words = shard.machine.remote.ssh_command(*command)
+    words = shard.remote.ssh_command(*command)
     os.execvp(words[0], words)
 
 
@@ -226,10 +226,10 @@ def _reached(cfg: Config, opened: Run) -> list[Controller]:
 
 def _reach(shard: Controller, instance: Instance) -> None:
     require(bool(instance.endpoints), f"instance {instance.id} is {instance.status}: wait")
-    shard.machine.connect(instance)
+    shard.connect(instance)
     with contextlib.suppress(Unavailable):
-        if not shard.machine.reach(instance):
-            shard.machine.remote.run("true")
+        if not shard.reach(instance):
+            shard.remote.run("true")
 
 
 # --- ending ---

@@ -1,8 +1,4 @@
-"""Takes one shard to verified results here, on one rented machine after the other.
-
-Machine is what a shard works on: waited for, reached over ssh, set up, given up. Controller is the
-sequence: a machine, the last fetched state, the job, checkpoints, results, the end of the machine.
-"""
+"""Takes one shard to verified results here, on one rented machine after the other."""
 
 import contextlib
 import errno
@@ -51,19 +47,21 @@ class Job:
     need_gpu: bool
 
 
-class Machine:
-    """The machine of a shard's current attempt.
+class Controller:
+    """One shard of a run: the machine of its current attempt, and the job on it.
 
-    key: the private half of our ssh key; phase: what is being done, for the progress line
+    key: the private half of our ssh key; phase: what is being done; line: the last of the job's log
     """
 
-    def __init__(self, provisioner: Provisioner, record: ShardRecord, *, key: Path):
-        self.provisioner, self.record, self.key = provisioner, record, key
+    def __init__(self, provisioner: Provisioner, record: ShardRecord, job: Job, *, key: Path):
+        self.provisioner, self.record, self.job, self.key = provisioner, record, job, key
         self.terms, self.ledger = provisioner.terms, provisioner.ledger
+        self.results = Results(self.ledger.folder, record.shard)
         self.remote: Remote | None = None
         self.key_attached = False
         self.status, self.answered = "", time.monotonic()  # last status; since when it is silent
-        self.phase = "waiting"
+        self.phase, self.line = "waiting", ""
+        self.pulled, self.restarts = 0.0, 0
 
     def say(self, text: str) -> None:
         """A line on the screen."""
@@ -74,7 +72,50 @@ class Machine:
         if self.provisioner.stop.is_set():
             raise Stopped
 
-    # --- until it answers ---
+    # --- from the first machine to the last ---
+
+    def complete(self) -> None:
+        """All of it. After OSError (our disk is full) the machine is kept, with results that have
+        no room here; after any other exception none is left, or its message says so."""
+        why, keep = "the command failed", False
+        try:
+            if not self.record.done:  # else a killed command may have left its machine
+                self.work()
+            why = "done"
+        except Stopped:
+            why = "stopped"
+            self.pull_once_more()
+            raise
+        except OSError as error:
+            keep = error.errno in DISK_FULL and self.record.current is not None
+            if keep:
+                until = time.strftime("%H:%M", time.localtime(self.record.current.expires))
+                self.say(f"keeps instance {self.record.current.id}, billing, until {until}")
+            raise
+        finally:
+            if not keep:
+                self.phase = "ending"
+                self.provisioner.end(self.record, why)
+            self.phase = why
+
+    def work(self) -> None:
+        """On one machine after the other, until the results are here."""
+        failures, why = 0, ""
+        while failures < self.terms.attempts:
+            of_a_killed_command = self.record.current is not None
+            try:
+                self.start()
+                self.set_up()
+                self.restore()
+                self.submit()
+                return self.follow()
+            except (MachineLost, RemoteError) as error:
+                self.give_up(error)
+                failures += not (of_a_killed_command or isinstance(error, Outbid))
+                why = str(error)
+        raise JobFailed(f"{failures} machines failed, the last: {why}")
+
+    # --- a machine, until it answers ---
 
     def start(self) -> None:
         """Waits for a machine that answers over ssh, that of a killed command or a new one.
@@ -141,16 +182,16 @@ class Machine:
         self.remote.endpoints = instance.endpoints
         self.remote.write_config()
 
-    # --- when it answers ---
+    # --- set up, given up ---
 
-    def set_up(self, job: Job) -> None:
+    def set_up(self) -> None:
         """The code, and what it needs. Raises MachineLost, with the remedy, for a machine that
         can't do the work."""
         if "busy" in self.remote.run("test -e .sae/job.json && echo busy || true"):
             return  # the job of an earlier command: its code stays
         self.phase = "set-up"
-        self.remote.push(job.root, job.files)
-        check = f"check {NEEDED_GB:g} {'gpu' if job.need_gpu else 'any'}"
+        self.remote.push(self.job.root, self.job.files)
+        check = f"check {NEEDED_GB:g} {'gpu' if self.job.need_gpu else 'any'}"
         found = self.remote.ask(check)
         if not found["problems"] and found["missing"]:
             self.say(f"installs {', '.join(found['missing'])}")
@@ -169,77 +210,24 @@ class Machine:
         remote.up = remote.down = 0
         self.ledger.save(self.record)
 
-    def give_up(self, lost: MachineLost) -> None:
+    def give_up(self, why: RentalError) -> None:
         """Ends the machine, and avoids it if it was at fault."""
         attempt = self.record.attempts[-1]
-        self.say(f"gives up {f'instance {attempt.id}' if attempt.id else 'its order'}: {lost}")
-        if not isinstance(lost, Outbid):
+        self.say(f"gives up {f'instance {attempt.id}' if attempt.id else 'its order'}: {why}")
+        if not isinstance(why, Outbid):
             self.record.avoid.append(attempt.machine_id)
         if self.remote is not None:
             self.remote.config.unlink(missing_ok=True)
-        self.provisioner.end(self.record, str(lost))
+        self.provisioner.end(self.record, str(why))
         self.remote = None
 
-
-class Controller:
-    """One shard of a run, from here."""
-
-    def __init__(self, machine: Machine, job: Job):
-        self.machine, self.job = machine, job
-        self.record, self.provisioner = machine.record, machine.provisioner
-        self.results = Results(machine.ledger.folder, self.record.shard)
-        self.line = ""  # the last of the job's log
-        self.pulled, self.restarts = 0.0, 0
-
-    def complete(self) -> None:
-        """All of it. After OSError (our disk is full) the machine is kept, with results that have
-        no room here; after any other exception none is left, or its message says so."""
-        why, keep = "the command failed", False
-        try:
-            if not self.record.done:  # else a killed command may have left its machine
-                self.work()
-            why = "done"
-        except Stopped:
-            why = "stopped"
-            self.pull_once_more()
-            raise
-        except OSError as error:
-            keep = error.errno in DISK_FULL and self.record.current is not None
-            if keep:
-                until = time.strftime("%H:%M", time.localtime(self.record.current.expires))
-                self.machine.say(f"keeps instance {self.record.current.id}, billing, until {until}")
-            raise
-        finally:
-            if not keep:
-                self.machine.phase = "ending"
-                self.provisioner.end(self.record, why)
-            self.machine.phase = why
-
-    def work(self) -> None:
-        """On one machine after the other, until the results are here."""
-        failures, why = 0, ""
-        while failures < self.machine.terms.attempts:
-            of_a_killed_command = self.record.current is not None
-            try:
-                self.machine.start()
-                self.machine.set_up(self.job)
-                self.restore()
-                self.submit()
-                return self.follow()
-            except MachineLost as error:
-                lost = error
-            except RemoteError as error:
-                lost = MachineLost(str(error))
-            self.machine.give_up(lost)
-            failures += not (of_a_killed_command or isinstance(lost, Outbid))
-            why = str(lost)
-        raise JobFailed(f"{failures} machines failed, the last: {why}")
+    # --- the job ---
 
     def restore(self) -> None:
         """Puts the last verified state where the job resumes from it, unless the job runs."""
-        remote = self.machine.remote
+        remote = self.remote
         if self.results.state and not remote.ask("status")["running"]:
-            self.machine.phase = "restoring"
+            self.phase = "restoring"
             remote.push_folder(self.results.verified, f"{REMOTE_DIR}/{self.job.output_dir}")
 
     def submit(self) -> None:
@@ -247,42 +235,42 @@ class Controller:
         where = f"/dev/shm/sparse_coding-{self.record.current.id}"
         if self.job.secrets:
             command = f"umask 077 && cat > {shlex.quote(where)}"
-            self.machine.remote.run(command, stdin=self.job.secrets)
+            self.remote.run(command, stdin=self.job.secrets)
         job = {
             "command": self.job.command,
             "output_dir": self.job.output_dir,
             "secrets": where,
             "env": self.job.env,
         }
-        self.machine.remote.ask("submit", stdin=json.dumps(job).encode())
-        self.machine.phase = "running"
+        self.remote.ask("submit", stdin=json.dumps(job).encode())
+        self.phase = "running"
 
     def follow(self) -> None:
         """Watches the job, fetching checkpoints, until its results are here. Raises JobFailed if
         it fails or its time is up, MachineLost."""
-        self.pulled = self.machine.answered = time.monotonic()
+        self.pulled = self.answered = time.monotonic()
         self.restarts = 0
         while True:
-            self.machine.check_stop()
+            self.check_stop()
             with contextlib.suppress(Unavailable):  # the job does without the service
-                instance = self.machine.locate()
+                instance = self.locate()
                 if instance is not None:
-                    self.machine.connect(instance)
+                    self.connect(instance)
             try:
                 if self.attend():
                     return
-                self.machine.answered = time.monotonic()
+                self.answered = time.monotonic()
             except RemoteError as error:  # if that lasts, the machine is given up
                 if error.kind in ("host_key", "disk"):
                     raise
-                self.machine.remote.other_endpoint()
+                self.remote.other_endpoint()
             self.check_time()
             self.provisioner.stop.wait(self.provisioner.poll_seconds)
 
     def attend(self) -> bool:
         """One look at the job, with what it calls for; whether its results are here. Raises
         JobFailed if it fails, or is killed again and again."""
-        status = self.machine.remote.ask("status")
+        status = self.remote.ask("status")
         self.line = status["line"]
         if status["exit"] is not None:
             self.finish(status)
@@ -292,7 +280,7 @@ class Controller:
             if self.restarts > RESTARTS:
                 raise JobFailed(f"the job was killed {self.restarts} times:\n{status['tail']}")
             self.submit()
-        elif time.monotonic() - self.pulled > 60 * self.machine.terms.pull_minutes:
+        elif time.monotonic() - self.pulled > 60 * self.terms.pull_minutes:
             self.pull()
             self.pulled = time.monotonic()
         return False
@@ -308,35 +296,35 @@ class Controller:
     def finish(self, status: dict) -> None:
         """Fetches the results, and marks the shard as done. Raises JobFailed, with the results up
         to then fetched, if the job ended with an error."""
-        self.machine.phase = "fetching"
+        self.phase = "fetching"
         self.pull()
         if status["exit"] != 0:
             raise JobFailed(f"the job ends with exit code {status['exit']}:\n{status['tail']}")
         self.record.done = True
-        self.machine.ledger.save(self.record)
+        self.ledger.save(self.record)
         with contextlib.suppress(RemoteError):  # so that it ends itself, should we be cut off now
-            self.machine.remote.run("touch .sae/done")
-        self.machine.say("results fetched, verified")
+            self.remote.run("touch .sae/done")
+        self.say("results fetched, verified")
 
     def pull(self) -> None:
         """Fetches the present state."""
         try:
-            self.results.pull(self.machine.remote)
+            self.results.pull(self.remote)
         finally:
-            self.machine.note_traffic()
+            self.note_traffic()
 
     def pull_once_more(self) -> None:
         """One more pull, in a bounded time, although everything else has stopped."""
-        if self.machine.remote is None or self.machine.phase not in ("running", "fetching"):
+        if self.remote is None or self.phase not in ("running", "fetching"):
             return
         limit = threading.Event()
         timer = threading.Timer(LAST_PULL, limit.set)
         timer.start()
-        self.machine.remote = replace(self.machine.remote, stop=limit)
+        self.remote = replace(self.remote, stop=limit)
         try:
             self.pull()
-            self.machine.say("its last state is fetched")
+            self.say("its last state is fetched")
         except (RemoteError, Stopped) as error:
-            self.machine.say(f"its last state could not be fetched ({str(error) or 'no time'})")
+            self.say(f"its last state could not be fetched ({str(error) or 'no time'})")
         finally:
             timer.cancel()

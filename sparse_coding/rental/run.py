@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sparse_coding.config import UserError, fingerprint, pick, require
 from sparse_coding.files import sha256, write_json, written_whole
-from sparse_coding.rental.controller import Controller, Job, Machine
+from sparse_coding.rental.controller import Controller, Job
 from sparse_coding.rental.market import Market, Offer, Terms, find_key
 from sparse_coding.rental.preflight import (
     git_state,
@@ -140,7 +140,7 @@ class Run:
 
     def progress(self) -> str:
         """What has been spent, what each shard is at, the last line of one of the jobs."""
-        phases = ", ".join(f"{s.record.shard} {s.machine.phase}" for s in self.shards)
+        phases = ", ".join(f"{s.record.shard} {s.phase}" for s in self.shards)
         line = next((s.line for s in self.shards if s.line and not s.record.done), "")
         return f"${self.ledger.spent().total:.3f} | {phases} | {line[:90]}"
 
@@ -294,7 +294,7 @@ def open_run(
             output_dir=f"outputs/{name}", root=root, files=files, secrets=secrets,
             need_gpu=cfg.need_gpu,
         )  # fmt: skip
-        shards.append(Controller(Machine(provisioner, record, key=Path(cfg.ssh_key)), job))
+        shards.append(Controller(provisioner, record, job, key=Path(cfg.ssh_key)))
     return Run(provisioner, shards, Path("outputs") / name)
 
 
