@@ -124,6 +124,11 @@ def test_a_progress_bar_gives_its_last_state_as_the_line(machine):
 # --- the machine ---
 
 
+def test_the_standard_library_is_all_that_it_needs(machine):
+    command = [sys.executable, "-S", "-c", "import sparse_coding.rental.remote_job"]
+    subprocess.run(command, cwd=machine.code, env=machine.env, check=True)
+
+
 def test_requirements_that_are_met_are_not_missing_and_builds_of_a_version_count(tmp_path):
     pins = "pytest==9.2.0  # there\nruff==0.0.1\nno-such-package==1.0\nvastai>=1\n"
     machine = Machine(tmp_path, pins)

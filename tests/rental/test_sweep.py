@@ -221,8 +221,9 @@ def test_a_machine_that_comes_back_at_another_address_goes_on(user):
 
 
 @long
-@pytest.mark.parametrize("fate", [{"direct": False}, {"cut_after_bytes": [20_000, 60_000, 3_000]}])
-def test_bad_lines_are_taken_up_again_and_the_proxy_is_tried(user, fate):
+@pytest.mark.parametrize("fate", [{"direct": False}, {"cut_after_bytes": [20_000, 60_000, 3_000]},
+                                  {"lingers_s": 1.0}], ids=str)  # fmt: skip
+def test_bad_lines_a_dead_address_and_a_late_end_hurt_nothing(user, fate):
     user.lab.behave(times=1, **fate)
     assert_whole(user, user.sweep(instances=1), machines=1)
 

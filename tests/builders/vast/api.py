@@ -1,4 +1,10 @@
-"""The documented REST endpoints of vast.ai that renting uses, on top of market.Market."""
+"""The documented REST endpoints of vast.ai that renting uses, on top of market.Market.
+
+Where the documents leave it open: a wrong key is 404 auth_error (as others saw it), a missing one
+403; an instance's key may destroy its own instance, nothing else; an unknown instance is shown as
+null; the GPU is not billed while an instance loads, is exited or offline, but while it is unknown;
+requests that are refused as too frequent count as requests.
+"""
 
 import base64
 import binascii
