@@ -26,12 +26,12 @@ from sparse_coding.rental.run import (
     open_run,
     terms_of,
 )
-from sparse_coding.rental.settings import Config
+from sparse_coding.rental.settings import Settings
 
 # --- looking ---
 
 
-def doctor(cfg: Config, command: list[str], root: Path) -> int:
+def doctor(cfg: Settings, command: list[str], root: Path) -> int:
     """Everything that a sweep needs, tried without buying."""
     require_tools()
     print(f"tools: ssh and rsync are there; {len(tracked_files(root))} files would be pushed")
@@ -48,7 +48,7 @@ def doctor(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def search(cfg: Config, command: list[str], root: Path) -> int:
+def search(cfg: Settings, command: list[str], root: Path) -> int:
     """Suitable offers, the cheapest first, with what they cost for --hours."""
     market, terms = open_market(cfg), terms_of(cfg)
     found = market.offers(terms.query(), disk_gb=cfg.disk_gb, interruptible=cfg.interruptible)
@@ -63,7 +63,7 @@ def search(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def status(cfg: Config, command: list[str], root: Path) -> int:
+def status(cfg: Settings, command: list[str], root: Path) -> int:
     """What of ours lives, what it has cost, when it ends."""
     living = open_market(cfg).instances()
     for instance in living:
@@ -104,7 +104,7 @@ def _status_line(instance: Instance) -> str:
 # --- a whole sweep ---
 
 
-def sweep(cfg: Config, command: list[str], root: Path) -> int:
+def sweep(cfg: Settings, command: list[str], root: Path) -> int:
     """Rents, trains, fetches, ends, merges."""
     require_script(command, root, tracked_files(root))
     with _alone(cfg, command, root, renting=True) as opened:
@@ -131,7 +131,9 @@ def sweep(cfg: Config, command: list[str], root: Path) -> int:
 
 
 @contextlib.contextmanager
-def _alone(cfg: Config, command: list[str], root: Path, *, renting: bool = False) -> Iterator[Run]:
+def _alone(
+    cfg: Settings, command: list[str], root: Path, *, renting: bool = False
+) -> Iterator[Run]:
     """open_run, with the run's records to itself."""
     with contextlib.ExitStack() as lock:
         yield open_run(cfg, command, root, renting=renting, alone=lock)
@@ -140,7 +142,7 @@ def _alone(cfg: Config, command: list[str], root: Path, *, renting: bool = False
 # --- by hand ---
 
 
-def launch(cfg: Config, command: list[str], root: Path) -> int:
+def launch(cfg: Settings, command: list[str], root: Path) -> int:
     """Machines, reached and set up, for `run`. They end themselves after --max-hours."""
     with _alone(cfg, command, root, renting=True) as opened:
         if not opened.agree(cfg):
@@ -157,7 +159,7 @@ def launch(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def sync(cfg: Config, command: list[str], root: Path) -> int:
+def sync(cfg: Settings, command: list[str], root: Path) -> int:
     """Pushes what git tracks to the machines of the run."""
     for shard in _reached(cfg, open_run(cfg, [], root)):
         shard.remote.push(root, shard.job.files)
@@ -165,7 +167,7 @@ def sync(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def copy_models(cfg: Config, command: list[str], root: Path) -> int:
+def copy_models(cfg: Settings, command: list[str], root: Path) -> int:
     """Pushes models/ to the machines of the run."""
     models = root / "models"
     require(models.is_dir(), f"{models} is missing: nothing to push")
@@ -175,7 +177,7 @@ def copy_models(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def run(cfg: Config, command: list[str], root: Path) -> int:
+def run(cfg: Settings, command: list[str], root: Path) -> int:
     """Starts the command on the machines of the run, a shard on each."""
     require_script(command, root, tracked_files(root))
     with _alone(cfg, command, root) as opened:
@@ -185,7 +187,7 @@ def run(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def logs(cfg: Config, command: list[str], root: Path) -> int:
+def logs(cfg: Settings, command: list[str], root: Path) -> int:
     """The last lines of the job; --follow: and those to come."""
     for shard in _reached(cfg, open_run(cfg, [], root)):
         tail = "tail -n 40 " + ("-f " if cfg.follow else "") + ".sae/job.log"
@@ -193,7 +195,7 @@ def logs(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def fetch(cfg: Config, command: list[str], root: Path) -> int:
+def fetch(cfg: Settings, command: list[str], root: Path) -> int:
     """Fetches the results as they are now, verified."""
     with _alone(cfg, [], root) as opened:
         shards = _reached(cfg, opened)
@@ -204,14 +206,14 @@ def fetch(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def ssh(cfg: Config, command: list[str], root: Path) -> int:
+def ssh(cfg: Settings, command: list[str], root: Path) -> int:
     """A shell on the machine of a shard, or what stands after --."""
     shard = _reached(cfg, open_run(cfg, [], root))[0]
     words = shard.remote.ssh_command(*command)
     os.execvp(words[0], words)
 
 
-def _reached(cfg: Config, opened: Run) -> list[Controller]:
+def _reached(cfg: Settings, opened: Run) -> list[Controller]:
     """Those of --shard whose machines live, with ssh to them. Raises RentalError if one can't be
     reached, UserError if none lives."""
     found = []
@@ -235,7 +237,7 @@ def _reach(shard: Controller, instance: Instance) -> None:
 # --- ending ---
 
 
-def destroy(cfg: Config, command: list[str], root: Path) -> int:
+def destroy(cfg: Settings, command: list[str], root: Path) -> int:
     """Ends the machines of a run, after a fetch unless --discard."""
     with _alone(cfg, command, root) as opened:
         for shard in opened.shards:
@@ -252,7 +254,7 @@ def destroy(cfg: Config, command: list[str], root: Path) -> int:
     return 0
 
 
-def reap(cfg: Config, command: list[str], root: Path) -> int:
+def reap(cfg: Settings, command: list[str], root: Path) -> int:
     """Ends every machine of ours that is past its deadline, from anywhere, without local files;
     --all: and those that are not."""
     market = open_market(cfg)

@@ -31,6 +31,7 @@ class Cost:
 
     @property
     def total(self) -> float:
+        """The sum, in dollars."""
         return self.gpu + self.disk + self.traffic
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -56,6 +57,7 @@ class Rates:
 
     @property
     def hourly(self) -> float:
+        """$/h while it runs."""
         return self.gpu + self.disk
 
     def cost(self, *, running_h: float, existing_h: float, gb_up: float, gb_down: float) -> Cost:
@@ -182,6 +184,7 @@ class Ledger:
         return ShardRecord(**row, attempts=attempts)
 
     def save(self, record: ShardRecord) -> None:
+        """Writes the record of a shard, whole."""
         write_json(self.folder / f"shard-{record.shard}.json", asdict(record))
 
     @property

@@ -71,10 +71,12 @@ class Remote:
 
     @property
     def alias(self) -> str:
+        """Name of the machine in its ssh_config."""
         return f"vast-{self.instance}"
 
     @property
     def config(self) -> Path:
+        """Where its ssh_config is."""
         return self.folder / f"ssh_config-{self.instance}"
 
     def write_config(self) -> None:
@@ -99,6 +101,7 @@ class Remote:
         self.write_config()
 
     def ssh_command(self, *command: str) -> list[str]:
+        """The ssh command line that runs a command there; without one, a shell."""
         return ["ssh", "-F", str(self.config), self.alias, *command]
 
     def run(self, command: str, *, stdin: bytes = b"", timeout: float = 60.0) -> str:

@@ -35,6 +35,7 @@ INSTALL_GB = 12.0  # a CUDA build of torch, unpacked beside its downloads; ours,
 
 
 def main(argv: list[str]) -> int:
+    """Answers one verb; the exit code."""
     verbs = {"check": check, "install": install, "submit": submit, "status": status,
              "snapshot": snapshot, "_run": run_job}  # fmt: skip
     HOME.mkdir(mode=0o700, exist_ok=True)
@@ -197,6 +198,7 @@ def status() -> dict:
 
 
 def read(path: Path) -> dict:
+    """A JSON file, {} where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -32,7 +32,7 @@ from sparse_coding.rental.provisioner import Provisioner, say
 from sparse_coding.rental.records import GRACE_H, Cost, Ledger, RentalError, read_plan
 from sparse_coding.rental.remote import Results, Stopped, make_key, wrong_files
 from sparse_coding.rental.remote_job import SUMS
-from sparse_coding.rental.settings import Config
+from sparse_coding.rental.settings import Settings
 from sparse_coding.sweep.run_folder import GIT_STATE, locked
 
 RENTALS = Path("rentals")  # a folder per run: its plan, prices, results on their way
@@ -50,15 +50,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Its records are in rentals/<name>/."""
         return self.provisioner.run
 
     @property
     def ledger(self) -> Ledger:
+        """The money of all its attempts."""
         return self.provisioner.ledger
 
     # --- the price ---
 
-    def agree(self, cfg: Config) -> bool:
+    def agree(self, cfg: Settings) -> bool:
         """Says the price and asks; False for --dry-run. Raises UserError if it is above the caps,
         or nobody agrees."""
         offers = self._offers()
@@ -243,12 +245,12 @@ def merge(shards: list[Results], folder: Path) -> None:
 # --- from constants and files ---
 
 
-def open_market(cfg: Config) -> Market:
+def open_market(cfg: Settings) -> Market:
     """The service, with the user's key. Raises UserError if there is none."""
     return Market(find_key(), spacing=cfg.api_spacing)
 
 
-def terms_of(cfg: Config, *, renting: bool = False) -> Terms:
+def terms_of(cfg: Settings, *, renting: bool = False) -> Terms:
     """Raises UserError for a cap that is missing where money is to be spent."""
     for name, what in (("max_dph", "per hour and machine"), ("max_total", "in all")):
         flag = "--" + name.replace("_", "-")
@@ -260,7 +262,7 @@ def terms_of(cfg: Config, *, renting: bool = False) -> Terms:
 
 
 def open_run(
-    cfg: Config, command: list[str], root: Path, *, renting: bool = False,
+    cfg: Settings, command: list[str], root: Path, *, renting: bool = False,
     alone: ExitStack | None = None,
 ) -> Run:  # fmt: skip
     """The run that the command or --run names, made if it is to be rented for.
@@ -298,7 +300,7 @@ def open_run(
     return Run(provisioner, shards, Path("outputs") / name)
 
 
-def _name_of(cfg: Config, command: list[str], *, renting: bool) -> str:
+def _name_of(cfg: Settings, command: list[str], *, renting: bool) -> str:
     """--run; or a name that the same command has again; or the run that was opened last."""
     name = cfg.run
     if not name and command:

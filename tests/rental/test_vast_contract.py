@@ -13,7 +13,7 @@ from builders.vast.server import FakeVast
 
 from sparse_coding.config import pick
 from sparse_coding.rental.market import Terms
-from sparse_coding.rental.settings import Config
+from vastai_utils import Config
 
 requests = pytest.importorskip("requests")
 VastAI = pytest.importorskip("vastai").VastAI
