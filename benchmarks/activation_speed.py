@@ -163,12 +163,12 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         options = run.PRESETS["demo"] | shared | {"activations_dir": f"{folder}/activations"}
         settings = run.Config(**options)
-        subject, recipe = run.open_subject_of(settings, device)
+        target, recipe = run.open_target_of(settings, device)
         print(f"{describe(device)}, {precision}, torch {torch.__version__}")
         compare_harvest(recipe.shards, cfg.n_repeats)
         store = open_store(Path(folder) / "store", recipe.shards, about={})
         recipe = dataclasses.replace(recipe, shards=store)
-        compare_training(recipe, pick(Grid, settings).cells(subject.site.width), cfg)
+        compare_training(recipe, pick(Grid, settings).cells(target.site.width), cfg)
     return 0
 
 

@@ -267,8 +267,8 @@ def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world:
     text, and none is there twice."""
     from transformers import AutoModelForCausalLM
 
-    subject = open_again(finished, world)
-    ids = torch.from_numpy(subject.train.rows(0, 128))
+    target = open_again(finished, world)
+    ids = torch.from_numpy(target.train.rows(0, 128))
     model = AutoModelForCausalLM.from_pretrained(world.root / "gpt2", dtype=torch.float32).eval()
     seen = []
     projection = model.transformer.h[1].mlp.c_proj
@@ -287,8 +287,8 @@ def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world:
 
 def test_no_training_row_is_of_a_held_out_document(finished: Path, world: World):
     """By the document ids in the shards, and by the documents that are evaluated."""
-    subject = open_again(finished, world)
-    held_out = set(subject.held_out.document_ids(0, subject.held_out.n_rows).tolist())
+    target = open_again(finished, world)
+    held_out = set(target.held_out.document_ids(0, target.held_out.n_rows).tolist())
     shards = sorted((finished / "acts").glob("shard-*"))
     trained_on = {i for p in shards for i in load_file(p)["document_ids"].tolist()}
     by_text = {number(text) for text in documents()}
@@ -305,12 +305,12 @@ def number(text: str) -> int:
 
 
 def open_again(finished: Path, world: World):
-    """The subject of the finished run."""
-    from sparse_coding.lm.target import ModelChoice, TextChoice, open_subject
+    """The target of the finished run."""
+    from sparse_coding.lm.target import ModelChoice, TextChoice, open_target
 
     model = ModelChoice(str(world.root / "gpt2"), "", "auto", 1, "mlp_act", "auto", "float16")
     text = TextChoice(str(world.text), "", "text", CONTEXT, "packed", 0.2, 100_000_000)
-    return open_subject(model, text, finished / "acts", device=torch.device("cpu"))
+    return open_target(model, text, finished / "acts", device=torch.device("cpu"))
 
 
 def test_the_manifest_counts_every_row_once(finished: Path):

@@ -14,7 +14,7 @@ from sparse_coding.files import read_tensors, write_tensors
 from sparse_coding.lm.activations import Shards, Statistics, open_activations, statistics
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
-from sparse_coding.lm.target import Subject
+from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import WEIGHTS, SparseAutoencoder, save_sae
 from sparse_coding.sae.spec import Member, Schedule
@@ -220,17 +220,17 @@ class LanguageRecipe:
 
 
 def with_activations(
-    recipe: LanguageRecipe, subject: Subject, *, folder: Path, cells: list[Cell], max_bytes: float
+    recipe: LanguageRecipe, target: Target, *, folder: Path, cells: list[Cell], max_bytes: float
 ) -> LanguageRecipe:
-    """The recipe on activations in the subject's folder, if they fit: harvested if need be, unless
+    """The recipe on activations in the target's folder, if they fit: harvested if need be, unless
     the run in `folder` has all its cells."""
     missing = missing_cells(folder, cells)
     if not missing:
         return recipe
     shards = open_activations(
         recipe.shards,
-        subject.folder,
-        subject.about,
+        target.folder,
+        target.about,
         max_bytes=max_bytes,
         reserve=recipe.disk([cell.n_dict for cell in missing]),
     )

@@ -26,7 +26,7 @@ from sparse_coding.lm.features.collected import FeatureCollector, logit_effects,
 from sparse_coding.lm.features.page import write_feature_page
 from sparse_coding.lm.model import direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density, sae_folder
-from sparse_coding.lm.target import Subject
+from sparse_coding.lm.target import Target
 from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning, load_sae
 from sparse_coding.sweep.grid import Cell
 
@@ -91,7 +91,7 @@ def show(
     *,
     cells: list[Cell],
     recipe: LanguageRecipe,
-    subject: Subject,
+    target: Target,
     choice: ShowChoice,
     context: dict,
 ) -> dict[str, Path]:
@@ -106,7 +106,7 @@ def show(
         _export(folder, sound)
     if sound:
         best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
-        write_page(folder, best, recipe=recipe, subject=subject, n_tokens=choice.n_page_tokens)
+        write_page(folder, best, recipe=recipe, target=target, n_tokens=choice.n_page_tokens)
     figures = _draw(folder, rows, cells, recipe=recipe)
     write_report(
         folder,
@@ -151,7 +151,7 @@ def _draw(
 
 
 def write_page(
-    folder: Path, cell: Cell, *, recipe: LanguageRecipe, subject: Subject, n_tokens: int
+    folder: Path, cell: Cell, *, recipe: LanguageRecipe, target: Target, n_tokens: int
 ) -> None:
     """features.html of one cell.
 
@@ -163,14 +163,14 @@ def write_page(
     for ids, keep, codes in held_out.codes(sae):
         collector.add(ids, codes, keep)
     data = replace(collector.result(), nearest=nearest_features(sae.W_dec))
-    effects = logit_effects(sae.W_dec, partial(direct_logits, subject.lm, subject.site))
+    effects = logit_effects(sae.W_dec, partial(direct_logits, target.lm, target.site))
     if effects is not None:
         data = replace(data, promoted=effects[0], suppressed=effects[1])
     known = sae.about
     write_feature_page(
         folder / "features.html",
         data,
-        token_texts=subject.tokenizer.token_texts(),
+        token_texts=target.tokenizer.token_texts(),
         title=f"Features of {known['model']}, layer {known['layer']} {known['site']}",
         facts={
             "model": known["model"],
@@ -183,9 +183,9 @@ def write_page(
     )
 
 
-def check_fit(sae: SparseAutoencoder, subject: Subject) -> None:
+def check_fit(sae: SparseAutoencoder, target: Target) -> None:
     """Warns if the autoencoder was trained elsewhere. Raises UserError if it can't be used here."""
-    site, name = subject.site, subject.about["model"]
+    site, name = target.site, target.about["model"]
     require(
         sae.activation_dim == site.width,
         f"the autoencoder takes activations of width {sae.activation_dim}, but layer {site.layer} "
@@ -201,7 +201,7 @@ def check_fit(sae: SparseAutoencoder, subject: Subject) -> None:
         "tokens_sha256",
         "model_dtype",
     ):
-        was, here = sae.about.get(key, subject.about[key]), subject.about[key]
+        was, here = sae.about.get(key, target.about[key]), target.about[key]
         if was != here:
             print(f"warning: trained on {key} {was}, evaluated on {here}", file=sys.stderr)
 

@@ -78,7 +78,7 @@ class TextChoice:
 
 
 def flags_of(folder: Path) -> dict:
-    """Flags for the subject of a saved autoencoder, from its provenance; of a foreign one as far as
+    """Flags for the target of a saved autoencoder, from its provenance; of a foreign one as far as
     it says."""
     about = load_sae(folder).about
     names = ("model", "layer", "site", "dataset", "context_length")
@@ -109,7 +109,7 @@ def default_folder(model: ModelChoice, text: TextChoice, device: torch.device) -
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """A model with its tokenizer, a site, a corpus packed to rows of one context each."""
 
     lm: LanguageModel
@@ -166,9 +166,9 @@ class Subject:
         )
 
 
-def open_subject(
+def open_target(
     model: ModelChoice, text: TextChoice, activations_dir: str, *, device: torch.device
-) -> Subject:
+) -> Target:
     """Loads the model; the text's tokens are encoded into activations_dir/text unless they are
     there. "": a folder named after the choices.
 
@@ -203,9 +203,9 @@ def open_subject(
     claim_folder(folder)
     corpus = _open_corpus(text, tokenizer, folder / TEXT)
     train, held_out = _packed(corpus, text, tokenizer)
-    subject = Subject(lm, site, tokenizer, corpus, train, held_out, model, text, folder)
-    check_manifest(folder, subject.about)
-    return subject
+    target = Target(lm, site, tokenizer, corpus, train, held_out, model, text, folder)
+    check_manifest(folder, target.about)
+    return target
 
 
 def _packed(corpus: Corpus, text: TextChoice, tokenizer: Tokenizer) -> Iterator[Packed]:
@@ -230,16 +230,16 @@ def _open_corpus(text: TextChoice, tokenizer: Tokenizer, folder: Path) -> Corpus
     return build_corpus(folder, documents, tokenizer, max_tokens=text.max_text_tokens)
 
 
-def losses(subject: Subject) -> tuple[float, float]:
+def losses(target: Target) -> tuple[float, float]:
     """(model's, unigram model's) mean next-token loss in nats on a sample of the held-out text.
 
     The unigram model's frequencies are those of the corpus's first tokens, one added to each count.
     """
-    lm, text = subject.lm, subject.held_out
+    lm, text = target.lm, target.held_out
     n_rows = min(text.n_rows, -(-SANITY_TOKENS // text.context_length))
     ids = torch.from_numpy(text.rows(0, n_rows))
     of_model = [float(next_token_loss(logits(lm, row), row).mean()) for row in ids.split(1)]
-    first = np.asarray(subject.corpus.tokens[:UNIGRAM_TOKENS]).astype(np.int64)
+    first = np.asarray(target.corpus.tokens[:UNIGRAM_TOKENS]).astype(np.int64)
     counts = torch.bincount(torch.from_numpy(first), minlength=lm.vocab_size) + 1.0
     log_frequency = torch.log(counts / counts.sum())
     return sum(of_model) / len(of_model), -float(log_frequency[ids[:, 1:]].mean())

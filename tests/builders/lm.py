@@ -1,6 +1,6 @@
 """A tiny random-weight language model on disk with its tokenizer, and text for it.
 
-`tiny_subject` opens them as run.py does: model, site, corpus, training and held-out rows.
+`tiny_target` opens them as run.py does: model, site, corpus, training and held-out rows.
 """
 
 import math
@@ -19,7 +19,7 @@ from sparse_coding.lm.activations import Harvester
 from sparse_coding.lm.evaluation import HeldOut
 from sparse_coding.lm.model import LanguageModel
 from sparse_coding.lm.recipe import LanguageRecipe, Optimisation
-from sparse_coding.lm.target import ModelChoice, Subject, TextChoice, open_subject
+from sparse_coding.lm.target import ModelChoice, Target, TextChoice, open_target
 from sparse_coding.sae.saved import SparseAutoencoder
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def write_texts(path: Path, documents: list[str]) -> str:
     return str(path)
 
 
-def tiny_subject(
+def tiny_target(
     root: Path,
     *,
     kind: str = "gpt2",
@@ -79,8 +79,8 @@ def tiny_subject(
     site: str = "mlp_act",
     n_documents: int = 300,
     **changes: object,
-) -> Subject:
-    """What open_subject gives for write_model and write_texts below root, made once.
+) -> Target:
+    """What open_target gives for write_model and write_texts below root, made once.
 
     changes: of ModelChoice and TextChoice
     """
@@ -97,22 +97,22 @@ def tiny_subject(
     text |= {k: v for k, v in changes.items() if k in text}
     assert changes.keys() <= model.keys() | text.keys()
     folder = root / fingerprint(model | text)
-    return open_subject(ModelChoice(**model), TextChoice(**text), str(folder), device=CPU)
+    return open_target(ModelChoice(**model), TextChoice(**text), str(folder), device=CPU)
 
 
-def demo_subject(root: Path, **changes: object) -> Subject:
+def demo_target(root: Path, **changes: object) -> Target:
     """The small real model in assets/ on the source text of this package: layer 1, mlp_act."""
     if not (parquet := root / "source.parquet").exists():
         sources = sorted((ROOT / "sparse_coding").rglob("*.py"))
         write_texts(parquet, [path.read_text() or path.name for path in sources])
     options = dict(model="demo", dataset=str(parquet), context_length=128) | changes
-    return tiny_subject(root, **options)
+    return tiny_target(root, **options)
 
 
-def harvester_of(subject: Subject, **changes: object) -> Harvester:
-    dtype = getattr(torch, subject.model.store_dtype)
+def harvester_of(target: Target, **changes: object) -> Harvester:
+    dtype = getattr(torch, target.model.store_dtype)
     options = dict(store_dtype=dtype, lm_batch_size=8, n_tokens=10**9) | changes
-    return Harvester(subject.lm, subject.site, subject.train, **options)
+    return Harvester(target.lm, target.site, target.train, **options)
 
 
 def all_rows(shards) -> torch.Tensor:
@@ -124,19 +124,19 @@ def bits(rows: torch.Tensor) -> Counter:
     return Counter(row.tobytes() for row in rows.contiguous().view(torch.int16).numpy())
 
 
-def held_out_of(subject: Subject, **changes: object) -> HeldOut:
+def held_out_of(target: Target, **changes: object) -> HeldOut:
     options = dict(n_tokens=10**9, lm_batch_size=8) | changes
-    return HeldOut(subject.lm, subject.site, subject.held_out, **options)
+    return HeldOut(target.lm, target.site, target.held_out, **options)
 
 
-def recipe_of(subject: Subject, *, n_eval_tokens: int = 1000, **changes: object) -> LanguageRecipe:
+def recipe_of(target: Target, *, n_eval_tokens: int = 1000, **changes: object) -> LanguageRecipe:
     """Four shards mixed at a time; changes: of Optimisation."""
     options = dict(n_tokens=6400, batch_size=64, lr=3e-3, l1_normalisation="sum", warmup=0.1,
                    l1_warmup=0.2, decay=0.3, shuffle_gb=0.0005) | changes  # fmt: skip
     optimisation = Optimisation(**options)
-    harvester = harvester_of(subject, n_tokens=optimisation.n_tokens)
-    held_out = held_out_of(subject, n_tokens=n_eval_tokens)
-    return LanguageRecipe(harvester, held_out, optimisation, subject.provenance)
+    harvester = harvester_of(target, n_tokens=optimisation.n_tokens)
+    held_out = held_out_of(target, n_tokens=n_eval_tokens)
+    return LanguageRecipe(harvester, held_out, optimisation, target.provenance)
 
 
 @torch.no_grad()

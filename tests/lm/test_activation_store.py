@@ -1,4 +1,4 @@
-"""Shards on disk: written once, resumed, checked, of one subject; or computed as they are read."""
+"""Shards on disk: written once, resumed, checked, of one target; or computed as they are read."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders.lm import CONTEXT, all_rows, bits, harvester_of, texts, tiny_subject
+from builders.lm import CONTEXT, all_rows, bits, harvester_of, texts, tiny_target
 
 from sparse_coding.config import UserError
 from sparse_coding.files import read_tensor_info, read_tensors
@@ -31,7 +31,7 @@ TEXTS_PER_SHARD = 100  # rows of text: 8 shards
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
+    return tmp_path_factory.mktemp("targets")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def harvester(root) -> Harvester:
-    return harvester_of(tiny_subject(root))
+    return harvester_of(tiny_target(root))
 
 
 ABOUT = {"model": "m", "layer": 1, "store_dtype": "float16"}

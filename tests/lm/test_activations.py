@@ -14,7 +14,7 @@ from builders.lm import (
     bits,
     harvester_of,
     hooked,
-    tiny_subject,
+    tiny_target,
 )
 
 from sparse_coding.config import UserError
@@ -28,7 +28,7 @@ TEXTS_PER_SHARD = 100  # rows of text: 8 shards
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
+    return tmp_path_factory.mktemp("targets")
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +38,17 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def harvester(root) -> Harvester:
-    return harvester_of(tiny_subject(root))
+    return harvester_of(tiny_target(root))
 
 
 def by_hand(root: Path, kind: str, layer: int, site: str, *, batch: int) -> torch.Tensor:
     """Activations in float32 of all tokens that count, from whole forward passes."""
-    subject = tiny_subject(root, kind=kind, layer=layer, site=site)
+    target = tiny_target(root, kind=kind, layer=layer, site=site)
     rows = []
-    for first in range(0, subject.train.n_rows, batch):
-        last = min(first + batch, subject.train.n_rows)
-        ids = torch.from_numpy(subject.train.rows(first, last))
-        x, _ = hooked(subject.lm, kind, layer, site, ids)
+    for first in range(0, target.train.n_rows, batch):
+        last = min(first + batch, target.train.n_rows)
+        ids = torch.from_numpy(target.train.rows(first, last))
+        x, _ = hooked(target.lm, kind, layer, site, ids)
         rows.append(x[:, 1:][ids[:, 1:] != SEPARATOR])
     return torch.cat(rows)
 
@@ -56,10 +56,10 @@ def by_hand(root: Path, kind: str, layer: int, site: str, *, batch: int) -> torc
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("site", SITES)
 def test_rows_are_those_of_an_independent_hook_each_token_once(root, monkeypatch, kind, site):
-    subject = tiny_subject(root, kind=kind, layer=2, site=site)
-    row_bytes = CONTEXT * subject.site.width * 2
+    target = tiny_target(root, kind=kind, layer=2, site=site)
+    row_bytes = CONTEXT * target.site.width * 2
     monkeypatch.setattr(activations, "SHARD_BYTES", TEXTS_PER_SHARD * row_bytes)
-    harvester = harvester_of(subject, lm_batch_size=20)
+    harvester = harvester_of(target, lm_batch_size=20)
     expected = by_hand(root, kind, 2, site, batch=20)
     rows = all_rows(harvester)
     assert len(harvester.rows) == 8
@@ -86,21 +86,21 @@ def test_a_shard_has_the_rows_of_its_stretch_of_text_in_a_random_order(root, har
 
 def test_the_forward_passes_batch_size_changes_rounding_only(root):
     one, many = (
-        all_rows(harvester_of(tiny_subject(root), lm_batch_size=n)).float() for n in (1, 64)
+        all_rows(harvester_of(tiny_target(root), lm_batch_size=n)).float() for n in (1, 64)
     )
     assert float((one - many).norm() / one.norm()) < 1e-3
     assert float((one - many).abs().max() / one.abs().max()) < 1e-3
 
 
 def test_only_as_many_shards_are_made_as_hold_the_wished_tokens(root, harvester):
-    subject, rows = tiny_subject(root), harvester.rows
-    ids = subject.train.rows(0, subject.train.n_rows)
+    target, rows = tiny_target(root), harvester.rows
+    ids = target.train.rows(0, target.train.n_rows)
     assert sum(rows) == int((ids[:, 1:] != SEPARATOR).sum())
     assert rows[0] == int((ids[:TEXTS_PER_SHARD, 1:] != SEPARATOR).sum())
-    assert [harvester.span(k) for k in (0, 7)] == [(0, 100), (700, subject.train.n_rows)]
-    assert harvester_of(subject, n_tokens=1).rows == rows[:1]
-    assert harvester_of(subject, n_tokens=rows[0]).rows == rows[:1]
-    assert harvester_of(subject, n_tokens=rows[0] + 1).rows == rows[:2]
+    assert [harvester.span(k) for k in (0, 7)] == [(0, 100), (700, target.train.n_rows)]
+    assert harvester_of(target, n_tokens=1).rows == rows[:1]
+    assert harvester_of(target, n_tokens=rows[0]).rows == rows[:1]
+    assert harvester_of(target, n_tokens=rows[0] + 1).rows == rows[:2]
     assert harvester.n_bytes == sum(rows) * WIDTH * 2
 
 
@@ -117,12 +117,12 @@ def test_rows_in_bfloat16(root, harvester):
 
 
 def test_what_float16_can_not_hold_is_refused_and_bfloat16_can(root):
-    subject = tiny_subject(root, site="resid_post", layer=0)
+    target = tiny_target(root, site="resid_post", layer=0)
     with torch.no_grad():
-        subject.lm.model.transformer.wpe.weight[3] *= 1e6
+        target.lm.model.transformer.wpe.weight[3] *= 1e6
     with pytest.raises(UserError, match=r"layer 0 resid_post .*--store-dtype bfloat16"):
-        harvester_of(subject).load(0)
-    assert harvester_of(subject, store_dtype=torch.bfloat16).load(0).abs().max() > 1e5
+        harvester_of(target).load(0)
+    assert harvester_of(target, store_dtype=torch.bfloat16).load(0).abs().max() > 1e5
 
 
 # --- statistics ---

@@ -10,11 +10,11 @@ from builders.lm import (
     CONTEXT,
     KINDS,
     SEPARATOR,
-    demo_subject,
+    demo_target,
     held_out_of,
     hooked,
     metrics_by_hand,
-    tiny_subject,
+    tiny_target,
 )
 
 from sparse_coding.lm.evaluation import HeldOut, evaluate
@@ -28,7 +28,7 @@ METRICS = ["fvu", "l0", "mse", "dead_fraction", "ce_clean", "ce_spliced", "ce_ze
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
+    return tmp_path_factory.mktemp("targets")
 
 
 def random_sae(width: int, seed: int = 0) -> SparseAutoencoder:
@@ -43,14 +43,14 @@ def random_sae(width: int, seed: int = 0) -> SparseAutoencoder:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("site", SITES)
 def test_metrics_equal_an_independent_computation_for_two_batch_sizes(root, kind, site):
-    subject = tiny_subject(root, kind=kind, layer=1, site=site)
-    sae = random_sae(subject.site.width)
-    mean = torch.linspace(-1, 1, subject.site.width)
-    expected = metrics_by_hand(held_out_of(subject, n_tokens=N_TOKENS), kind, sae, mean)
+    target = tiny_target(root, kind=kind, layer=1, site=site)
+    sae = random_sae(target.site.width)
+    mean = torch.linspace(-1, 1, target.site.width)
+    expected = metrics_by_hand(held_out_of(target, n_tokens=N_TOKENS), kind, sae, mean)
     density = expected.pop("density")
     assert N_DEAD / N_DICT <= expected["dead_fraction"] < 1  # the planted ones, not all
     for lm_batch_size in (3, 20):
-        held_out = held_out_of(subject, n_tokens=N_TOKENS, lm_batch_size=lm_batch_size)
+        held_out = held_out_of(target, n_tokens=N_TOKENS, lm_batch_size=lm_batch_size)
         (found,) = evaluate(held_out, [sae], mean=mean)
         assert list(found.values) == METRICS
         assert found.values == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
@@ -58,7 +58,7 @@ def test_metrics_equal_an_independent_computation_for_two_batch_sizes(root, kind
 
 
 def test_an_autoencoders_values_do_not_depend_on_the_others(root):
-    held_out = held_out_of(tiny_subject(root), n_tokens=N_TOKENS)
+    held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS)
     saes, mean = [random_sae(40, seed) for seed in (0, 1)], torch.ones(40)
     together = evaluate(held_out, saes, mean=mean)
     for sae, found in zip(saes, together, strict=True):
@@ -69,21 +69,21 @@ def test_an_autoencoders_values_do_not_depend_on_the_others(root):
 
 
 def test_tokens_are_rounded_up_to_rows_and_never_exceed_the_text(root):
-    subject = tiny_subject(root)
-    held_out = held_out_of(subject, n_tokens=5 * CONTEXT + 1, lm_batch_size=4)
+    target = tiny_target(root)
+    held_out = held_out_of(target, n_tokens=5 * CONTEXT + 1, lm_batch_size=4)
     assert held_out.n_rows == 6
     batches = list(held_out.batches())
     assert [len(ids) for ids, _ in batches] == [4, 2]
     ids, keep = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert torch.equal(ids, torch.from_numpy(subject.held_out.rows(0, 6)))
+    assert torch.equal(ids, torch.from_numpy(target.held_out.rows(0, 6)))
     assert torch.equal(keep[:, 1:], ids[:, 1:] != SEPARATOR)
     assert not keep[:, 0].any()
     assert held_out.n_kept == int(keep.sum())
-    assert held_out_of(subject, n_tokens=10**9).n_rows == subject.held_out.n_rows
+    assert held_out_of(target, n_tokens=10**9).n_rows == target.held_out.n_rows
 
 
 def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):
-    held_out = held_out_of(tiny_subject(root), n_tokens=N_TOKENS, lm_batch_size=6)
+    held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS, lm_batch_size=6)
     sae = random_sae(40)
     ids, keep, codes = (torch.cat(parts) for parts in zip(*held_out.codes(sae), strict=True))
     x, _ = hooked(held_out.lm, "gpt2", 1, "mlp_act", ids)
@@ -97,7 +97,7 @@ def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):
 def test_a_model_in_bfloat16_gives_nearly_the_same(root):
     sae, mean = random_sae(40), torch.ones(40)
     exact, rough = (
-        evaluate(held_out_of(tiny_subject(root, dtype=d), n_tokens=N_TOKENS), [sae], mean=mean)[0]
+        evaluate(held_out_of(tiny_target(root, dtype=d), n_tokens=N_TOKENS), [sae], mean=mean)[0]
         for d in ("float32", "bfloat16")
     )
     for name in ("fvu", "l0", "mse", "ce_clean", "ce_spliced", "ce_zero", "ce_mean"):
@@ -110,7 +110,7 @@ def test_a_model_in_bfloat16_gives_nearly_the_same(root):
 
 @pytest.fixture(scope="module")
 def learned(root) -> HeldOut:
-    return held_out_of(demo_subject(root), n_tokens=4000)
+    return held_out_of(demo_target(root), n_tokens=4000)
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +165,10 @@ def test_zero_recovers_nothing(learned, x):
 
 
 def test_where_ablation_costs_nothing_ce_recovered_has_no_value(root):
-    subject = tiny_subject(root)
+    target = tiny_target(root)
     with torch.no_grad():
-        subject.lm.model.transformer.h[1].mlp.c_proj.weight.zero_()
-    held_out = replace(held_out_of(subject), n_tokens=N_TOKENS)
+        target.lm.model.transformer.h[1].mlp.c_proj.weight.zero_()
+    held_out = replace(held_out_of(target), n_tokens=N_TOKENS)
     (found,) = evaluate(held_out, [random_sae(40)], mean=torch.ones(40))
     assert math.isnan(found.values["ce_recovered"])
     assert found.values["ce_zero"] == found.values["ce_clean"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.lm import hooked, metrics_by_hand, recipe_of, tiny_subject
+from builders.lm import hooked, metrics_by_hand, recipe_of, tiny_target
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +37,7 @@ WIDTH = 40
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
+    return tmp_path_factory.mktemp("targets")
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,10 @@ def small_shards(monkeypatch):
 
 def on_disk(root: Path, **changes) -> LanguageRecipe:
     """On stored activations, all of them."""
-    subject = tiny_subject(root)
-    recipe = recipe_of(subject, **changes)
+    target = tiny_target(root)
+    recipe = recipe_of(target, **changes)
     everything = replace(recipe, shards=replace(recipe.shards, n_tokens=10**9))
-    return with_activations(everything, subject, folder=root / "run", cells=cells(), max_bytes=1e9)
+    return with_activations(everything, target, folder=root / "run", cells=cells(), max_bytes=1e9)
 
 
 @pytest.fixture
@@ -310,15 +310,15 @@ class Busy:
 
 
 def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones(root):
-    subject = tiny_subject(root)
-    streamed = recipe_of(subject, shuffle_gb=0.0001)
+    target = tiny_target(root)
+    streamed = recipe_of(target, shuffle_gb=0.0001)
     run = dict(folder=root / "run", cells=cells())
-    stored = with_activations(streamed, subject, **run, max_bytes=1e9)
+    stored = with_activations(streamed, target, **run, max_bytes=1e9)
     assert isinstance(stored.shards, Store)
-    manifest = json.loads((subject.folder / "manifest.json").read_text())
-    assert manifest["about"] == subject.about
+    manifest = json.loads((target.folder / "manifest.json").read_text())
+    assert manifest["about"] == target.about
     # what is there is used, whatever the limit is now
-    assert isinstance(with_activations(streamed, subject, **run, max_bytes=1).shards, Store)
+    assert isinstance(with_activations(streamed, target, **run, max_bytes=1).shards, Store)
     streamed = replace(streamed, shards=Busy(streamed.shards))
     tasks = [trained(r.prepare(cells()), range(30)) for r in (streamed, stored)]
     for name, tensor in tasks[0].ensemble.state().items():
@@ -328,15 +328,15 @@ def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones
 
 
 def test_nothing_is_harvested_for_a_run_that_has_all_its_cells(root, tmp_path):
-    subject = tiny_subject(root, held_out=0.25)
-    recipe, group = recipe_of(subject), cells()
+    target = tiny_target(root, held_out=0.25)
+    recipe, group = recipe_of(target), cells()
     for cell in group:
         write_json(tmp_path / row_path(cell), {})
     run = dict(folder=tmp_path, max_bytes=1e9)
-    assert with_activations(recipe, subject, cells=group, **run) is recipe
-    assert not list(subject.folder.glob("shard-*"))
+    assert with_activations(recipe, target, cells=group, **run) is recipe
+    assert not list(target.folder.glob("shard-*"))
     (tmp_path / row_path(group[2])).unlink()
-    assert isinstance(with_activations(recipe, subject, cells=group, **run).shards, Store)
+    assert isinstance(with_activations(recipe, target, cells=group, **run).shards, Store)
 
 
 # --- plans ---
@@ -393,14 +393,14 @@ def test_the_disk_plan_covers_autoencoders_and_three_checkpoints(recipe, tmp_pat
 
 
 def test_shares_of_the_steps_become_steps(root):
-    subject = tiny_subject(root)
+    target = tiny_target(root)
 
     def schedule(**changes) -> Schedule:
         options = dict(n_tokens=64 * 200, warmup=0.0, l1_warmup=0.0, decay=0.0) | changes
-        return recipe_of(subject, **options).optimisation.schedule(256)
+        return recipe_of(target, **options).optimisation.schedule(256)
 
     assert schedule() == Schedule(200, 0, 0, None)
-    at_gpt2s_width = recipe_of(subject, n_tokens=64 * 200).optimisation.schedule(3072)
+    at_gpt2s_width = recipe_of(target, n_tokens=64 * 200).optimisation.schedule(3072)
     assert at_gpt2s_width.eps == pytest.approx(1e-8 / 144)
     assert schedule(warmup=0.02, l1_warmup=0.05, decay=0.2) == Schedule(200, 4, 10, 160)
     assert schedule(warmup=1.0, l1_warmup=1.0, decay=1.0) == Schedule(200, 200, 200, 0)
@@ -410,7 +410,7 @@ def test_shares_of_the_steps_become_steps(root):
 
 
 def test_the_buffer_is_of_the_given_size(root):
-    o = recipe_of(tiny_subject(root), shuffle_gb=0.5).optimisation
+    o = recipe_of(tiny_target(root), shuffle_gb=0.5).optimisation
     assert o.buffer_rows(3072) == 81380  # 5e8 / (2 · 3072) = 81380.2
 
 
@@ -431,4 +431,4 @@ def test_the_buffer_is_of_the_given_size(root):
 )
 def test_constants_out_of_range_are_refused_by_their_flag(root, change, message):
     with pytest.raises(UserError, match=message):
-        recipe_of(tiny_subject(root), **change)
+        recipe_of(tiny_target(root), **change)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.lm import CPU, demo_subject, held_out_of, recipe_of, tiny_subject
+from builders.lm import CPU, demo_target, held_out_of, recipe_of, tiny_target
 
 from sparse_coding.config import UserError
 from sparse_coding.files import write_json
@@ -35,7 +35,7 @@ NAN = math.nan
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
+    return tmp_path_factory.mktemp("targets")
 
 
 def row(fvu: float, l0: float, **values) -> dict:
@@ -113,7 +113,7 @@ def sae_of(width: int, **about) -> SparseAutoencoder:
 
 def test_an_autoencoder_of_another_width_is_refused(root):
     with pytest.raises(UserError, match=r"width 16, but layer 1 mlp_act of .* has width 40"):
-        check_fit(sae_of(16), tiny_subject(root))
+        check_fit(sae_of(16), tiny_target(root))
 
 
 @pytest.mark.parametrize(
@@ -128,12 +128,12 @@ def test_an_autoencoder_of_another_width_is_refused(root):
     ],
 )
 def test_an_autoencoder_trained_elsewhere_is_warned_of_by_what_differs(root, capsys, name, value):
-    subject = tiny_subject(root)
-    ours = subject.about
-    check_fit(sae_of(40, **ours), subject)
-    check_fit(sae_of(40), subject)  # says nothing of where it comes from
+    target = tiny_target(root)
+    ours = target.about
+    check_fit(sae_of(40, **ours), target)
+    check_fit(sae_of(40), target)  # says nothing of where it comes from
     assert capsys.readouterr().err == ""
-    check_fit(sae_of(40, **(ours | {name: value})), subject)
+    check_fit(sae_of(40, **(ours | {name: value})), target)
     expected = f"warning: trained on {name} {value}, evaluated on {ours[name]}\n"
     assert capsys.readouterr().err == expected
 
@@ -143,15 +143,15 @@ def test_an_autoencoder_trained_elsewhere_is_warned_of_by_what_differs(root, cap
 
 @pytest.fixture(scope="module")
 def shown(root, tmp_path_factory):
-    """(folder, rows, cells, recipe, subject, figures) of a small sweep on the demo model."""
+    """(folder, rows, cells, recipe, target, figures) of a small sweep on the demo model."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparse_coding.figures.heatmap.DPI", 20)
         patch.setattr(activations, "SHARD_BYTES", 20 * 128 * 256 * 2)
-        subject = demo_subject(root)  # where ce_recovered has values to draw
+        target = demo_target(root)  # where ce_recovered has values to draw
         cells = make_grid(256, seeds=range(1), l1_exps=range(-12, -9), size_exps=range(-2, 0))
         run = dict(folder=folder, cells=cells)
-        recipe = with_activations(recipe_of(subject), subject, **run, max_bytes=1e9)
+        recipe = with_activations(recipe_of(target), target, **run, max_bytes=1e9)
         task = recipe.prepare(cells)
         for step in range(60):
             task.ensemble.step_(task.batch_at(step))
@@ -160,9 +160,9 @@ def shown(root, tmp_path_factory):
             write_json(folder / row_path(cell), one | {"seconds": 1.0})
         rows = recipe.merged(folder, cells)
         choice = ShowChoice(page_l0=8.0, n_page_tokens=2000, export="dictionary_learning")
-        figures = show(folder, rows, cells=cells, recipe=recipe, subject=subject, choice=choice,
+        figures = show(folder, rows, cells=cells, recipe=recipe, target=target, choice=choice,
                        context={"command": "python run.py --some-flag"})  # fmt: skip
-    return folder, rows, cells, recipe, subject, figures
+    return folder, rows, cells, recipe, target, figures
 
 
 def test_show_writes_every_figure_with_its_data_and_names_them(shown):
@@ -196,26 +196,26 @@ def test_the_page_of_features_is_of_the_best_cell(shown):
 
 
 def test_the_page_looks_at_held_out_text_by_the_raw_autoencoder(shown, tmp_path, monkeypatch):
-    folder, _, cells, recipe, subject, _ = shown
+    folder, _, cells, recipe, target, _ = shown
     seen = {}
 
     def keep(path, data, **more) -> None:
         seen.update(data=data, **more)
 
     monkeypatch.setattr(lm_results, "write_feature_page", keep)
-    write_page(folder, cells[4], recipe=recipe, subject=subject, n_tokens=2000)
+    write_page(folder, cells[4], recipe=recipe, target=target, n_tokens=2000)
     data = seen["data"]
-    held_out = held_out_of(subject, n_tokens=2000)
+    held_out = held_out_of(target, n_tokens=2000)
     assert data.n_tokens == held_out.n_kept
     sae = load_sae(sae_folder(folder, cells[4]))
     codes = torch.cat([codes[keep] for _, keep, codes in held_out.codes(sae)])
     assert data.n_active.tolist() == (codes > 0).sum(dim=0).tolist()
     assert data.max_activation.tolist() == pytest.approx(codes.amax(dim=0).tolist(), rel=1e-5)
-    assert len(seen["token_texts"]) == subject.lm.vocab_size
+    assert len(seen["token_texts"]) == target.lm.vocab_size
     cosine = sae.W_dec @ sae.W_dec.T - 2 * torch.eye(sae.n_dict)
     assert data.nearest.index[:, 0].tolist() == cosine.argmax(dim=1).tolist()
     # the direct path: down projection, final norm's gain, unembedding
-    gpt2 = subject.lm.model
+    gpt2 = target.lm.model
     effect = sae.W_dec @ gpt2.transformer.h[1].mlp.c_proj.weight
     effect = (effect - effect.mean(dim=1, keepdim=True)) * gpt2.transformer.ln_f.weight
     logits = effect @ gpt2.lm_head.weight.T
@@ -224,13 +224,13 @@ def test_the_page_looks_at_held_out_text_by_the_raw_autoencoder(shown, tmp_path,
 
 
 def test_a_page_can_be_made_where_ablation_costs_nothing(root, tmp_path):
-    subject = tiny_subject(root)
-    recipe = recipe_of(subject)
+    target = tiny_target(root)
+    recipe = recipe_of(target)
     (cell,) = make_grid(40, seeds=range(1), l1_exps=range(-9, -8), size_exps=range(1))
     ((one, tensors),) = recipe.prepare([cell]).evaluate()
     assert math.isnan(one["ce_recovered"])
     recipe.save(tmp_path, cell, tensors, one)
-    write_page(tmp_path, cell, recipe=recipe, subject=subject, n_tokens=200)
+    write_page(tmp_path, cell, recipe=recipe, target=target, n_tokens=200)
     assert cell.name in (tmp_path / "features.html").read_text()
 
 
@@ -266,7 +266,7 @@ def test_the_density_figures_data_are_counts_of_the_saved_densities(shown):
 def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monkeypatch):
     """And what was shown is on record, for a later choice."""
     monkeypatch.setattr("sparse_coding.figures.heatmap.DPI", 20)
-    folder, rows, cells, recipe, subject, _ = shown
+    folder, rows, cells, recipe, target, _ = shown
     best = rows.index(best_row(rows, most_l0=8.0))
     for k, cell in enumerate(cells):
         sae = load_sae(sae_folder(folder, cell))
@@ -276,7 +276,7 @@ def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monke
     bad = dict.fromkeys(("fvu", "mse", "ce_spliced", "ce_recovered"), NAN)
     with_nan = [one | bad if k == best else one for k, one in enumerate(rows)]
     choice = ShowChoice(page_l0=8.0, n_page_tokens=500, export="dictionary_learning")
-    show(tmp_path, with_nan, cells=cells, recipe=recipe, subject=subject, choice=choice,
+    show(tmp_path, with_nan, cells=cells, recipe=recipe, target=target, choice=choice,
          context={})  # fmt: skip
     exported = {path.name for path in (tmp_path / "dictionary_learning").iterdir()}
     assert exported == {cell.name for cell in cells} - {cells[best].name}
