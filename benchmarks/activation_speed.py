@@ -165,9 +165,9 @@ def main(argv: list[str]) -> int:
         settings = run.Config(**options)
         target, recipe = run.open_target_of(settings, device)
         print(f"{describe(device)}, {precision}, torch {torch.__version__}")
-        compare_harvest(recipe.shards, cfg.n_repeats)
-        store = open_store(Path(folder) / "store", recipe.shards, about={})
-        recipe = dataclasses.replace(recipe, shards=store)
+        compare_harvest(recipe.chunks, cfg.n_repeats)
+        store = open_store(Path(folder) / "store", recipe.chunks, about={})
+        recipe = dataclasses.replace(recipe, chunks=store)
         compare_training(recipe, pick(Grid, settings).cells(target.site.width), cfg)
     return 0
 

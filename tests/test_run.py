@@ -175,7 +175,7 @@ def numbers_in(cwd: Path) -> dict[str, bytes | list]:
 def assert_same_numbers(cwd: Path, finished: Path, *, store: bool = True) -> None:
     ours, theirs = numbers_in(cwd), numbers_in(finished)
     if not store:
-        theirs = {k: v for k, v in theirs.items() if not k.startswith("acts/shard-")}
+        theirs = {k: v for k, v in theirs.items() if not k.startswith("acts/chunk-")}
         del theirs["acts/manifest.json"]
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
@@ -263,7 +263,7 @@ def test_the_table_has_the_promised_columns_and_one_row_per_cell(finished: Path)
 
 
 def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world: World):
-    """Every row of the first shard, in float16, is an activation of the model on some training
+    """Every row of the first chunk, in float16, is an activation of the model on some training
     text, and none is there twice."""
     from transformers import AutoModelForCausalLM
 
@@ -277,7 +277,7 @@ def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world:
         model(ids)
     keep = (ids != 0) & (torch.arange(CONTEXT) > 0)
     expected = seen[0][keep]
-    rows = load_file(finished / "acts/shard-00000.safetensors")["activations"].float()
+    rows = load_file(finished / "acts/chunk-00000.safetensors")["activations"].float()
     assert rows.shape == expected.shape
     # no two rows are equal up to rounding, so the order of a projection is that of the rows
     by = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
@@ -286,13 +286,13 @@ def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world:
 
 
 def test_no_training_row_is_of_a_held_out_document(finished: Path, world: World):
-    """By the document ids in the shards, and by the documents that are evaluated."""
+    """By the document ids in the chunks, and by the documents that are evaluated."""
     target = open_again(finished, world)
     held_out = set(target.held_out.document_ids(0, target.held_out.n_rows).tolist())
-    shards = sorted((finished / "acts").glob("shard-*"))
-    trained_on = {i for p in shards for i in load_file(p)["document_ids"].tolist()}
+    chunks = sorted((finished / "acts").glob("chunk-*"))
+    trained_on = {i for p in chunks for i in load_file(p)["document_ids"].tolist()}
     by_text = {number(text) for text in documents()}
-    assert len(shards) == 7
+    assert len(chunks) == 7
     assert trained_on | held_out <= by_text
     assert len(held_out) > 50
     assert held_out & trained_on == set()
@@ -315,15 +315,15 @@ def open_again(finished: Path, world: World):
 
 def test_the_manifest_counts_every_row_once(finished: Path):
     manifest = json.loads((finished / "acts/manifest.json").read_text())
-    shards = {p.name: load_file(p)["activations"] for p in (finished / "acts").glob("shard-*")}
-    assert manifest["shards"].keys() == shards.keys()
-    for name, rows in shards.items():
-        about = manifest["shards"][name]
+    chunks = {p.name: load_file(p)["activations"] for p in (finished / "acts").glob("chunk-*")}
+    assert manifest["chunks"].keys() == chunks.keys()
+    for name, rows in chunks.items():
+        about = manifest["chunks"][name]
         assert about["rows"] == len(rows)
         assert about["sha256"] == hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    assert manifest["n_rows"] == sum(len(rows) for rows in shards.values()) >= 12000
-    assert manifest["about"]["layer"] == 1
-    assert manifest["about"]["site"] == "mlp_act"
+    assert manifest["n_rows"] == sum(len(rows) for rows in chunks.values()) >= 12000
+    assert manifest["metadata"]["layer"] == 1
+    assert manifest["metadata"]["site"] == "mlp_act"
 
 
 def test_evaluate_prints_the_numbers_of_the_table(
@@ -336,7 +336,7 @@ def test_evaluate_prints_the_numbers_of_the_table(
         assert done.code == 0, done.err
         assert done.err_lines == []
         assert printed(done.out) == {name: f"{float(row[name]):.6g}" for name in METRICS}
-    assert not list(tmp_path.rglob("shard-*"))
+    assert not list(tmp_path.rglob("chunk-*"))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -374,9 +374,9 @@ def test_shards_and_then_the_command_without_give_the_single_runs_table(
 
     def stop_the_first_in_its_harvest() -> bool:
         started.append(run_server.start(*flags, "--shard", "1/2", cwd=tmp_path))
-        started[-1].wait_until(lambda: n_shards(tmp_path))
+        started[-1].wait_until(lambda: n_chunks(tmp_path))
         started[-1].signal(signal.SIGSTOP)
-        return n_shards(tmp_path) < 7
+        return n_chunks(tmp_path) < 7
 
     until_in_time(stop_the_first_in_its_harvest, tmp_path)
     *late, first = started
@@ -419,7 +419,7 @@ def test_a_store_is_used_again_by_a_sweep_of_other_constants_and_grows_with_n_to
     flags = [*world.flags(), *PLACES]
     less = run_server.run(*flags, "--n-tokens", "4000", cwd=tmp_path)
     assert less.code == 0, less.err
-    assert len(list((tmp_path / "acts").glob("shard-*"))) == 3
+    assert len(list((tmp_path / "acts").glob("chunk-*"))) == 3
     (tmp_path / "run").rename(tmp_path / "run of less")
     before = bytes_under(tmp_path / "acts")
     other = run_server.run(*flags, "--n-tokens", "4000", "--lr", "1e-4", cwd=tmp_path)
@@ -454,8 +454,8 @@ def until_in_time(attempt: Callable[[], bool], cwd: Path) -> None:
     pytest.fail("five times too late")
 
 
-def n_shards(cwd: Path) -> int:
-    return len(list((cwd / "acts").glob("shard-*")))
+def n_chunks(cwd: Path) -> int:
+    return len(list((cwd / "acts").glob("chunk-*")))
 
 
 def step(cwd: Path) -> int:
@@ -471,8 +471,8 @@ def test_runs_killed_in_harvest_and_training_end_with_the_same_bits_and_no_litte
 
     def kill_four_times() -> bool:
         for least in (1, 3):
-            killed(run_server.start(*flags, cwd=tmp_path), lambda: n_shards(tmp_path) >= least)  # noqa: B023
-        in_harvest = n_shards(tmp_path) < 7
+            killed(run_server.start(*flags, cwd=tmp_path), lambda: n_chunks(tmp_path) >= least)  # noqa: B023
+        in_harvest = n_chunks(tmp_path) < 7
         for least in (20, 100):
             killed(run_server.start(*flags, cwd=tmp_path), lambda: step(tmp_path) >= least)  # noqa: B023
         return in_harvest and step(tmp_path) < N_STEPS
@@ -509,16 +509,16 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     def reached() -> bool:
         if phase == "training":
             return step(tmp_path) > 20
-        # seven small shards can be there before the signal is: after two such tries, before them
+        # seven small chunks can be there before the signal is: after two such tries, before them
         early = len(ended) >= 2 and (tmp_path / "acts/text/corpus.json").exists()
-        return n_shards(tmp_path) > 0 or early
+        return n_chunks(tmp_path) > 0 or early
 
     def interrupt() -> bool:
         process = run_server.start(*flags, cwd=tmp_path)
         process.wait_until(reached)
         process.signal(signal.SIGINT)
         ended.append(process.wait())
-        whole = n_shards(tmp_path) == 7
+        whole = n_chunks(tmp_path) == 7
         return not whole if phase == "harvest" else ended[-1].code != 0
 
     until_in_time(interrupt, tmp_path)
@@ -548,11 +548,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_refused_by_name_and_harvested_again_once_deleted(
+def test_a_damaged_chunk_is_refused_by_name_and_harvested_again_once_deleted(
     damage: str, finished: Path, world: World, run_server: Server, tmp_path: Path
 ):
     shutil.copytree(finished / "acts", tmp_path / "acts")
-    path = tmp_path / "acts/shard-00002.safetensors"
+    path = tmp_path / "acts/chunk-00002.safetensors"
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     flags = [*world.flags(), *PLACES]
     assert_refused(run_server.run(*flags, cwd=tmp_path), path.name, "delete it")
@@ -631,7 +631,7 @@ def test_a_nanogpt_checkpoint_needs_only_the_bin_of_prepare(
     assert (done.code, done.err_lines) == (0, []), done.err
     # the middle layer, the longest context, l1_alpha around 10^(-13/4) at width 64
     assert "site: layer 1 of 0 to 1, mlp_act, width 64" in done.out
-    manifest = json.loads((tmp_path / "acts/manifest.json").read_text())["about"]
+    manifest = json.loads((tmp_path / "acts/manifest.json").read_text())["metadata"]
     assert (manifest["layer"], manifest["context_length"]) == (1, 32)
     assert manifest["tokenizer"] == "vocab:tokenizer.json"
     exps = [round(4 * math.log10(float(row["l1_alpha"]))) for row in table(tmp_path / "run")]
@@ -757,7 +757,7 @@ def test_a_store_of_something_else_is_refused_with_what_differs_and_stays_as_it_
     assert bytes_under(tmp_path) == {}
 
 
-@pytest.mark.parametrize("make", ["file", "below a file", "foreign", "foreign shards"])
+@pytest.mark.parametrize("make", ["file", "below a file", "foreign", "foreign chunks"])
 def test_an_activations_directory_that_is_not_ours_is_refused_and_stays_as_it_is(
     make: str, world: World, run_server: Server, tmp_path: Path
 ):
@@ -766,7 +766,7 @@ def test_an_activations_directory_that_is_not_ours_is_refused_and_stays_as_it_is
         mine.write_text("years of work")
     else:
         mine.mkdir()
-        name = "shard-00000.safetensors" if make == "foreign shards" else "thesis.tex"
+        name = "chunk-00000.safetensors" if make == "foreign chunks" else "thesis.tex"
         (mine / name).write_text("years of work")
     path = mine / "below" if make == "below a file" else mine
     before = bytes_under(tmp_path)
@@ -794,7 +794,7 @@ def test_an_output_directory_that_is_a_file_or_foreign_is_refused_before_the_har
         flags = [*world.flags(), "--activations-dir", "acts", "--output-dir", name]
         done = run_server.run(*flags, cwd=tmp_path)
         assert_refused(done, f"--output-dir {name}", "choose another")
-    assert not list(tmp_path.rglob("shard-*"))
+    assert not list(tmp_path.rglob("chunk-*"))
     assert (tmp_path / "folder/thesis.tex").read_text() == "mine"
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["thesis.tex"]
 
@@ -812,8 +812,8 @@ def test_what_a_killed_harvest_left_half_written_is_removed(
     finished: Path, world: World, run_server: Server, tmp_path: Path
 ):
     shutil.copytree(finished / "acts", tmp_path / "acts")
-    (tmp_path / "acts/shard-00003.safetensors").unlink()
-    for name in (".shard-00003.safetensors.0a1b2c3d.tmp", ".manifest.json.0a1b2c3d.tmp"):
+    (tmp_path / "acts/chunk-00003.safetensors").unlink()
+    for name in (".chunk-00003.safetensors.0a1b2c3d.tmp", ".manifest.json.0a1b2c3d.tmp"):
         (tmp_path / "acts" / name).write_bytes(bytes(1000))
     done = run_server.run(*world.flags(), *PLACES, cwd=tmp_path)
     assert done.code == 0, done.err
@@ -852,7 +852,7 @@ def test_a_disk_that_fills_up_in_the_harvest_is_one_line_and_the_same_command_go
     disk = tmp_path / "disk"
     with mounted_tmpfs(disk, "size=100m"):
         process = run_server.start(*world.flags(), *PLACES, cwd=disk)
-        process.wait_until(lambda: n_shards(disk))
+        process.wait_until(lambda: n_chunks(disk))
         process.signal(signal.SIGSTOP)
         with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(2**16)):

@@ -243,8 +243,8 @@ def _cached(dataset: str, revision: str) -> Path | None:
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.is_file()]
     data = [name for name in files if not name.endswith((".md", ".gitattributes"))]
     # train-00002-of-00005: each such name must stand there 5 times
-    shards = [re.split(r"-\d{5}-of-(?=\d{5})", name) for name in data]
-    counts = Counter((s[0], int(s[1][:5])) for s in shards if len(s) == 2)
+    parts = [re.split(r"-\d{5}-of-(?=\d{5})", name) for name in data]
+    counts = Counter((p[0], int(p[1][:5])) for p in parts if len(p) == 2)
     whole = all(count == wanted for (_, wanted), count in counts.items())
     return folder if data and whole else None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_coding.config import named_seed, require_flag
 from sparse_coding.files import read_tensors, write_tensors
-from sparse_coding.lm.activations import Shards, Statistics, open_activations, statistics
+from sparse_coding.lm.activations import Chunks, Statistics, open_activations, statistics
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Target
@@ -84,21 +84,21 @@ class Optimisation:
 class LanguageRecipe:
     """How cells are trained on activations of a language model (a training.Recipe).
 
-    shards: the training text's activations
+    chunks: the training text's activations
     about: where they come from, for the saved autoencoders
 
     Raises:
         UserError: there are fewer activations than a batch has.
     """
 
-    shards: Shards
+    chunks: Chunks
     held_out: HeldOut
     optimisation: Optimisation
     about: dict
     headline = ("train/fvu", min)
 
     def __post_init__(self) -> None:
-        require_a_batch(self.shards, self.optimisation.batch_size)
+        require_a_batch(self.chunks, self.optimisation.batch_size)
 
     @property
     def device(self) -> torch.device:
@@ -114,12 +114,12 @@ class LanguageRecipe:
 
     @cached_property
     def statistics(self) -> Statistics:
-        return statistics(self.shards)
+        return statistics(self.chunks)
 
     def memory(self, n_dicts: list[int]) -> int:
         """Of the ensemble, two buffers of rows, and codes of all of them at evaluation."""
         o = self.optimisation
-        rows = 2 * 2 * self.width * min(o.buffer_rows(self.width), sum(self.shards.rows))
+        rows = 2 * 2 * self.width * min(o.buffer_rows(self.width), sum(self.chunks.rows))
         tokens = self.held_out.lm_batch_size * self.held_out.text.context_length
         one_evaluated = 4 * tokens * (4 * max(n_dicts) + 2 * self.held_out.lm.vocab_size)
         saved = sum(8 * n * self.width for n in n_dicts)
@@ -140,7 +140,7 @@ class LanguageRecipe:
         """Autoencoders of cells of one seed, the batches they train on and their evaluation."""
         o, seed, scale = self.optimisation, group[0].seed, self.statistics.scale
         reader = Reader(
-            self.shards,
+            self.chunks,
             batch_size=o.batch_size,
             n_steps=o.n_steps,
             scale=scale,
@@ -227,14 +227,14 @@ def with_activations(
     missing = missing_cells(folder, cells)
     if not missing:
         return recipe
-    shards = open_activations(
-        recipe.shards,
+    chunks = open_activations(
+        recipe.chunks,
         target.folder,
         target.about,
         max_bytes=max_bytes,
         reserve=recipe.disk([cell.n_dict for cell in missing]),
     )
-    return replace(recipe, shards=shards)
+    return replace(recipe, chunks=chunks)
 
 
 def feature_density(folder: Path) -> np.ndarray:

@@ -115,8 +115,8 @@ def harvester_of(target: Target, **changes: object) -> Harvester:
     return Harvester(target.lm, target.site, target.train, **options)
 
 
-def all_rows(shards) -> torch.Tensor:
-    return torch.cat([shards.load(k) for k in range(len(shards.rows))])
+def all_rows(chunks) -> torch.Tensor:
+    return torch.cat([chunks.load(k) for k in range(len(chunks.rows))])
 
 
 def bits(rows: torch.Tensor) -> Counter:
@@ -130,7 +130,7 @@ def held_out_of(target: Target, **changes: object) -> HeldOut:
 
 
 def recipe_of(target: Target, *, n_eval_tokens: int = 1000, **changes: object) -> LanguageRecipe:
-    """Four shards mixed at a time; changes: of Optimisation."""
+    """Four chunks mixed at a time; changes: of Optimisation."""
     options = dict(n_tokens=6400, batch_size=64, lr=3e-3, l1_normalisation="sum", warmup=0.1,
                    l1_warmup=0.2, decay=0.3, shuffle_gb=0.0005) | changes  # fmt: skip
     optimisation = Optimisation(**options)

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120  # of one run; a tiny one takes 1 to 5 s
 
 NO_FIGURES = {"sparse_coding.toy.replication.FIGURES": []}  # they take most of a tiny run
-SMALL = {  # for run.py: several shards and checkpoints, no figure but small density histograms
-    "sparse_coding.lm.activations.SHARD_BYTES": 2**18,
+SMALL = {  # for run.py: several chunks and checkpoints, no figure but small density histograms
+    "sparse_coding.lm.activations.CHUNK_BYTES": 2**18,
     "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.03,
     "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1.0,
     "sparse_coding.lm.target.SANITY_TOKENS": 512,

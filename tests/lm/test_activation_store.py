@@ -1,10 +1,11 @@
-"""Shards on disk: written once, resumed, checked, of one target; or computed as they are read."""
+"""Chunks on disk: written once, resumed, checked, of one target; or computed as they are read."""
 
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +20,14 @@ from sparse_coding.lm.activations import (
     Harvester,
     Store,
     check_manifest,
+    chunk_path,
     claim_folder,
     open_activations,
     open_store,
-    shard_path,
 )
 
 WIDTH = 40  # of mlp_act
-TEXTS_PER_SHARD = 100  # rows of text: 8 shards
+TEXTS_PER_CHUNK = 100  # rows of text: 8 chunks
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(activations, "SHARD_BYTES", TEXTS_PER_SHARD * CONTEXT * WIDTH * 2)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(activations, "CHUNK_BYTES", TEXTS_PER_CHUNK * CONTEXT * WIDTH * 2)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def opened(folder: Path, harvester: Harvester, **about) -> Store:
 
 
 def counting(harvester: Harvester, fails_at: int | None = None):
-    """The harvester, noting which shards it computes; one can fail as a killed process would."""
+    """The harvester, noting which chunks it computes; one can fail as a killed process would."""
     computed: list[int] = []
 
     def parts(k: int) -> Iterator[torch.Tensor]:
@@ -79,14 +80,14 @@ def test_the_store_gives_the_rows_of_the_harvester(tmp_path, harvester):
 def test_the_manifest_has_rows_checksums_and_what_the_rows_depend_on(tmp_path, harvester):
     store = opened(tmp_path, harvester)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["about"] == ABOUT
+    assert manifest["metadata"] == ABOUT
     assert manifest["n_rows"] == sum(store.rows)
-    names = [f"shard-{k:05d}.safetensors" for k in range(8)]
-    assert list(manifest["shards"]) == names
+    names = [f"chunk-{k:05d}.safetensors" for k in range(8)]
+    assert list(manifest["chunks"]) == names
     for k, name in enumerate(names):
         tensors, info = read_tensors(tmp_path / name)
         data = tensors["activations"].numpy().tobytes()
-        assert info == manifest["shards"][name]
+        assert info == manifest["chunks"][name]
         assert info["sha256"] == hashlib.sha256(data).hexdigest()
         assert info["rows"] == store.rows[k] == len(tensors["activations"])
         assert info["n_documents"] == len(tensors["document_ids"])
@@ -95,7 +96,7 @@ def test_the_manifest_has_rows_checksums_and_what_the_rows_depend_on(tmp_path, h
 def test_stored_documents_are_the_training_ones_by_the_hash_of_their_text(tmp_path, harvester):
     opened(tmp_path, harvester)
     stored = set()
-    for path in tmp_path.glob("shard-*"):
+    for path in tmp_path.glob("chunk-*"):
         stored |= set(read_tensors(path)[0]["document_ids"].tolist())
     ids = [hashlib.sha256(text.encode()).digest()[:8] for text in texts(300)]
     ids = [int.from_bytes(i, "little") >> 1 for i in ids]
@@ -120,11 +121,11 @@ def test_rows_of_extreme_norm_are_counted(tmp_path, harvester):
 
 
 def write(folder: Path, harvester: Harvester, rows: torch.Tensor) -> Path:
-    """A store of one shard with these rows."""
+    """A store of one chunk with these rows."""
     one = counting(replace(harvester, n_tokens=1))
     one.assembled = lambda k, parts: (rows, rows.float().norm(dim=1))
     opened(folder, one)
-    return shard_path(folder, 0)
+    return chunk_path(folder, 0)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +144,24 @@ def test_a_store_of_something_else_is_refused_by_the_name_of_the_field(
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"about": 3}', '{"shards": {}}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"metadata": 3}', '{"chunks": {}}'])
 def test_a_manifest_that_is_not_ours_is_refused(tmp_path, harvester, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match="not a manifest of ours"):
         opened(tmp_path, harvester)
 
 
-@pytest.mark.parametrize("name", ["shard-00000.safetensors", "thesis.tex"])
+def test_a_store_of_the_older_version_is_refused_and_stays_as_it_is(tmp_path, harvester):
+    (tmp_path / "manifest.json").write_text(json.dumps({"about": ABOUT, "shards": {}}))
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"activations")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for open_again in (check_manifest, partial(open_store, harvester=harvester)):
+        with pytest.raises(UserError, match=f"an older version: choose .* or delete {tmp_path}"):
+            open_again(tmp_path, about=ABOUT)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.name[0] != "."} == before
+
+
+@pytest.mark.parametrize("name", ["chunk-00000.safetensors", "thesis.tex"])
 def test_a_folder_that_is_not_ours_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     (tmp_path / "text").mkdir()
@@ -178,62 +189,62 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path):
             claim_folder(folder)
 
 
-def test_a_harvest_that_was_stopped_goes_on_with_the_missing_shards(tmp_path, harvester):
+def test_a_harvest_that_was_stopped_goes_on_with_the_missing_chunks(tmp_path, harvester):
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, counting(harvester, fails_at=5))
-    there = {int(p.stem[-5:]) for p in tmp_path.glob("shard-*")}
+    there = {int(p.stem[-5:]) for p in tmp_path.glob("chunk-*")}
     assert there in ({0, 1, 2, 3}, {0, 1, 2, 3, 4})
-    shard_path(tmp_path, 1).unlink()
+    chunk_path(tmp_path, 1).unlink()
     again = counting(harvester)
     store = opened(tmp_path, again)
     assert again.computed == sorted(set(range(8)) - there | {1})
     whole = opened(tmp_path / "whole", harvester)
     for k in range(8):
-        assert shard_path(tmp_path, k).read_bytes() == shard_path(whole.folder, k).read_bytes()
+        assert chunk_path(tmp_path, k).read_bytes() == chunk_path(whole.folder, k).read_bytes()
     assert bits(all_rows(store)) == bits(all_rows(harvester))
     finished = counting(harvester)
     opened(tmp_path, finished)
     assert finished.computed == []
 
 
-def test_a_store_grows_and_keeps_its_shards(tmp_path, harvester):
+def test_a_store_grows_and_keeps_its_chunks(tmp_path, harvester):
     small = opened(tmp_path, replace(harvester, n_tokens=3000))
     assert len(small.rows) == 3
-    before = {k: shard_path(tmp_path, k).read_bytes() for k in range(3)}
+    before = {k: chunk_path(tmp_path, k).read_bytes() for k in range(3)}
     more = counting(harvester)
     store = opened(tmp_path, more)
     assert more.computed == [3, 4, 5, 6, 7]
-    assert {k: shard_path(tmp_path, k).read_bytes() for k in range(3)} == before
+    assert {k: chunk_path(tmp_path, k).read_bytes() for k in range(3)} == before
     assert json.loads((tmp_path / "manifest.json").read_text())["n_rows"] == sum(store.rows)
     fewer = opened(tmp_path, replace(harvester, n_tokens=3000))
     assert fewer.rows == small.rows
 
 
-def test_a_flipped_bit_is_refused_when_the_shard_is_read(tmp_path, harvester):
+def test_a_flipped_bit_is_refused_when_the_chunk_is_read(tmp_path, harvester):
     store = opened(tmp_path, replace(harvester, n_tokens=1500))
-    path = shard_path(tmp_path, 1)
+    path = chunk_path(tmp_path, 1)
     data = bytearray(path.read_bytes())
     data[data.index(store.load(1).numpy().tobytes()[:200]) + 1001] ^= 1  # among the activations
     path.write_bytes(data)
     fresh = Store(tmp_path, store.rows)
     assert torch.equal(fresh.load(0), harvester.load(0))
-    with pytest.raises(UserError, match=r"shard-00001.* is damaged .*: delete it"):
+    with pytest.raises(UserError, match=r"chunk-00001.* is damaged .*: delete it"):
         fresh.load(1)
 
 
-def test_a_truncated_shard_is_refused_in_one_line(tmp_path, harvester):
+def test_a_truncated_chunk_is_refused_in_one_line(tmp_path, harvester):
     opened(tmp_path, replace(harvester, n_tokens=1500))
-    path = shard_path(tmp_path, 1)
+    path = chunk_path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"shard-00001.* is damaged .*: delete it"):
+    with pytest.raises(UserError, match=r"chunk-00001.* is damaged .*: delete it"):
         opened(tmp_path, replace(harvester, n_tokens=1500)).load(1)
 
 
 def test_what_a_killed_harvest_was_writing_is_removed(tmp_path, harvester):
     few = replace(harvester, n_tokens=1)
     opened(tmp_path, few)
-    torn = tmp_path / ".shard-00001.safetensors.0123abcd.tmp"  # a name of files.written_whole
-    torn.write_bytes(b"half a shard")
+    torn = tmp_path / ".chunk-00001.safetensors.0123abcd.tmp"  # a name of files.written_whole
+    torn.write_bytes(b"half a chunk")
     opened(tmp_path, few)
     assert not torn.exists()
 

@@ -23,7 +23,7 @@ from sparse_coding.lm.activations import Harvester, statistics
 from sparse_coding.lm.model import SITES
 
 WIDTH = 40  # of mlp_act
-TEXTS_PER_SHARD = 100  # rows of text: 8 shards
+TEXTS_PER_CHUNK = 100  # rows of text: 8 chunks
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(activations, "SHARD_BYTES", TEXTS_PER_SHARD * CONTEXT * WIDTH * 2)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(activations, "CHUNK_BYTES", TEXTS_PER_CHUNK * CONTEXT * WIDTH * 2)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def by_hand(root: Path, kind: str, layer: int, site: str, *, batch: int) -> torc
 def test_rows_are_those_of_an_independent_hook_each_token_once(root, monkeypatch, kind, site):
     target = tiny_target(root, kind=kind, layer=2, site=site)
     row_bytes = CONTEXT * target.site.width * 2
-    monkeypatch.setattr(activations, "SHARD_BYTES", TEXTS_PER_SHARD * row_bytes)
+    monkeypatch.setattr(activations, "CHUNK_BYTES", TEXTS_PER_CHUNK * row_bytes)
     harvester = harvester_of(target, lm_batch_size=20)
     expected = by_hand(root, kind, 2, site, batch=20)
     rows = all_rows(harvester)
@@ -69,16 +69,16 @@ def test_rows_are_those_of_an_independent_hook_each_token_once(root, monkeypatch
     assert len(bits(rows)) > 0.8 * len(rows)  # so a row missed or taken twice does not hide
 
 
-def test_a_shard_has_the_rows_of_its_stretch_of_text_in_a_random_order(root, harvester):
+def test_a_chunk_has_the_rows_of_its_stretch_of_text_in_a_random_order(root, harvester):
     expected = by_hand(root, "gpt2", 1, "mlp_act", batch=8).half()
     first = 0
     for k, n_rows in enumerate(harvester.rows):
-        shard, stretch = harvester.load(k), expected[first : first + n_rows]
-        assert shard.shape == (n_rows, WIDTH)
-        assert torch.equal(shard, harvester.load(k))
+        chunk, stretch = harvester.load(k), expected[first : first + n_rows]
+        assert chunk.shape == (n_rows, WIDTH)
+        assert torch.equal(chunk, harvester.load(k))
         # compared by value, sorted: forward passes of another shape round differently
-        assert torch.allclose(*(t.float().sort(dim=0).values for t in (shard, stretch)), atol=1e-2)
-        unmoved = (shard.float() - stretch.float()).abs().amax(dim=1) < 1e-2
+        assert torch.allclose(*(t.float().sort(dim=0).values for t in (chunk, stretch)), atol=1e-2)
+        unmoved = (chunk.float() - stretch.float()).abs().amax(dim=1) < 1e-2
         assert unmoved.float().mean() < 0.1
         first += n_rows
     assert first == len(expected)
@@ -92,11 +92,11 @@ def test_the_forward_passes_batch_size_changes_rounding_only(root):
     assert float((one - many).abs().max() / one.abs().max()) < 1e-3
 
 
-def test_only_as_many_shards_are_made_as_hold_the_wished_tokens(root, harvester):
+def test_only_as_many_chunks_are_made_as_hold_the_wished_tokens(root, harvester):
     target, rows = tiny_target(root), harvester.rows
     ids = target.train.rows(0, target.train.n_rows)
     assert sum(rows) == int((ids[:, 1:] != SEPARATOR).sum())
-    assert rows[0] == int((ids[:TEXTS_PER_SHARD, 1:] != SEPARATOR).sum())
+    assert rows[0] == int((ids[:TEXTS_PER_CHUNK, 1:] != SEPARATOR).sum())
     assert [harvester.span(k) for k in (0, 7)] == [(0, 100), (700, target.train.n_rows)]
     assert harvester_of(target, n_tokens=1).rows == rows[:1]
     assert harvester_of(target, n_tokens=rows[0]).rows == rows[:1]
@@ -129,13 +129,13 @@ def test_what_float16_can_not_hold_is_refused_and_bfloat16_can(root):
 
 
 class InMemory:
-    """Shards of known rows."""
+    """Chunks of known rows."""
 
-    def __init__(self, *shards: torch.Tensor):
-        self.shards, self.rows = shards, [len(shard) for shard in shards]
+    def __init__(self, *chunks: torch.Tensor):
+        self.chunks, self.rows = chunks, [len(chunk) for chunk in chunks]
 
     def load(self, k: int) -> torch.Tensor:
-        return self.shards[k]
+        return self.chunks[k]
 
 
 def test_scaled_rows_have_mean_square_norm_one_and_the_mean_is_theirs(harvester):
@@ -145,7 +145,7 @@ def test_scaled_rows_have_mean_square_norm_one_and_the_mean_is_theirs(harvester)
     assert ((x * found.scale) ** 2).sum(axis=1).mean() == pytest.approx(1, rel=1e-9)
 
 
-def test_statistics_are_of_the_first_whole_shards(monkeypatch):
+def test_statistics_are_of_the_first_whole_chunks(monkeypatch):
     monkeypatch.setattr(activations, "STATISTICS_ROWS", 3)
     first, second = torch.tensor([[1.0, 0], [3, 0]]).half(), torch.tensor([[2.0, 6]]).half()
     found = statistics(InMemory(first, second, torch.full((9, 2), 100.0).half()))

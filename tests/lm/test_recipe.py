@@ -41,15 +41,15 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(activations, "SHARD_BYTES", 100 * 16 * WIDTH * 2)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 100 * 16 * WIDTH * 2)
 
 
 def on_disk(root: Path, **changes) -> LanguageRecipe:
     """On stored activations, all of them."""
     target = tiny_target(root)
     recipe = recipe_of(target, **changes)
-    everything = replace(recipe, shards=replace(recipe.shards, n_tokens=10**9))
+    everything = replace(recipe, chunks=replace(recipe.chunks, n_tokens=10**9))
     return with_activations(everything, target, folder=root / "run", cells=cells(), max_bytes=1e9)
 
 
@@ -72,7 +72,7 @@ def trained(task: Task, steps=range(100)) -> Task:
 
 
 def raw_rows(recipe: LanguageRecipe) -> torch.Tensor:
-    return recipe.shards.load(0).float()[:200]
+    return recipe.chunks.load(0).float()[:200]
 
 
 # --- from cells to autoencoders ---
@@ -105,7 +105,7 @@ def test_folding_a_power_of_two_is_exact():
 
 def test_training_starts_at_the_scaled_mean_with_projection_and_the_schedule(recipe):
     task = recipe.prepare(cells())
-    x = torch.cat([recipe.shards.load(k) for k in range(len(recipe.shards.rows))]).double()
+    x = torch.cat([recipe.chunks.load(k) for k in range(len(recipe.chunks.rows))]).double()
     scale = (len(x) / x.square().sum()).sqrt()
     for i in range(4):
         start = task.ensemble.dictionary(i)["b_dec"].double()
@@ -123,8 +123,8 @@ def test_batches_are_scaled_activations_in_an_order_of_the_seed(recipe):
     assert torch.equal(batch[:64], again.batch_at(0))
     other_seed = recipe.prepare(cells(seed=4))
     assert not torch.equal(batch[:64], other_seed.batch_at(0))
-    known = {row.numpy().tobytes() for k in range(len(recipe.shards.rows))
-             for row in recipe.shards.load(k).float()}  # fmt: skip
+    known = {row.numpy().tobytes() for k in range(len(recipe.chunks.rows))
+             for row in recipe.chunks.load(k).float()}  # fmt: skip
     raw = (batch / recipe.statistics.scale).half().float()  # undoes the rounding of x · scale
     assert {row.numpy().tobytes() for row in raw[:640]} <= known
 
@@ -193,7 +193,7 @@ def test_the_mean_of_mean_ablation_is_that_of_the_training_text(recipe):
     held_out = recipe.held_out
     ids = torch.from_numpy(held_out.text.rows(0, held_out.n_rows))
     keep = torch.from_numpy(held_out.text.keep(0, held_out.n_rows))
-    x = torch.cat([recipe.shards.load(k).float() for k in range(len(recipe.shards.rows))])
+    x = torch.cat([recipe.chunks.load(k).float() for k in range(len(recipe.chunks.rows))])
 
     def ablated(activation: torch.Tensor) -> torch.Tensor:
         return torch.where(keep[:, :, None], x.mean(dim=0), activation)
@@ -297,7 +297,7 @@ def test_a_diverged_cell_does_not_keep_the_others_from_the_table(recipe, tmp_pat
 
 
 class Busy:
-    """Shards computed by the model, which takes long when they are loaded ahead."""
+    """Chunks computed by the model, which takes long when they are loaded ahead."""
 
     def __init__(self, harvester: Harvester):
         self.harvester, self.rows = harvester, harvester.rows
@@ -314,12 +314,12 @@ def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones
     streamed = recipe_of(target, shuffle_gb=0.0001)
     run = dict(folder=root / "run", cells=cells())
     stored = with_activations(streamed, target, **run, max_bytes=1e9)
-    assert isinstance(stored.shards, Store)
+    assert isinstance(stored.chunks, Store)
     manifest = json.loads((target.folder / "manifest.json").read_text())
-    assert manifest["about"] == target.about
+    assert manifest["metadata"] == target.about
     # what is there is used, whatever the limit is now
-    assert isinstance(with_activations(streamed, target, **run, max_bytes=1).shards, Store)
-    streamed = replace(streamed, shards=Busy(streamed.shards))
+    assert isinstance(with_activations(streamed, target, **run, max_bytes=1).chunks, Store)
+    streamed = replace(streamed, chunks=Busy(streamed.chunks))
     tasks = [trained(r.prepare(cells()), range(30)) for r in (streamed, stored)]
     for name, tensor in tasks[0].ensemble.state().items():
         assert torch.equal(tensor, tasks[1].ensemble.state()[name]), name
@@ -334,9 +334,9 @@ def test_nothing_is_harvested_for_a_run_that_has_all_its_cells(root, tmp_path):
         write_json(tmp_path / row_path(cell), {})
     run = dict(folder=tmp_path, max_bytes=1e9)
     assert with_activations(recipe, target, cells=group, **run) is recipe
-    assert not list(target.folder.glob("shard-*"))
+    assert not list(target.folder.glob("chunk-*"))
     (tmp_path / row_path(group[2])).unlink()
-    assert isinstance(with_activations(recipe, target, cells=group, **run).shards, Store)
+    assert isinstance(with_activations(recipe, target, cells=group, **run).chunks, Store)
 
 
 # --- plans ---
@@ -367,7 +367,7 @@ def test_the_memory_plan_covers_training_and_evaluation(root):
     n_dicts = [cell.n_dict for cell in group]  # 320 and 640
     _ = recipe.statistics  # of its own, before training
     o = recipe.optimisation
-    buffer = 2 * WIDTH * min(o.buffer_rows(WIDTH), sum(recipe.shards.rows))
+    buffer = 2 * WIDTH * min(o.buffer_rows(WIDTH), sum(recipe.chunks.rows))
     with PeakMemory() as training:
         task = trained(recipe.prepare(group), range(6))
     with PeakMemory() as evaluation:

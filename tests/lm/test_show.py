@@ -147,7 +147,7 @@ def shown(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparse_coding.figures.heatmap.DPI", 20)
-        patch.setattr(activations, "SHARD_BYTES", 20 * 128 * 256 * 2)
+        patch.setattr(activations, "CHUNK_BYTES", 20 * 128 * 256 * 2)
         target = demo_target(root)  # where ce_recovered has values to draw
         cells = make_grid(256, seeds=range(1), l1_exps=range(-12, -9), size_exps=range(-2, 0))
         run = dict(folder=folder, cells=cells)
@@ -236,7 +236,7 @@ def test_a_page_can_be_made_where_ablation_costs_nothing(root, tmp_path):
 
 def test_every_autoencoder_is_exported_with_the_same_output(shown):
     folder, _, cells, recipe, *_ = shown
-    x = recipe.shards.load(0).float()[:50]
+    x = recipe.chunks.load(0).float()[:50]
     for cell in cells:
         state = torch.load(folder / "dictionary_learning" / cell.name / "ae.pt", weights_only=True)
         codes = torch.relu((x - state["bias"]) @ state["encoder.weight"].T + state["encoder.bias"])
@@ -293,5 +293,5 @@ def test_evaluating_a_saved_autoencoder_gives_the_numbers_of_the_table(shown):
     for cell, one in zip(cells[:2], rows[:2], strict=True):
         found = evaluate_one(load_sae(sae_folder(folder, cell)), recipe)
         assert found == pytest.approx({name: one[name] for name in found}, rel=1e-6, nan_ok=True)
-    assert statistics(recipe.shards).mean.device == CPU
+    assert statistics(recipe.chunks).mean.device == CPU
     assert json.loads((folder / row_path(cells[0])).read_text())["fvu"] == rows[0]["fvu"]
