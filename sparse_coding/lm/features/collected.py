@@ -6,7 +6,7 @@
     data = replace(collector.result(), nearest=nearest_features(W_dec))
 
 One pass over the text; memory does not grow with it. Nothing depends on how the rows were cut into
-batches. `feature_page` shows the result.
+batches. page.py shows the result.
 """
 
 from collections.abc import Callable
@@ -174,8 +174,8 @@ class FeatureCollector:
         position = position[:, None] + self.offsets
         inside = (position >= 0) & (position < self.length)
         index = (row[:, None], position.clip(0, self.length - 1), feature[:, None])
-        found = codes[tuple(torch.from_numpy(i).to(codes.device) for i in index)]
-        return found.float().cpu().numpy() * inside
+        around = codes[tuple(torch.from_numpy(i).to(codes.device) for i in index)]
+        return around.float().cpu().numpy() * inside
 
     def _prune(self) -> np.ndarray:
         """Forgets the rows without a context; returns the others' numbers, ascending."""
