@@ -171,7 +171,7 @@ def run(
         recipe=recipe,
         target=target,
         choice=pick(show.ShowChoice, cfg),
-        context=planned.about | {"config": config, "activations": recipe.about},
+        context=planned.about | {"config": config, "activations": recipe.metadata},
     )
     rows = train_planned(
         recipe, cells, planned, shard=shard, options=options, config=config, present=present
@@ -226,8 +226,8 @@ def open_target_of(cfg: Config, device: torch.device) -> tuple[Target, LanguageR
     store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
     harvester = Harvester(**of, text=target.train, **store)
     held_out = HeldOut(**of, text=target.held_out, n_tokens=cfg.n_eval_tokens)
-    about = target.provenance
-    return target, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), about)
+    optimisation = pick(Optimisation, cfg)
+    return target, LanguageRecipe(harvester, held_out, optimisation, target.provenance)
 
 
 if __name__ == "__main__":

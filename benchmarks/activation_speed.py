@@ -87,7 +87,7 @@ def bare_forward(harvester: Harvester) -> None:
 
 def harvest(harvester: Harvester) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        open_store(Path(folder), harvester, about={})
+        open_store(Path(folder), harvester, metadata={})
 
 
 def train(recipe: LanguageRecipe, groups: list[list[Cell]], n_steps: int) -> float:
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
         target, recipe = run.open_target_of(settings, device)
         print(f"{describe(device)}, {precision}, torch {torch.__version__}")
         compare_harvest(recipe.chunks, cfg.n_repeats)
-        store = open_store(Path(folder) / "store", recipe.chunks, about={})
+        store = open_store(Path(folder) / "store", recipe.chunks, metadata={})
         recipe = dataclasses.replace(recipe, chunks=store)
         compare_training(recipe, pick(Grid, settings).cells(target.site.width), cfg)
     return 0

@@ -10,9 +10,10 @@ import platform
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from sparse_coding.config import UserError, first_line, hash63, require
 from sparse_coding.files import content_stamp
@@ -82,9 +83,22 @@ def document_id(text: str) -> int:
 def is_held_out(document_id: int, share: float) -> bool:
     """Whether the document is among the `share` (0 to 1) of all that are kept for evaluation.
 
-    It hangs on the id alone, and what a smaller share holds out, a larger one does too.
+    It depends on the id alone, and what a smaller share holds out, a larger one does too.
     """
     return document_id < share * 2**63
+
+
+def in_batches(texts: Iterable[str], n_characters: int) -> Iterator[list[str]]:
+    """Lists of texts of at most so many characters together; a longer text is alone."""
+    batch, n_held = [], 0
+    for text in texts:
+        if batch and n_held + len(text) > n_characters:
+            yield batch
+            batch, n_held = [], 0
+        batch.append(text)
+        n_held += len(text)
+    if batch:
+        yield batch
 
 
 def _find(dataset: str, text_column: str, revision: str) -> Documents:
@@ -142,10 +156,10 @@ def _local_texts(files: list[Path], text_column: str) -> Iterator[object]:
                 yield from (_pick(_parse(path, n, line), text_column, path) for n, line in rows)
 
 
-def _cut(file) -> Iterator[str]:
+def _cut(file: TextIO) -> Iterator[str]:
     """Documents of a text file: between <|endoftext|>; what is long is cut at paragraph ends.
 
-    The cuts hang on the text alone, not on the blocks in which it is read.
+    The cuts depend on the text alone, not on the blocks in which it is read.
     """
     rest = ""
     while block := file.read(BLOCK):
@@ -178,13 +192,13 @@ def _parse(path: Path, number: int, line: str) -> object:
         raise UserError(f"{path} line {number} is not JSON: {error}") from None
 
 
-def _pick(row: object, column: str, source: object) -> object:
+def _pick(row: object, column: str, source: Path | str) -> object:
     require(isinstance(row, dict), f"{source}: a row is a {type(row).__name__}, not an object")
     require(column in row, _no_column(source, column, row))
     return row[column]
 
 
-def _no_column(source: object, column: str, columns) -> str:
+def _no_column(source: Path | str, column: str, columns: Iterable[str]) -> str:
     return f"{source} has no column {column!r}: --text-column must be one of {', '.join(columns)}"
 
 
@@ -221,7 +235,7 @@ def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
     return Documents(dataset, sha, texts)
 
 
-def _rows(where: str, **options) -> Iterator[object]:
+def _rows(where: str, **options: str) -> Iterator[object]:
     """Of the split "train", streamed: no second copy of the data on the disk."""
     import datasets
 

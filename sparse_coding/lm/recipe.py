@@ -35,6 +35,52 @@ NEVER = 1e-10  # added to a density before its logarithm
 # 3 072 they are below Adam's usual eps: fvu .109, not .055 (LOG.md). So eps shrinks with them.
 EPS, EPS_WIDTH = 1e-8, 256
 MAX_LR = 1.0  # beyond it Adam cannot but diverge
+# l1_alpha = 10^(-15/4) gave an l0 of 25 at width 256, on the demo (LOG.md). The mse is a mean over
+# the width, so for equal l0 it falls as 1/width.
+L1_EXP, L1_WIDTH = -15, 256
+AROUND = 3  # steps of the default grid to either side
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which autoencoders are trained; the fields are flags of run.py, high ends exclusive.
+
+    l1_exp_low, l1_exp_high: both None: around an l0 of some 25
+    target_l0: if not empty, l1_alpha is found for each of these
+    """
+
+    l1_exp_low: int | None
+    l1_exp_high: int | None
+    expansion_exp_low: int
+    expansion_exp_high: int
+    target_l0: tuple[int, ...]
+    seed: int
+    n_seeds: int
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a flag out of its range."""
+        given = self.l1_exp_low is not None
+        both = given == (self.l1_exp_high is not None)
+        require_flag(self, "l1_exp_low", both, "given together with --l1-exp-high")
+        check_grid(self if given else replace(self, l1_exp_low=0, l1_exp_high=1), "expansion_exp")
+        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
+        require_flag(self, "target_l0", fine, "at least 1 each, and all different")
+
+    def cells(self, width: int) -> list[Cell]:
+        """All cells of the run, on activations of this width."""
+        middle = L1_EXP + round(4 * math.log10(L1_WIDTH / width))
+        low, high = self.l1_exp_low, self.l1_exp_high
+        if self.target_l0:  # the controller's start
+            low, high = middle, middle + 1
+        elif low is None:
+            low, high = middle - AROUND, middle + AROUND + 1
+        cells = make_grid(
+            width,
+            seeds=range(self.seed, self.seed + self.n_seeds),
+            l1_exps=range(low, high),
+            size_exps=range(self.expansion_exp_low, self.expansion_exp_high),
+        )
+        return [replace(cell, target_l0=t) for cell in cells for t in self.target_l0 or (0,)]
 
 
 @dataclass(frozen=True)
@@ -67,6 +113,7 @@ class Optimisation:
 
     @property
     def n_steps(self) -> int:
+        """Whole batches in n_tokens."""
         return self.n_tokens // self.batch_size
 
     def buffer_rows(self, width: int) -> int:
@@ -74,6 +121,7 @@ class Optimisation:
         return int(self.shuffle_gb * 1e9 / (2 * width))
 
     def schedule(self, width: int) -> Schedule:
+        """Shares of the steps as steps, and Adam's eps for activations of this width."""
         n = self.n_steps
         decay_start = n - round(self.decay * n) if self.decay else None
         eps = EPS * min(1, EPS_WIDTH / width) ** 2
@@ -85,7 +133,7 @@ class LanguageRecipe:
     """How cells are trained on activations of a language model (a training.Recipe).
 
     chunks: the training text's activations
-    about: where they come from, for the saved autoencoders
+    metadata: where they come from, for the saved autoencoders
 
     Raises:
         UserError: there are fewer activations than a batch has.
@@ -94,7 +142,7 @@ class LanguageRecipe:
     chunks: Chunks
     held_out: HeldOut
     optimisation: Optimisation
-    about: dict
+    metadata: dict
     headline = ("train/fvu", min)
 
     def __post_init__(self) -> None:
@@ -102,18 +150,22 @@ class LanguageRecipe:
 
     @property
     def device(self) -> torch.device:
+        """The language model's."""
         return self.held_out.lm.device
 
     @property
     def n_steps(self) -> int:
+        """Of every cell."""
         return self.optimisation.n_steps
 
     @property
     def width(self) -> int:
+        """Of the activations."""
         return self.held_out.site.width
 
     @cached_property
     def statistics(self) -> Statistics:
+        """Of the training text's activations."""
         return statistics(self.chunks)
 
     def memory(self, n_dicts: list[int]) -> int:
@@ -178,9 +230,9 @@ class LanguageRecipe:
         ]
         raw = [unscaled(ensemble.dictionary(i), self.statistics.scale) for i in range(len(group))]
         saes = [SparseAutoencoder(**tensors, about={}).to(self.device) for tensors in raw]
-        found = evaluate(self.held_out, saes, mean=self.statistics.mean)
+        evaluations = evaluate(self.held_out, saes, mean=self.statistics.mean)
         results = []
-        for i, (cell, evaluation) in enumerate(zip(group, found, strict=True)):
+        for i, (cell, evaluation) in enumerate(zip(group, evaluations, strict=True)):
             l1_alpha = ensemble.l1(i) * per_l1[i] if cell.target_l0 else cell.l1_alpha
             known = {
                 "seed": cell.seed,
@@ -199,13 +251,16 @@ class LanguageRecipe:
         sparsity = torch.log10(sae.pop("density") + NEVER)
         path = sae_folder(folder, cell)
         write_tensors(path / SPARSITY, {"sparsity": sparsity})
-        tokens = {"n_eval_tokens": self.held_out.n_tokens, "n_tokens": self.optimisation.n_tokens}
-        about = self.about | tokens
-        about |= {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
-        found = {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
-        # null where a cell diverged or an ablation costs nothing: NaN is no JSON
-        found = {name: v if math.isfinite(v) else None for name, v in found.items()}
-        save_sae(path, sae, about=about | found)
+        known = {
+            "n_eval_tokens": self.held_out.n_tokens,
+            "n_tokens": self.optimisation.n_tokens,
+            "l1_alpha": row["l1_alpha"],
+            "seed": cell.seed,
+        }
+        for name in ("fvu", "l0", "ce_recovered"):
+            # null where a cell diverged or an ablation costs nothing: NaN is no JSON
+            known[name] = row[name] if math.isfinite(row[name]) else None
+        save_sae(path, sae, about=self.metadata | known)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
@@ -230,7 +285,7 @@ def with_activations(
     chunks = open_activations(
         recipe.chunks,
         target.folder,
-        target.about,
+        target.metadata,
         max_bytes=max_bytes,
         reserve=recipe.disk([cell.n_dict for cell in missing]),
     )
@@ -244,6 +299,7 @@ def feature_density(folder: Path) -> np.ndarray:
 
 
 def sae_folder(folder: Path, cell: Cell) -> Path:
+    """Of the cell's saved autoencoder, in a run folder."""
     return folder / "saes" / cell.name
 
 
@@ -265,53 +321,3 @@ def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases change,
     and codes are in the units of x."""
     return tensors | {name: tensors[name] / scale for name in ("b_enc", "b_dec")}
-
-
-# l1_alpha = 10^(-15/4) gave an l0 of 25 at width 256, on the demo (LOG.md). The mse is a mean over
-# the width, so for equal l0 it falls as 1/width.
-L1_EXP, L1_WIDTH = -15, 256
-AROUND = 3  # steps of the default grid to either side
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The fields are flags of run.py, high ends exclusive.
-
-    l1_exp_low, l1_exp_high: both None: around an l0 of some 25
-    target_l0: if not empty, l1_alpha is found for each of these
-
-    Raises:
-        UserError: a flag out of its range.
-    """
-
-    l1_exp_low: int | None
-    l1_exp_high: int | None
-    expansion_exp_low: int
-    expansion_exp_high: int
-    target_l0: tuple[int, ...]
-    seed: int
-    n_seeds: int
-
-    def __post_init__(self) -> None:
-        given = self.l1_exp_low is not None
-        both = given == (self.l1_exp_high is not None)
-        require_flag(self, "l1_exp_low", both, "given together with --l1-exp-high")
-        check_grid(self if given else replace(self, l1_exp_low=0, l1_exp_high=1), "expansion_exp")
-        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
-        require_flag(self, "target_l0", fine, "at least 1 each, and all different")
-
-    def cells(self, width: int) -> list[Cell]:
-        """All cells of the run, on activations of this width."""
-        middle = L1_EXP + round(4 * math.log10(L1_WIDTH / width))
-        low, high = self.l1_exp_low, self.l1_exp_high
-        if self.target_l0:  # the controller's start
-            low, high = middle, middle + 1
-        elif low is None:
-            low, high = middle - AROUND, middle + AROUND + 1
-        cells = make_grid(
-            width,
-            seeds=range(self.seed, self.seed + self.n_seeds),
-            l1_exps=range(low, high),
-            size_exps=range(self.expansion_exp_low, self.expansion_exp_high),
-        )
-        return [replace(cell, target_l0=t) for cell in cells for t in self.target_l0 or (0,)]

@@ -36,6 +36,9 @@ L1_TERMS = {  # --l1-normalisation -> the term, as every axis label says it
 }
 SHOWN = "shown.json"  # the choice behind what the folder shows
 TITLE = "Sparse autoencoders on a language model"
+# what an autoencoder was trained on that its evaluation must share
+MUST_MATCH = ("model", "weight_hash", "layer", "site", "tokenizer_fingerprint", "held_out",
+              "tokens_sha256", "model_dtype")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,13 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
     )
 
 
+def _or_none(ce_recovered: float | None) -> str:
+    """It has no value where the ablation costs nothing."""
+    if ce_recovered is None or not math.isfinite(ce_recovered):
+        return "none (ablation costs nothing)"
+    return f"{ce_recovered:.3f}"
+
+
 def show(
     folder: Path,
     rows: list[dict],
@@ -107,7 +117,13 @@ def show(
     if sound:
         best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
         write_page(folder, best, recipe=recipe, target=target, n_tokens=choice.n_page_tokens)
-    figures = _draw(folder, rows, cells, recipe=recipe)
+    figures = draw_figures(
+        folder,
+        rows,
+        {cell: feature_density(sae_folder(folder, cell)) for cell in cells},
+        n_tokens=recipe.held_out.n_kept,
+        l1_note=f"L1 term of the loss: {L1_TERMS[recipe.optimisation.l1_normalisation]}",
+    )
     write_report(
         folder,
         title=TITLE,
@@ -121,33 +137,11 @@ def show(
     return figures
 
 
-def is_shown(folder: Path, choice: ShowChoice) -> bool:
-    """Whether the folder shows what is chosen."""
-    return (folder / SHOWN).exists() and json.loads((folder / SHOWN).read_text()) == asdict(choice)
-
-
-def _heatmaps(cells: list[Cell]) -> tuple:
-    """None with --target-l0, where every size has l1_alphas of its own: no grid to draw."""
-    return () if cells[0].target_l0 else FIGURES
-
-
-def _draw(
-    folder: Path, rows: list[dict], cells: list[Cell], *, recipe: LanguageRecipe
-) -> dict[str, Path]:
-    """Writes the figures; the png of each."""
-    l1_note = f"L1 term of the loss: {L1_TERMS[recipe.optimisation.l1_normalisation]}"
-    figures = write_figures(
-        folder,
-        rows,
-        _heatmaps(cells),
-        x_label=f"l1_alpha; {l1_note}",
-        y_label="expansion_factor",
-        row_key="expansion_factor",
-        column_key="l1_alpha",
-    )
-    densities = {cell: feature_density(sae_folder(folder, cell)) for cell in cells}
-    n_tokens = recipe.held_out.n_kept
-    return figures | write_more_figures(folder, rows, densities, n_tokens=n_tokens, l1_note=l1_note)
+def _export(folder: Path, cells: list[Cell]) -> None:
+    """Each autoencoder once more, for dictionary_learning: dictionary_learning/<cell>/."""
+    for cell in cells:
+        sae = load_sae(sae_folder(folder, cell))
+        export_dictionary_learning(folder / "dictionary_learning" / cell.name, sae, about=sae.about)
 
 
 def write_page(
@@ -183,47 +177,73 @@ def write_page(
     )
 
 
+def draw_figures(
+    folder: Path,
+    rows: list[dict],
+    densities: dict[Cell, np.ndarray],
+    *,
+    n_tokens: int,
+    l1_note: str,
+) -> dict[str, Path]:
+    """Writes figures/<name>.png of the heat-maps, FRONTIERS and DENSITIES, each with its csv; the
+    png by name.
+
+    Args:
+        rows: of results.csv
+        densities: (n_dict,) of each cell, the share of n_tokens tokens on which a feature fires
+        l1_note: how the L1 term of the loss is normalised
+    """
+    paths = write_figures(
+        folder,
+        rows,
+        _heatmaps(list(densities)),
+        x_label=f"l1_alpha; {l1_note}",
+        y_label="expansion_factor",
+        row_key="expansion_factor",
+        column_key="l1_alpha",
+    )
+    drawn = {
+        spec.name: (draw_frontier(rows, spec, l1_note=l1_note), frontier_csv(rows, spec.column))
+        for spec in FRONTIERS
+    }
+    histograms = draw_density_histograms(densities, DENSITIES, n_tokens=n_tokens)
+    drawn[DENSITIES.name] = (histograms, density_csv(densities, n_tokens=n_tokens))
+    for name, (figure, csv) in drawn.items():
+        paths[name] = folder / "figures" / f"{name}.png"
+        write_atomic(paths[name], png_bytes(figure))
+        write_atomic(paths[name].with_suffix(".csv"), csv)
+    return paths
+
+
+def _heatmaps(cells: list[Cell]) -> tuple[HeatmapSpec, ...]:
+    """None with --target-l0, where every size has l1_alphas of its own: no grid to draw."""
+    return () if cells[0].target_l0 else FIGURES
+
+
+def is_shown(folder: Path, choice: ShowChoice) -> bool:
+    """Whether the folder shows what is chosen."""
+    return (folder / SHOWN).exists() and json.loads((folder / SHOWN).read_text()) == asdict(choice)
+
+
 def check_fit(sae: SparseAutoencoder, target: Target) -> None:
     """Warns if the autoencoder was trained elsewhere. Raises UserError if it can't be used here."""
-    site, name = target.site, target.about["model"]
+    site, ours = target.site, target.metadata
     require(
         sae.activation_dim == site.width,
         f"the autoencoder takes activations of width {sae.activation_dim}, but layer {site.layer} "
-        f"{site.name} of {name} has width {site.width}: choose its own --model, --layer and --site",
+        f"{site.name} of {ours['model']} has width {site.width}: choose its own --model, "
+        "--layer and --site",
     )
-    for key in (
-        "model",
-        "weight_hash",
-        "layer",
-        "site",
-        "tokenizer_fingerprint",
-        "held_out",
-        "tokens_sha256",
-        "model_dtype",
-    ):
-        was, here = sae.about.get(key, target.about[key]), target.about[key]
+    for name in MUST_MATCH:
+        was, here = sae.about.get(name, ours[name]), ours[name]
         if was != here:
-            print(f"warning: trained on {key} {was}, evaluated on {here}", file=sys.stderr)
+            print(f"warning: trained on {name} {was}, evaluated on {here}", file=sys.stderr)
 
 
 def evaluate_one(sae: SparseAutoencoder, recipe: LanguageRecipe) -> dict[str, float]:
     """The metrics of results.csv for an autoencoder from elsewhere; says on what."""
     print(f"{recipe.held_out.n_kept:,} held-out tokens; ce_recovered: against ablation by zeros")
     return evaluate(recipe.held_out, [sae], mean=recipe.statistics.mean)[0].values
-
-
-def _or_none(ce_recovered: float | None) -> str:
-    """It has no value where the ablation costs nothing."""
-    if ce_recovered is None or not math.isfinite(ce_recovered):
-        return "none (ablation costs nothing)"
-    return f"{ce_recovered:.3f}"
-
-
-def _export(folder: Path, cells: list[Cell]) -> None:
-    """Each autoencoder once more, for dictionary_learning: dictionary_learning/<cell>/."""
-    for cell in cells:
-        sae = load_sae(sae_folder(folder, cell))
-        export_dictionary_learning(folder / "dictionary_learning" / cell.name, sae, about=sae.about)
 
 
 FIGURES = (
@@ -319,32 +339,3 @@ DENSITIES = FigureSpec(
     "is of features that are dying, or too rare for this text to show what they mean.",
     alt="Histograms of log10 feature density, by dictionary size and l1_alpha",
 )
-
-
-def write_more_figures(
-    folder: Path,
-    rows: list[dict],
-    densities: dict[Cell, np.ndarray],
-    *,
-    n_tokens: int,
-    l1_note: str,
-) -> dict[str, Path]:
-    """Writes figures/<name>.png of FRONTIERS and DENSITIES, each with its csv; the png by name.
-
-    Args:
-        rows: of results.csv
-        densities: (n_dict,) of each cell, the share of n_tokens tokens on which a feature fires
-        l1_note: how the L1 term of the loss is normalised
-    """
-    drawn = {
-        spec.name: (draw_frontier(rows, spec, l1_note=l1_note), frontier_csv(rows, spec.column))
-        for spec in FRONTIERS
-    }
-    histograms = draw_density_histograms(densities, DENSITIES, n_tokens=n_tokens)
-    drawn[DENSITIES.name] = (histograms, density_csv(densities, n_tokens=n_tokens))
-    paths = {}
-    for name, (figure, csv) in drawn.items():
-        paths[name] = folder / "figures" / f"{name}.png"
-        write_atomic(paths[name], png_bytes(figure))
-        write_atomic(paths[name].with_suffix(".csv"), csv)
-    return paths

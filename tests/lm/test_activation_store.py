@@ -45,12 +45,12 @@ def harvester(root) -> Harvester:
     return harvester_of(tiny_target(root))
 
 
-ABOUT = {"model": "m", "layer": 1, "store_dtype": "float16"}
+METADATA = {"model": "m", "layer": 1, "store_dtype": "float16"}
 
 
-def opened(folder: Path, harvester: Harvester, **about) -> Store:
+def opened(folder: Path, harvester: Harvester, **metadata) -> Store:
     claim_folder(folder)
-    return open_store(folder, harvester, about=ABOUT | about)
+    return open_store(folder, harvester, metadata=METADATA | metadata)
 
 
 def counting(harvester: Harvester, fails_at: int | None = None):
@@ -80,7 +80,7 @@ def test_the_store_gives_the_rows_of_the_harvester(tmp_path, harvester):
 def test_the_manifest_has_rows_checksums_and_what_the_rows_depend_on(tmp_path, harvester):
     store = opened(tmp_path, harvester)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["metadata"] == ABOUT
+    assert manifest["metadata"] == METADATA
     assert manifest["n_rows"] == sum(store.rows)
     names = [f"chunk-{k:05d}.safetensors" for k in range(8)]
     assert list(manifest["chunks"]) == names
@@ -137,10 +137,10 @@ def test_a_store_of_something_else_is_refused_by_the_name_of_the_field(
     few = replace(harvester, n_tokens=1)
     opened(tmp_path, few)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=rf"{name} {ABOUT.get(name)} there, {value} here"):
+    with pytest.raises(UserError, match=rf"{name} {METADATA.get(name)} there, {value} here"):
         opened(tmp_path, few, **{name: value})
     with pytest.raises(UserError, match=f"{name} .* there"):
-        check_manifest(tmp_path, ABOUT | {name: value})
+        check_manifest(tmp_path, METADATA | {name: value})
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -152,12 +152,12 @@ def test_a_manifest_that_is_not_ours_is_refused(tmp_path, harvester, content):
 
 
 def test_a_store_of_the_older_version_is_refused_and_stays_as_it_is(tmp_path, harvester):
-    (tmp_path / "manifest.json").write_text(json.dumps({"about": ABOUT, "shards": {}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"about": METADATA, "shards": {}}))
     (tmp_path / "shard-00000.safetensors").write_bytes(b"activations")
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     for open_again in (check_manifest, partial(open_store, harvester=harvester)):
         with pytest.raises(UserError, match=f"an older version: choose .* or delete {tmp_path}"):
-            open_again(tmp_path, about=ABOUT)
+            open_again(tmp_path, metadata=METADATA)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.name[0] != "."} == before
 
 
@@ -256,7 +256,7 @@ def test_what_exceeds_the_limit_or_the_free_space_is_computed_as_it_is_read(
     tmp_path, harvester, monkeypatch, capsys
 ):
     n_bytes = harvester.n_bytes
-    open_any = dict(folder=tmp_path / "store", about=ABOUT)
+    open_any = dict(folder=tmp_path / "store", metadata=METADATA)
     assert open_activations(harvester, **open_any, max_bytes=n_bytes - 1) is harvester
     assert "over --max-disk-gb" in capsys.readouterr().out
     usage = shutil.disk_usage(tmp_path)
@@ -275,8 +275,8 @@ def test_what_exceeds_the_limit_or_the_free_space_is_computed_as_it_is_read(
 def test_more_tokens_than_there_are_is_said_once_in_epochs(tmp_path, harvester, capsys):
     n = sum(harvester.rows)
     more = replace(harvester, n_tokens=5 * n // 2)
-    open_activations(more, tmp_path, ABOUT, max_bytes=1e9)
+    open_activations(more, tmp_path, METADATA, max_bytes=1e9)
     line = f"{5 * n // 2:,} tokens requested, {n:,} available = 2.5 epochs\n"
     assert capsys.readouterr().out.count(line) == 1
-    open_activations(replace(harvester, n_tokens=n), tmp_path, ABOUT, max_bytes=1e9)
+    open_activations(replace(harvester, n_tokens=n), tmp_path, METADATA, max_bytes=1e9)
     assert "requested" not in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -109,7 +108,7 @@ def test_large_vocabularies_get_four_bytes(tmp_path):
 def test_max_tokens_is_exact(tmp_path, byte_ids):
     corpus = build_corpus(tmp_path, documents(), byte_ids, max_tokens=9)
     assert texts_of(corpus) == ["to be", "or n"]
-    assert corpus.about["n_tokens"] == 9
+    assert corpus.metadata["n_tokens"] == 9
 
 
 def test_reading_stops_at_max_tokens(tmp_path, byte_ids, monkeypatch):
@@ -122,14 +121,6 @@ def test_reading_stops_at_max_tokens(tmp_path, byte_ids, monkeypatch):
     build_corpus(tmp_path, Documents("d", "r", texts), byte_ids, max_tokens=5)
 
 
-def test_a_corpus_above_max_bytes_is_refused_and_leaves_nothing(tmp_path, byte_ids):
-    n_bytes = 2 * sum(map(len, set(TEXTS)))
-    build_corpus(tmp_path / "fits", documents(), byte_ids, max_bytes=n_bytes)
-    with pytest.raises(UserError, match="raise --max-disk-gb or lower --n-tokens"):
-        build_corpus(tmp_path / "not", documents(), byte_ids, max_bytes=n_bytes - 1)
-    assert os.listdir(tmp_path / "not") == [".corpus.lock"]
-
-
 def test_a_full_disk_is_noticed_before_it_is_full(tmp_path, byte_ids, monkeypatch):
     monkeypatch.setattr(files, "DISK_RESERVE", 2**70)
     with pytest.raises(UserError, match="disk full"):
@@ -137,7 +128,7 @@ def test_a_full_disk_is_noticed_before_it_is_full(tmp_path, byte_ids, monkeypatc
 
 
 def test_text_without_a_token_is_an_error(tmp_path, byte_ids):
-    nothing = Tokenizer(**{**vars(byte_ids), "encode": lambda texts: [[] for _ in texts]})
+    nothing = Tokenizer(**{**vars(byte_ids), "encode_batch": lambda texts: [[] for _ in texts]})
     with pytest.raises(UserError, match="d has no token"):
         build_corpus(tmp_path, documents(), nothing)
 
@@ -184,9 +175,9 @@ def test_long_texts_are_cut_before_spaces(tmp_path, monkeypatch, byte_ids):
 
     def encode(texts: list[str]) -> list[list[int]]:
         encoded.extend(texts)
-        return byte_ids.encode(texts)
+        return byte_ids.encode_batch(texts)
 
-    spy = Tokenizer(**{**vars(byte_ids), "encode": encode})
+    spy = Tokenizer(**{**vars(byte_ids), "encode_batch": encode})
     text = "to be or not" + 20 * "x"
     corpus = build_corpus(tmp_path, documents([text]), spy)
     assert encoded[:3] == ["to be", " or not" + "x", "x" * 8]
@@ -220,7 +211,7 @@ order = np.arange(n)
 rows = Packed(built, documents=order, context_length=512, separator=256, packing="packed")
 for start in range(0, rows.n_rows - 64, 64):
     rows.rows(start, start + 64)
-print(peak(), built.about["n_tokens"])
+print(peak(), built.metadata["n_tokens"])
 """
 
 

@@ -249,7 +249,7 @@ def test_a_saved_autoencoder_knows_where_it_comes_from_and_how_good_it_is(recipe
     group = cells()
     rows = saved(recipe, tmp_path, group)
     about = load_sae(sae_folder(tmp_path, group[1])).about
-    assert {k: about[k] for k in recipe.about} == recipe.about
+    assert {k: about[k] for k in recipe.metadata} == recipe.metadata
     assert (about["layer"], about["site"], about["seed"]) == (1, "mlp_act", 3)
     for name in ("l1_alpha", "fvu", "l0"):
         assert about[name] == rows[1][name]
@@ -316,7 +316,7 @@ def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones
     stored = with_activations(streamed, target, **run, max_bytes=1e9)
     assert isinstance(stored.chunks, Store)
     manifest = json.loads((target.folder / "manifest.json").read_text())
-    assert manifest["metadata"] == target.about
+    assert manifest["metadata"] == target.metadata
     # what is there is used, whatever the limit is now
     assert isinstance(with_activations(streamed, target, **run, max_bytes=1).chunks, Store)
     streamed = replace(streamed, chunks=Busy(streamed.chunks))

@@ -4,11 +4,10 @@ import csv
 
 import numpy as np
 
-from sparse_coding.figures.report import write_figures
-from sparse_coding.lm.show import DENSITIES, FIGURES, FRONTIERS, write_more_figures
+from sparse_coding.lm.show import DENSITIES, FIGURES, FRONTIERS, draw_figures
 from sparse_coding.sweep.grid import make_grid
 
-COLUMNS = (  # design.md §7
+COLUMNS = (
     *("seed", "l1_alpha", "expansion_factor", "n_dict", "n_tokens", "fvu", "l0", "mse"),
     *("dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_recovered"),
     *("mmcs_with_larger", "n_matched_larger", "seconds"),
@@ -32,11 +31,8 @@ def results() -> list[dict]:
 
 def test_every_figure_is_written_with_its_data_from_the_columns_of_results_csv(tmp_path):
     rows = results()
-    labels = dict(x_label="l1_alpha", y_label="expansion_factor")
-    keys = dict(row_key="expansion_factor", column_key="l1_alpha")
-    paths = write_figures(tmp_path, rows, FIGURES, **labels, **keys)
     density = {cell: np.full(cell.n_dict, 0.01) for cell in sweep()}
-    paths |= write_more_figures(tmp_path, rows, density, n_tokens=1000, l1_note="sum")
+    paths = draw_figures(tmp_path, rows, density, n_tokens=1000, l1_note="sum")
     assert list(paths) == [spec.name for spec in (*FIGURES, *FRONTIERS, DENSITIES)]
     for spec in (*FIGURES, *FRONTIERS):
         with open(paths[spec.name].with_suffix(".csv"), newline="") as file:

@@ -129,7 +129,7 @@ def test_an_autoencoder_of_another_width_is_refused(root):
 )
 def test_an_autoencoder_trained_elsewhere_is_warned_of_by_what_differs(root, capsys, name, value):
     target = tiny_target(root)
-    ours = target.about
+    ours = target.metadata
     check_fit(sae_of(40, **ours), target)
     check_fit(sae_of(40), target)  # says nothing of where it comes from
     assert capsys.readouterr().err == ""

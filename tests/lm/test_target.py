@@ -65,7 +65,7 @@ def test_no_document_is_on_both_sides(root):
 
 def test_what_activations_depend_on_is_named(root):
     target = tiny_target(root, layer=2, site="resid_post", packing="documents", held_out=0.3)
-    about = target.about
+    about = target.metadata
     assert (about["layer"], about["site"], about["packing"]) == (2, "resid_post", "documents")
     assert (about["model"], about["model_dtype"]) == (str(root / "gpt2"), "float32")
     assert about["weight_hash"] == target.lm.weight_hash
@@ -91,9 +91,9 @@ def test_what_activations_depend_on_is_named(root):
     ],
 )
 def test_another_choice_shows_in_what_activations_depend_on(root, change, field):
-    ours, other = tiny_target(root).about, tiny_target(root, **change).about
+    ours, other = tiny_target(root).metadata, tiny_target(root, **change).metadata
     assert ours[field] != other[field]
-    assert ours == tiny_target(root).about
+    assert ours == tiny_target(root).metadata
 
 
 def test_text_is_encoded_once(root, monkeypatch):
@@ -103,12 +103,12 @@ def test_text_is_encoded_once(root, monkeypatch):
 
 
 def test_only_so_many_tokens_of_the_text_are_taken(root):
-    assert tiny_target(root, max_text_tokens=9000).corpus.about["n_tokens"] == 9000
+    assert tiny_target(root, max_text_tokens=9000).corpus.metadata["n_tokens"] == 9000
 
 
 def test_demo_is_the_model_in_assets(root):
     target = demo_target(root)
-    assert target.about["model"] == "demo"
+    assert target.metadata["model"] == "demo"
     assert (target.lm.n_layers, target.site.width) == (2, 256)
 
 

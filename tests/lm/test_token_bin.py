@@ -31,7 +31,7 @@ def test_documents_are_the_stretches_between_separators(tmp_path, byte_ids):
     corpus = open_bin(write(tmp_path / "train.bin", ids), byte_ids, tmp_path / "corpus")
     assert corpus.offsets.tolist() == [0, 4, 11]
     assert corpus.lengths.tolist() == [3, 1, 2]  # the empty one and the copy are left out
-    assert corpus.about["n_duplicates"] == 1
+    assert corpus.metadata["n_duplicates"] == 1
     rows = Packed(corpus, documents=np.array([2, 0, 1]), context_length=4, separator=SEP,
                   packing="packed")  # fmt: skip
     assert rows.rows(0, 2).tolist() == [[SEP, 5, 6, SEP], [1, 2, 3, SEP]]
@@ -69,7 +69,7 @@ def test_blocks_do_not_change_what_is_found(tmp_path, byte_ids, monkeypatch):
     whole = open_bin(path, byte_ids, tmp_path / "whole")
     monkeypatch.setattr("sparse_coding.lm.corpus.SCAN", 7)
     pieces = open_bin(path, byte_ids, tmp_path / "pieces")
-    assert pieces.about == whole.about
+    assert pieces.metadata == whole.metadata
     assert (pieces.offsets == whole.offsets).all()
     assert (pieces.ids == whole.ids).all()
 

@@ -104,8 +104,8 @@ def test_an_interrupted_run_resumes_to_the_same_bins(
 
     batches, tofile = bin_writer.in_batches, []
 
-    def killed(texts):
-        for i, batch in enumerate(batches(texts)):
+    def killed(texts, n_characters):
+        for i, batch in enumerate(batches(texts, n_characters)):
             if i == n_batches:
                 tofile.append(i)
                 (tmp_path / "torn" / "train.bin").open("ab").write(b"not saved")

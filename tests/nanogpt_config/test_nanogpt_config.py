@@ -120,7 +120,7 @@ def test_settings_with_which_nanogpt_would_stop_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "bad.py").write_text("n_heads = 8\n")
     (tmp_path / "torn.py").write_text("n_head = \n")
-    about = {"train": {"tokens": 1000}, "val": {"tokens": 100}}
+    about = {"end_of_text": 0, "train": {"tokens": 1000}, "val": {"tokens": 100}}
     (tmp_path / "manifest.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=reason):
         check.main(argv.format(tmp=tmp_path).split())
