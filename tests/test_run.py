@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from builders.models import nanogpt_state, save_checkpoint, save_tokenizer, writ
 from builders.scripts import (
     ROOT,
     SMALL,
-    Process,
     Server,
     assert_refused,
     bytes_under,
@@ -53,6 +51,9 @@ TINY = (
     "--wandb-mode disabled --log-every 10 --device cpu"
 ).split()
 N_STEPS = 12000 // 64
+HARVEST = "sparse_coding.lm.activations._write_chunk"  # called for each of seven chunks
+TRAINING = "sparse_coding.sae.ensemble.Ensemble.steps_"  # called for ten steps at a time
+OFTEN = SMALL | {"sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.0}
 ALL_FIGURES = {name: value for name, value in SMALL.items() if value != []}
 HEADER = (
     "seed,l1_alpha,expansion_factor,n_dict,n_tokens,fvu,l0,mse,dead_fraction,ce_clean,ce_spliced,"
@@ -370,23 +371,11 @@ def test_shards_and_then_the_command_without_give_the_single_runs_table(
 ):
     """Both start at once: one harvests while the other waits."""
     flags = [*world.flags(), *PLACES]
-    started = []
-
-    def stop_the_first_in_its_harvest() -> bool:
-        started.append(run_server.start(*flags, "--shard", "1/2", cwd=tmp_path))
-        started[-1].wait_until(lambda: n_chunks(tmp_path))
-        started[-1].signal(signal.SIGSTOP)
-        return n_chunks(tmp_path) < 7
-
-    until_in_time(stop_the_first_in_its_harvest, tmp_path)
-    *late, first = started
-    for process in late:
-        process.signal(signal.SIGKILL)
-        process.wait()
+    first = run_server.start(*flags, "--shard", "1/2", cwd=tmp_path, pause_at=(HARVEST, 2))
+    first.wait_until_paused()
     second = run_server.start(*flags, "--shard", "2/2", cwd=tmp_path)
-    out = Path(second.job["stdout"])
-    second.wait_until(lambda: out.exists() and "waiting for another process" in out.read_text())
-    first.signal(signal.SIGCONT)
+    second.wait_until(lambda: "waiting for another process" in second.out())
+    first.resume()
     for shard in (first, second):
         done = shard.wait()
         assert done.code == 0, done.err
@@ -438,46 +427,28 @@ def test_a_store_is_used_again_by_a_sweep_of_other_constants_and_grows_with_n_to
 # --- stopped, killed, damaged ------------------------------------------------------------------
 
 
-def killed(process: Process, when: Callable[[], object]) -> None:
-    process.wait_until(when)
-    process.signal(signal.SIGKILL)
-    process.wait()
-
-
-def until_in_time(attempt: Callable[[], bool], cwd: Path) -> None:
-    """On a loaded machine a signal may come too late: then once more from the start."""
-    for _ in range(5):
-        for name in ("run", "acts"):
-            shutil.rmtree(cwd / name, ignore_errors=True)
-        if attempt():
-            return
-    pytest.fail("five times too late")
-
-
 def n_chunks(cwd: Path) -> int:
     return len(list((cwd / "acts").glob("chunk-*")))
 
 
 def step(cwd: Path) -> int:
     """Of the newest checkpoint."""
-    found = cwd.glob("run/checkpoints/*/step-*.safetensors")
-    return max((int(path.stem[5:]) for path in found), default=0)
+    saved = cwd.glob("run/checkpoints/*/step-*.safetensors")
+    return max((int(path.stem[5:]) for path in saved), default=0)
 
 
 def test_runs_killed_in_harvest_and_training_end_with_the_same_bits_and_no_litter(
     finished: Path, world: World, run_server: Server, tmp_path: Path
 ):
-    flags = [*world.flags(), *PLACES]
-
-    def kill_four_times() -> bool:
-        for least in (1, 3):
-            killed(run_server.start(*flags, cwd=tmp_path), lambda: n_chunks(tmp_path) >= least)  # noqa: B023
-        in_harvest = n_chunks(tmp_path) < 7
-        for least in (20, 100):
-            killed(run_server.start(*flags, cwd=tmp_path), lambda: step(tmp_path) >= least)  # noqa: B023
-        return in_harvest and step(tmp_path) < N_STEPS
-
-    until_in_time(kill_four_times, tmp_path)
+    flags, left = [*world.flags(), *PLACES], []
+    for point in ((HARVEST, 2), (HARVEST, 3), (TRAINING, 3), (TRAINING, 10)):
+        process = run_server.start(*flags, cwd=tmp_path, patch=OFTEN, pause_at=point)
+        process.wait_until_paused()
+        process.kill()
+        left.append((n_chunks(tmp_path), step(tmp_path)))
+    assert left[:2] == [(1, 0), (3, 0)]
+    assert [n for n, _ in left[2:]] == [7, 7]
+    assert 0 < left[2][1] < left[3][1] < N_STEPS
     done = run_server.run(*flags, cwd=tmp_path)
     assert done.code == 0, done.err
     assert done.err_lines == []
@@ -504,29 +475,18 @@ def test_runs_killed_at_random_moments_end_with_the_same_bits_and_no_litter(
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     phase: str, finished: Path, world: World, run_server: Server, tmp_path: Path
 ):
-    flags, ended = [*world.flags(), *PLACES], []
-
-    def reached() -> bool:
-        if phase == "training":
-            return step(tmp_path) > 20
-        # seven small chunks can be there before the signal is: after two such tries, before them
-        early = len(ended) >= 2 and (tmp_path / "acts/text/corpus.json").exists()
-        return n_chunks(tmp_path) > 0 or early
-
-    def interrupt() -> bool:
-        process = run_server.start(*flags, cwd=tmp_path)
-        process.wait_until(reached)
-        process.signal(signal.SIGINT)
-        ended.append(process.wait())
-        whole = n_chunks(tmp_path) == 7
-        return not whole if phase == "harvest" else ended[-1].code != 0
-
-    until_in_time(interrupt, tmp_path)
-    assert ended[-1].code == 130, ended[-1].err
-    (line,) = ended[-1].err_lines
+    flags, point = [*world.flags(), *PLACES], {"harvest": (HARVEST, 3), "training": (TRAINING, 6)}
+    process = run_server.start(*flags, cwd=tmp_path, pause_at=point[phase])
+    process.wait_until_paused()
+    process.signal(signal.SIGINT)
+    process.resume()
+    ended = process.wait()
+    assert ended.code == 130, ended.err
+    (line,) = ended.err_lines
     assert "the same command goes on" in line
     if phase == "training":
         assert f"saved at step {step(tmp_path)} of {N_STEPS}" in line
+    assert (n_chunks(tmp_path), step(tmp_path)) == {"harvest": (3, 0), "training": (7, 60)}[phase]
     assert litter(tmp_path) == []
     again = run_server.run(*flags, cwd=tmp_path)
     assert again.code == 0, again.err
@@ -851,13 +811,12 @@ def test_a_disk_that_fills_up_in_the_harvest_is_one_line_and_the_same_command_go
 ):
     disk = tmp_path / "disk"
     with mounted_tmpfs(disk, "size=100m"):
-        process = run_server.start(*world.flags(), *PLACES, cwd=disk)
-        process.wait_until(lambda: n_chunks(disk))
-        process.signal(signal.SIGSTOP)
+        process = run_server.start(*world.flags(), *PLACES, cwd=disk, pause_at=(HARVEST, 2))
+        process.wait_until_paused()
         with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(2**16)):
                 pass
-        process.signal(signal.SIGCONT)
+        process.resume()
         assert_refused(process.wait(), "disk full", "free some space")
         assert litter(disk) == []
         (disk / "filler").unlink()

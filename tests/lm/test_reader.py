@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -154,20 +155,31 @@ def test_nothing_is_loaded_beyond_the_last_step():
     assert len(again.loaded) == 3
 
 
-def test_closing_waits_for_one_chunk_at_most():
-    chunks = Numbered(*[8] * 40)
+def test_closing_waits_for_the_chunk_that_is_being_loaded_and_for_no_other():
+    chunks, begun, running = Numbered(*[8] * 40), threading.Event(), []
     r = reader(chunks, buffer_rows=160)  # half of the chunks
     load = chunks.load
 
-    def slow_ahead(k: int) -> torch.Tensor:
+    def load_until_closing(k: int) -> torch.Tensor:
         if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.05)
+            running.append(k)
+            begun.set()
+            wait_until(lambda: r.closing)
+            running.pop()
         return load(k)
 
-    chunks.load = slow_ahead
+    chunks.load = load_until_closing
     r.batch(0)
+    assert begun.wait(10)
     r.close()
-    assert len(chunks.loaded) <= 22  # of 20 + 20
+    assert not running
+    assert len(chunks.loaded) == 20 + 1
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def test_what_fits_the_buffer_is_loaded_once():
@@ -190,26 +202,6 @@ def test_an_error_of_the_loading_thread_reaches_the_caller():
     numbers(r, range(3))
     with pytest.raises(UserError, match=f"chunk {bad} is damaged"):
         r.batch(3)
-
-
-def test_nothing_is_being_loaded_once_it_is_closed():
-    chunks, begun, running = Numbered(*[48] * 4), threading.Event(), []
-    r = reader(chunks, buffer_rows=48)
-    load = chunks.load
-
-    def slow_ahead(k: int) -> torch.Tensor:
-        if threading.current_thread() is not threading.main_thread():
-            running.append(k)
-            begun.set()
-            time.sleep(0.2)
-            running.pop()
-        return load(k)
-
-    chunks.load = slow_ahead
-    r.batch(0)
-    assert begun.wait(10)
-    r.close()
-    assert not running
 
 
 class Allocated:
@@ -242,9 +234,7 @@ def test_a_jump_holds_no_third_buffer(monkeypatch):
     allocated = Allocated(monkeypatch)
     r = reader(Numbered(*[48] * 4), buffer_rows=48)
     r.batch(0)
-    end = time.monotonic() + 10
-    while len(allocated.made) < 2 and time.monotonic() < end:  # until the next rows are waiting
-        time.sleep(0.001)
+    wait_until(lambda: len(allocated.made) >= 2)  # the next rows are waiting
     r.batch(9)
     r.close()
     assert len(allocated.made) >= 3
