@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from builders.lm import (
     SEPARATOR,
     demo_target,
     held_out_of,
-    hooked,
     metrics_by_hand,
     tiny_target,
 )
+from builders.models import hooked
 
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.model import SITES
@@ -24,11 +23,6 @@ from sparse_coding.sae.saved import SparseAutoencoder
 N_DICT, N_DEAD, N_TOKENS = 24, 5, 20 * CONTEXT
 METRICS = ["fvu", "l0", "mse", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean",
            "ce_recovered"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("targets")
 
 
 def random_sae(width: int, seed: int = 0) -> SparseAutoencoder:
@@ -86,7 +80,7 @@ def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):
     held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS, lm_batch_size=6)
     sae = random_sae(40)
     ids, keep, codes = (torch.cat(parts) for parts in zip(*held_out.codes(sae), strict=True))
-    x, _ = hooked(held_out.lm, "gpt2", 1, "mlp_act", ids)
+    x, _ = hooked(held_out.lm.model, "gpt2", 1, "mlp_act", ids)
     by_hand = torch.clamp((x - sae.b_dec) @ sae.W_enc + sae.b_enc, min=0)
     assert by_hand[~keep].any()
     assert not codes[~keep].any()
@@ -118,7 +112,7 @@ def x(learned) -> torch.Tensor:
     """Activations of the kept tokens."""
     ids = torch.from_numpy(learned.text.rows(0, learned.n_rows))
     keep = torch.from_numpy(learned.text.keep(0, learned.n_rows))
-    return hooked(learned.lm, "gpt2", 1, "mlp_act", ids)[0][keep]
+    return hooked(learned.lm.model, "gpt2", 1, "mlp_act", ids)[0][keep]
 
 
 def dead_sae(b_dec: torch.Tensor) -> SparseAutoencoder:

@@ -17,6 +17,7 @@ from builders.models import (
     WIDTH,
     Bomb,
     D,
+    hooked,
     nanogpt_logits,
     nanogpt_state,
     random_model,
@@ -42,6 +43,9 @@ IDS = torch.randint(VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed
 MODELS = list(CONFIGS)
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """One saved model of each family, and one more GPT-2 of another seed."""
@@ -54,7 +58,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(folders):
-    return {k: load_language_model(str(folders / k), device=torch.device("cpu")) for k in MODELS}
+    return {k: load_language_model(str(folders / k), device=CPU) for k in MODELS}
 
 
 @pytest.fixture
@@ -63,41 +67,16 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
-def whole_pass(kind: str, lm, layer: int) -> dict[str, torch.Tensor]:
-    """All four activations of one full forward pass, by hooks of the test's own."""
-    layers, down, heads, mlp, _ = PATHS[kind]
-    block = lm.model.get_submodule(f"{layers}.{layer}")
-    seen = {}
-
-    def keep(name: str):
-        def hook(module, args, out):
-            value = args[0] if name in ("mlp_act", "attn_concat") else out
-            value = value[0] if isinstance(value, tuple) else value
-            seen[name] = value.clone().reshape(*IDS.shape, -1)
-
-        return hook
-
-    modules = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}
-    handles = [
-        block.get_submodule(path).register_forward_hook(keep(n)) for n, path in modules.items()
-    ]
-    with torch.no_grad():
-        lm.model(IDS)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("layer", [0, N_LAYERS - 1])
 def test_activations_equal_those_of_an_independent_hook(models, kind, layer):
     lm = models[kind]
-    expected = whole_pass(kind, lm, layer)
     for name in SITES:
         site = find_site(lm, layer, name)
         got = activations(lm, site, IDS)
+        expected, _ = hooked(lm.model, kind, layer, name, IDS)
         assert got.shape == (2, CONTEXT, site.width)
-        assert (got - expected[name]).abs().max() < 1e-5, name
+        assert (got - expected).abs().max() < 1e-5, name
         assert got.std() > 1e-2, name
     assert find_site(lm, layer, "mlp_act").width == WIDTH
     heads_width = 24 if kind == "gemma2" else D  # 2 heads of 12
@@ -179,28 +158,9 @@ def test_replacing_by_the_same_leaves_the_logits_bit_for_bit(models, kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_replacing_by_zeros_equals_zeroing_in_an_independent_hook(models, kind):
     lm = models[kind]
-    layers, down, heads, mlp, _ = PATHS[kind]
-    block = lm.model.get_submodule(f"{layers}.1")
-
-    def zero_input(module, args):
-        return (torch.zeros_like(args[0]), *args[1:])
-
-    def zero_output(module, args, out):
-        if isinstance(out, tuple):
-            return (torch.zeros_like(out[0]), *out[1:])
-        return torch.zeros_like(out)
-
-    where = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}
     clean = logits(lm, IDS)
-    for name, path in where.items():
-        module = block.get_submodule(path)
-        if name in ("mlp_act", "attn_concat"):
-            handle = module.register_forward_pre_hook(zero_input)
-        else:
-            handle = module.register_forward_hook(zero_output)
-        with torch.no_grad():
-            expected = lm.model(IDS).logits
-        handle.remove()
+    for name in SITES:
+        _, expected = hooked(lm.model, kind, 1, name, IDS, new=torch.zeros_like)
         got = logits(lm, IDS, site=find_site(lm, 1, name), replace=torch.zeros_like)
         assert torch.equal(got, expected), name
         assert (got - clean).abs().max() > 1e-2, name
@@ -252,7 +212,7 @@ def one_layer(kind: str, tmp_path, **changes):
     n_layers = {"num_layers": 1, "attention_types": [[["global"], 1]]}
     n_layers = n_layers if kind == "gpt_neo" else {"num_hidden_layers": 1, "n_layer": 1}
     random_model(kind, **n_layers, **changes).save_pretrained(tmp_path)
-    return load_language_model(str(tmp_path), device=torch.device("cpu"))
+    return load_language_model(str(tmp_path), device=CPU)
 
 
 def frozen_norm(scale: list[torch.Tensor], gain_offset: float):
@@ -319,12 +279,11 @@ def test_direct_logits_are_refused_where_no_direct_path_is_linear(tmp_path):
 
 
 def test_the_weight_hash_is_that_of_the_weights_in_bfloat16(folders, models):
-    cpu = torch.device("cpu")
     for kind in ("gpt2", "llama", "opt"):
-        half = load_language_model(str(folders / kind), device=cpu, dtype=torch.bfloat16)
+        half = load_language_model(str(folders / kind), device=CPU, dtype=torch.bfloat16)
         assert half.dtype == half.model.dtype == torch.bfloat16
         assert half.weight_hash == models[kind].weight_hash
-    other = load_language_model(str(folders / "other"), device=cpu)
+    other = load_language_model(str(folders / "other"), device=CPU)
     of_mistral = models["mistral"].weight_hash  # the same weights as llama's, by its seed
     hashes = [other.weight_hash, *(lm.weight_hash for k, lm in models.items() if k != "mistral")]
     assert len(set(hashes)) == len(hashes)
@@ -338,16 +297,14 @@ def test_the_weight_hash_takes_denormals_for_zeros_as_some_devices_do(folders, t
     for scale in (1e-40, -0.0, 1e-37):
         model.transformer.ln_f.bias.data[:] = scale * torch.arange(1, D + 1)
         model.save_pretrained(tmp_path)
-        hashes.append(load_language_model(str(tmp_path), device=torch.device("cpu")).weight_hash)
+        hashes.append(load_language_model(str(tmp_path), device=CPU).weight_hash)
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_in_bfloat16_the_activations_are_those_of_float32_within_its_precision(folders, models):
     """Rotary frequencies rounded to bfloat16, the usual accident, would be off by more."""
     site = find_site(models["llama"], 2, "attn_concat")
-    half = load_language_model(
-        str(folders / "llama"), device=torch.device("cpu"), dtype=torch.bfloat16
-    )
+    half = load_language_model(str(folders / "llama"), device=CPU, dtype=torch.bfloat16)
     assert half.model.model.rotary_emb.inv_freq.dtype == torch.float32
     expected = activations(models["llama"], site, IDS)
     got = activations(half, find_site(half, 2, "attn_concat"), IDS)
@@ -366,13 +323,13 @@ def test_a_model_says_what_it_is(models, folders):
 
 def test_a_nanogpt_checkpoint_is_a_language_model(tmp_path):
     path = save_checkpoint(tmp_path / "ckpt.pt")
-    lm = load_language_model(str(path), device=torch.device("cpu"))
+    lm = load_language_model(str(path), device=CPU)
     ids = torch.arange(24)[None]
     expected = nanogpt_logits(nanogpt_state(ARGS), ARGS, ids)
     assert (logits(lm, ids) - expected).abs().max() < 1e-5
     assert (lm.n_layers, lm.vocab_size, lm.max_context) == (2, 65, 24)
     assert find_site(lm, 1, "mlp_act").width == 64
-    half = load_language_model(str(path), device=torch.device("cpu"), dtype=torch.bfloat16)
+    half = load_language_model(str(path), device=CPU, dtype=torch.bfloat16)
     assert half.model.dtype == torch.bfloat16
     assert half.weight_hash == lm.weight_hash
 
@@ -388,7 +345,7 @@ def test_layers_and_sites_that_are_not_there_are_refused(models):
 
 def refusal(name: object, **options) -> str:
     with pytest.raises(UserError) as error:
-        load_language_model(str(name), device=torch.device("cpu"), **options)
+        load_language_model(str(name), device=CPU, **options)
     assert "\n" not in str(error.value)
     assert str(name) in str(error.value)
     return str(error.value)
@@ -437,7 +394,7 @@ def test_pickled_weights_load_but_a_bomb_in_them_is_refused(folders, tmp_path, m
     folder = changed_copy(folders / "gpt2", tmp_path / "bin")
     (folder / "model.safetensors").unlink()
     torch.save(models["gpt2"].model.state_dict(), folder / "pytorch_model.bin")
-    lm = load_language_model(str(folder), device=torch.device("cpu"))
+    lm = load_language_model(str(folder), device=CPU)
     assert lm.weight_hash == models["gpt2"].weight_hash
     torch.save({"lm_head.weight": Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
     assert "can't be loaded" in refusal(folder)
@@ -478,8 +435,8 @@ def test_a_hub_id_in_the_cache_needs_no_hub(offline, monkeypatch, folders, tmp_p
     with monkeypatch.context() as online:
         online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         online.setattr(type(get_session()), "send", lambda *_, **__: pytest.fail("a request"))
-        lm = load_language_model("me/mine", device=torch.device("cpu"))
-        pinned = load_language_model("me/mine", device=torch.device("cpu"), revision="0123")
+        lm = load_language_model("me/mine", device=CPU)
+        pinned = load_language_model("me/mine", device=CPU, revision="0123")
     assert lm.weight_hash == pinned.weight_hash == models["gpt2"].weight_hash
     (repo / "snapshots" / "0123" / "model.safetensors").unlink()
     assert "`hf download me/mine`" in refusal("me/mine")
@@ -490,7 +447,7 @@ def test_loading_shows_no_bar_and_no_report(folders, tmp_path, monkeypatch):
     handler.emit = lambda record: shown.append(record.getMessage())
     logger.addHandler(handler)
     monkeypatch.setattr("tqdm.auto.tqdm", lambda *args, **__: shown.append("bar") or args[0])
-    load_language_model(str(folders / "gpt2"), device=torch.device("cpu"))
+    load_language_model(str(folders / "gpt2"), device=CPU)
     refusal(changed_copy(folders / "gpt2", tmp_path / "deep", n_layer=4))
     assert shown == []
     AutoModelForCausalLM.from_pretrained(tmp_path / "deep")  # it would show both

@@ -1,4 +1,4 @@
-"""Cells on a language model become trained, evaluated, saved autoencoders of raw activations."""
+"""The grid of run.py; cells become trained, evaluated, saved autoencoders of raw activations."""
 
 import json
 import threading
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.lm import hooked, metrics_by_hand, recipe_of, tiny_target
+from builders.lm import metrics_by_hand, recipe_of, tiny_target
+from builders.models import hooked
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,7 @@ from sparse_coding.lm import activations
 from sparse_coding.lm.activations import Harvester, Store
 from sparse_coding.lm.recipe import (
     COLUMNS,
+    Grid,
     LanguageRecipe,
     feature_density,
     members_of,
@@ -35,9 +37,57 @@ from sparse_coding.sweep.training import Task
 WIDTH = 40
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("targets")
+# --- the grid ---
+
+GRID = dict(l1_exp_low=None, l1_exp_high=None, expansion_exp_low=0, expansion_exp_high=1,
+            target_l0=(), seed=0, n_seeds=1)  # fmt: skip
+
+
+def l1_exps(width: int, **flags) -> list[int]:
+    return [cell.l1_exp for cell in Grid(**GRID | flags).cells(width)]
+
+
+@pytest.mark.parametrize(
+    ("width", "middle"),  # 10^(middle/4) x width is the same within a step: .178 x 256 = 45.5
+    [(64, -13), (256, -15), (2048, -19), (3072, -19), (16384, -22)],
+)
+def test_the_default_l1_alpha_falls_as_the_width_grows(width, middle):
+    assert l1_exps(width) == list(range(middle - 3, middle + 4))
+    assert 10 ** (middle / 4) * width == pytest.approx(10 ** (-15 / 4) * 256, rel=0.34)
+
+
+def test_a_given_range_is_taken_as_it_is():
+    assert l1_exps(64, l1_exp_low=-8, l1_exp_high=-6) == [-8, -7]
+
+
+def test_a_target_l0_takes_the_middle_as_its_start():
+    cells = Grid(**GRID | {"target_l0": (16, 32), "n_seeds": 2}).cells(64)
+    assert [(c.seed, c.l1_exp, c.target_l0, c.n_dict) for c in cells] == [
+        (0, -13, 16, 64),
+        (0, -13, 32, 64),
+        (1, -13, 16, 64),
+        (1, -13, 32, 64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"l1_exp_low": -8}, "--l1-exp-low -8 must be given together with --l1-exp-high"),
+        ({"l1_exp_high": -8}, "--l1-exp-low None must be given together with --l1-exp-high"),
+        ({"l1_exp_low": -8, "l1_exp_high": -8}, "--l1-exp-high -8 must be above the low end -8"),
+        ({"expansion_exp_high": 0}, "--expansion-exp-high 0 must be above"),
+        ({"target_l0": (0,)}, "must be at least 1 each, and all different"),
+        ({"target_l0": (8, 8)}, "must be at least 1 each, and all different"),
+        ({"n_seeds": 0}, "--n-seeds 0 must be between"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(flags, reason):
+    with pytest.raises(UserError, match=reason):
+        Grid(**GRID | flags)
+
+
+# --- from cells to autoencoders ---
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +123,6 @@ def trained(task: Task, steps=range(100)) -> Task:
 
 def raw_rows(recipe: LanguageRecipe) -> torch.Tensor:
     return recipe.chunks.load(0).float()[:200]
-
-
-# --- from cells to autoencoders ---
 
 
 def test_saved_autoencoders_do_on_raw_activations_what_training_did_on_scaled_ones(recipe):
@@ -149,10 +196,10 @@ def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
 
 
 def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
-    wishes = [replace(cell, target_l0=t) for cell in cells() for t in (0, 4, 8)]
-    members = members_of(wishes, "sum")
+    targets = [replace(cell, target_l0=t) for cell in cells() for t in (0, 4, 8)]
+    members = members_of(targets, "sum")
     assert len({m.seed for m in members}) == 12
-    assert members_of(wishes[5:6], "sum")[0].seed == members[5].seed
+    assert members_of(targets[5:6], "sum")[0].seed == members[5].seed
     assert [m.target_l0 for m in members[:3]] == [0, 4, 8]
 
 
@@ -198,14 +245,14 @@ def test_the_mean_of_mean_ablation_is_that_of_the_training_text(recipe):
     def ablated(activation: torch.Tensor) -> torch.Tensor:
         return torch.where(keep[:, :, None], x.mean(dim=0), activation)
 
-    _, logits = hooked(held_out.lm, "gpt2", 1, "mlp_act", ids, new=ablated)
+    _, logits = hooked(held_out.lm.model, "gpt2", 1, "mlp_act", ids, new=ablated)
     log_p = torch.log_softmax(logits.double(), dim=2)[:, :-1]
     loss = -log_p.gather(2, ids[:, 1:, None]).mean().item()
     assert row["ce_mean"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("normalisation", ["sum", "per_feature"])
-def test_with_a_wished_l0_the_row_has_the_l1_alpha_that_was_found(root, normalisation):
+def test_with_a_target_l0_the_row_has_the_l1_alpha_that_was_found(root, normalisation):
     recipe = on_disk(root, l1_normalisation=normalisation, l1_warmup=0.0)
     group = cells(n_l1=1, target_l0=2)
     task = trained(recipe.prepare(group))

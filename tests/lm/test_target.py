@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders.lm import CONTEXT, SEPARATOR, VOCAB, demo_target, texts, tiny_target, write_texts
+from builders.lm import CONTEXT, SEPARATOR, VOCAB, demo_target, texts, tiny_target
+from builders.models import write_parquet
 
 from sparse_coding.config import UserError
 from sparse_coding.lm import target as target_module
@@ -21,7 +22,6 @@ from sparse_coding.lm.target import (
     default_folder,
     flags_of,
     losses,
-    open_target,
     stamps,
 )
 
@@ -31,11 +31,6 @@ MODEL = ModelChoice(model="openai-community/gpt2", model_revision="", tokenizer=
 TEXT = TextChoice(dataset="NeelNanda/pile-10k", dataset_revision="", text_column="text",
                   context_length=256, packing="packed", held_out=0.05,
                   max_text_tokens=10**6)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("targets")
 
 
 # --- what is opened ---
@@ -54,13 +49,6 @@ def test_all_documents_are_encoded_with_the_models_tokenizer_and_split(root):
     rows = target.train.rows(0, target.train.n_rows)
     assert rows.ravel().tolist() == endless[: rows.size]
     assert len(endless) - rows.size < 2 * CONTEXT
-
-
-def test_no_document_is_on_both_sides(root):
-    target = tiny_target(root)
-    ids = [set(s.document_ids(0, s.n_rows).tolist()) for s in (target.train, target.held_out)]
-    assert all(ids)
-    assert not ids[0] & ids[1]
 
 
 def test_what_activations_depend_on_is_named(root):
@@ -96,40 +84,10 @@ def test_another_choice_shows_in_what_activations_depend_on(root, change, field)
     assert ours == tiny_target(root).metadata
 
 
-def test_text_is_encoded_once(root, monkeypatch):
-    tiny_target(root)
-    monkeypatch.setattr("sparse_coding.lm.corpus._encode", None)  # would be called
-    assert tiny_target(root).train.n_rows > 0
-
-
-def test_only_so_many_tokens_of_the_text_are_taken(root):
-    assert tiny_target(root, max_text_tokens=9000).corpus.metadata["n_tokens"] == 9000
-
-
 def test_demo_is_the_model_in_assets(root):
     target = demo_target(root)
     assert target.metadata["model"] == "demo"
     assert (target.lm.n_layers, target.site.width) == (2, 256)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layer": 3}, "no such layer: 3"),
-        ({"site": "mlp"}, "no such site: mlp"),
-        ({"context_length": 33}, "--context-length 33 must be at most 32"),
-        ({"text_column": "body"}, "no column 'body'"),
-        ({"dataset": "/nowhere/text.parquet"}, "no such file"),
-        ({"model": "/nowhere/model"}, "nowhere"),
-        ({"tokenizer": "/nowhere/tokenizer.json"}, "nowhere"),
-        ({"held_out": 1e-9}, "none is left for evaluation"),
-        ({"max_text_tokens": 20}, "choose"),
-    ],
-)
-def test_what_does_not_exist_or_fit_is_refused_in_one_line(root, change, message):
-    with pytest.raises(UserError, match=message) as refused:
-        tiny_target(root, **change)
-    assert "\n" not in str(refused.value)
 
 
 def test_the_longest_context_of_the_model_is_welcome(root):
@@ -228,7 +186,7 @@ def test_the_default_folder_has_a_name_to_recognise():
 
 
 def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
-    write_texts(tmp_path / "t.parquet", texts(40, seed=1))
+    write_parquet(tmp_path / "t.parquet", texts(40, seed=1))
     tiny_target(root)  # writes the model
     shutil.copytree(root / "gpt2", tmp_path / "model")
     model = replace(MODEL, model=str(tmp_path / "model"))
@@ -236,7 +194,7 @@ def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
     before = default_folder(model, text, CPU)
     assert stamps(model, text).keys() == {"model_files", "dataset_files"}
     assert default_folder(model, text, CPU) == before
-    write_texts(tmp_path / "t.parquet", texts(40, seed=2))
+    write_parquet(tmp_path / "t.parquet", texts(40, seed=2))
     after = default_folder(model, text, CPU)
     assert after != before
     weights = tmp_path / "model" / "model.safetensors"
@@ -255,14 +213,3 @@ def test_a_saved_autoencoder_names_the_flags_that_find_its_target(root, monkeypa
     assert (flags["layer"], flags["packing"], flags["n_eval_tokens"]) == (2, "documents", 77)
     foreign = {"model": "gpt2", "layer": 3, "hook_name": "x"}
     assert flags_of(foreign) == {"model": "gpt2", "layer": 3}
-
-
-def test_a_folder_of_another_text_is_refused(root, tmp_path):
-    other = write_texts(tmp_path / "other.parquet", texts(40, seed=1))
-    model = replace(MODEL, model=str(root / "gpt2"), layer=1)
-    text = replace(TEXT, dataset=other, context_length=CONTEXT, held_out=0.2)
-    tiny_target(root)  # writes the model
-    open_target(model, text, str(tmp_path / "folder"), device=torch.device("cpu"))
-    changed = replace(text, dataset=write_texts(tmp_path / "third.parquet", texts(41, seed=2)))
-    with pytest.raises(UserError, match=r"holds a corpus with dataset"):
-        open_target(model, changed, str(tmp_path / "folder"), device=torch.device("cpu"))
