@@ -272,6 +272,12 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def assert_done(done: Done) -> None:
+    """Exit code 0, and nothing on stderr but the progress bar."""
+    assert done.code == 0, done.err
+    assert done.err_lines == []
+
+
 def assert_refused(done: Done, *words: str) -> None:
     """One line on stderr that has these words, exit code 2, no traceback."""
     assert done.code == 2, done.err

@@ -17,3 +17,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def byte_ids() -> Tokenizer:
     """Bytes, and 256 between documents."""
     return load_tokenizer("x", choice="bytes", vocab_size=257)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"

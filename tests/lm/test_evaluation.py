@@ -45,20 +45,20 @@ def test_metrics_equal_an_independent_computation_for_two_batch_sizes(root, kind
     assert N_DEAD / N_DICT <= expected["dead_fraction"] < 1  # the planted ones, not all
     for lm_batch_size in (3, 20):
         held_out = held_out_of(target, n_tokens=N_TOKENS, lm_batch_size=lm_batch_size)
-        (found,) = evaluate(held_out, [sae], mean=mean)
-        assert list(found.values) == METRICS
-        assert found.values == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
-        assert torch.allclose(found.density.double(), density, atol=1e-6)
+        (ours,) = evaluate(held_out, [sae], mean=mean)
+        assert list(ours.values) == METRICS
+        assert ours.values == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+        assert torch.allclose(ours.density.double(), density, atol=1e-6)
 
 
 def test_an_autoencoders_values_do_not_depend_on_the_others(root):
     held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS)
     saes, mean = [random_sae(40, seed) for seed in (0, 1)], torch.ones(40)
     together = evaluate(held_out, saes, mean=mean)
-    for sae, found in zip(saes, together, strict=True):
+    for sae, one in zip(saes, together, strict=True):
         (alone,) = evaluate(held_out, [sae], mean=mean)
-        assert alone.values == pytest.approx(found.values, rel=1e-9, nan_ok=True)
-        assert torch.equal(alone.density, found.density)
+        assert alone.values == pytest.approx(one.values, rel=1e-9, nan_ok=True)
+        assert torch.equal(alone.density, one.density)
     assert together[0].values["fvu"] != pytest.approx(together[1].values["fvu"], rel=1e-3)
 
 
@@ -127,8 +127,7 @@ def test_the_identity_recovers_everything(learned, x):
     b_enc, b_dec = torch.zeros(2 * width), torch.zeros(width)
     identity = SparseAutoencoder(torch.cat([one, -one], 1), b_enc, torch.cat([one, -one]), b_dec,
                                  about={})  # fmt: skip
-    (found,) = evaluate(learned, [identity], mean=b_dec)
-    values = found.values
+    values = evaluate(learned, [identity], mean=b_dec)[0].values
     assert values["ce_recovered"] == pytest.approx(1, abs=1e-6)
     assert values["fvu"] == pytest.approx(0, abs=1e-12)
     assert values["ce_spliced"] == pytest.approx(values["ce_clean"], abs=1e-6)
@@ -138,8 +137,7 @@ def test_the_identity_recovers_everything(learned, x):
 
 def test_the_mean_explains_nothing_and_costs_what_mean_ablation_costs(learned, x):
     mean = x.double().mean(dim=0).float()
-    (found,) = evaluate(learned, [dead_sae(mean)], mean=mean)
-    values = found.values
+    values = evaluate(learned, [dead_sae(mean)], mean=mean)[0].values
     assert values["fvu"] == pytest.approx(1, abs=1e-6)
     assert values["ce_spliced"] == pytest.approx(values["ce_mean"], abs=1e-9)
     assert (values["l0"], values["dead_fraction"]) == (0, 1)
@@ -149,8 +147,7 @@ def test_the_mean_explains_nothing_and_costs_what_mean_ablation_costs(learned, x
 
 def test_zero_recovers_nothing(learned, x):
     width = learned.site.width
-    (found,) = evaluate(learned, [dead_sae(torch.zeros(width))], mean=torch.ones(width))
-    values = found.values
+    values = evaluate(learned, [dead_sae(torch.zeros(width))], mean=torch.ones(width))[0].values
     assert values["ce_recovered"] == pytest.approx(0, abs=1e-9)
     assert values["ce_spliced"] == values["ce_zero"] != values["ce_mean"]
     second_moment = x.double().square().sum().item()
@@ -163,6 +160,6 @@ def test_where_ablation_costs_nothing_ce_recovered_has_no_value(root):
     with torch.no_grad():
         target.lm.model.transformer.h[1].mlp.c_proj.weight.zero_()
     held_out = replace(held_out_of(target), n_tokens=N_TOKENS)
-    (found,) = evaluate(held_out, [random_sae(40)], mean=torch.ones(40))
-    assert math.isnan(found.values["ce_recovered"])
-    assert found.values["ce_zero"] == found.values["ce_clean"]
+    values = evaluate(held_out, [random_sae(40)], mean=torch.ones(40))[0].values
+    assert math.isnan(values["ce_recovered"])
+    assert values["ce_zero"] == values["ce_clean"]

@@ -230,8 +230,8 @@ def test_the_numbers_are_those_of_the_saved_autoencoder_on_held_out_text(recipe,
         sae = load_sae(sae_folder(tmp_path, cell))
         expected = metrics_by_hand(recipe.held_out, "gpt2", sae, recipe.statistics.mean)
         density = expected.pop("density").numpy()
-        found = {name: row[name] for name in expected}
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+        ours = {name: row[name] for name in expected}
+        assert ours == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
         assert np.allclose(feature_density(sae_folder(tmp_path, cell)), density, atol=1e-6)
 
 
@@ -310,9 +310,9 @@ def test_densities_come_back_and_what_never_fired_is_zero(recipe, tmp_path):
     row = {"l1_alpha": 1.0, "fvu": 0.1, "l0": 2.0, "ce_recovered": 0.9}
     cell = cells()[0]
     recipe.save(tmp_path, cell, tensors | {"density": density}, row)
-    found = feature_density(sae_folder(tmp_path, cell))
-    assert found.tolist() == pytest.approx([0, 1e-6, 0.25, 1], rel=1e-3)
-    assert found[0] == 0
+    read = feature_density(sae_folder(tmp_path, cell))
+    assert read.tolist() == pytest.approx([0, 1e-6, 0.25, 1], rel=1e-3)
+    assert read[0] == 0
 
 
 def test_the_merge_compares_dictionaries_with_larger_ones(recipe, tmp_path):

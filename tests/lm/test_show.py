@@ -241,7 +241,7 @@ def test_the_density_figures_data_are_counts_of_the_saved_densities(shown):
     folder, _, cells, *_ = shown
     with open(folder / "figures" / "densities.csv", newline="") as file:
         bins = list(csv.DictReader(file))
-    found = 0
+    n_counted = 0
     for cell in cells:
         density = feature_density(sae_folder(folder, cell))
         counts = {one["log10_low"]: int(one["n_features"]) for one in bins
@@ -251,8 +251,8 @@ def test_the_density_figures_data_are_counts_of_the_saved_densities(shown):
         for low in (-2.0, -1.5, -1.25):
             within = (density >= 10**low) & (density < 10 ** (low + 0.25))
             assert counts[str(low)] == within.sum()
-            found += int(within.sum())
-    assert found > 100
+            n_counted += int(within.sum())
+    assert n_counted > 100
 
 
 def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monkeypatch):

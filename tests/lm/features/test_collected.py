@@ -43,14 +43,14 @@ def collect(tokens: Tensor, codes: Tensor, *, cuts: tuple[int, ...] = (), **opti
 
 def arrays_of(data: FeatureData) -> dict[str, np.ndarray]:
     """Every array by a name, for comparisons."""
-    found = {}
+    arrays = {}
     for field in dataclasses.fields(data):
         value = getattr(data, field.name)
         if isinstance(value, Contexts):
-            found |= {f"{field.name}.{name}": array for name, array in value._asdict().items()}
+            arrays |= {f"{field.name}.{name}": array for name, array in value._asdict().items()}
         elif value is not None:
-            found[field.name] = np.asarray(value)
-    return found
+            arrays[field.name] = np.asarray(value)
+    return arrays
 
 
 def places(contexts: Contexts, data: FeatureData, feature: int, tokens: Tensor) -> list[tuple]:

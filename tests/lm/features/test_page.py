@@ -299,8 +299,8 @@ class Page:
         return self.browser.run(f"document.querySelector({json.dumps(selector)}).textContent")
 
     def texts(self, selector: str) -> list[str]:
-        found = f"document.querySelectorAll({json.dumps(selector)})"
-        return self.browser.run(f"Array.from({found}, element => element.textContent)")
+        elements = f"document.querySelectorAll({json.dumps(selector)})"
+        return self.browser.run(f"Array.from({elements}, element => element.textContent)")
 
     def features(self) -> list[int]:
         """The list's features, in its order: all of them, not only the rows in view."""
