@@ -21,7 +21,6 @@ import pytest
 import torch
 from builders.models import (
     ARGS,
-    Bomb,
     byte_level_bpe,
     hooked,
     nanogpt_state,
@@ -576,29 +575,6 @@ def test_bad_input_is_one_line_naming_value_and_remedy_and_makes_no_output_direc
 
 
 # --- bad files and folders ---------------------------------------------------------------------
-
-
-def bad_checkpoints(folder: Path) -> dict[str, list[str]]:
-    """Files of these names that are no checkpoint, and what must be said of them."""
-    good = nanogpt_checkpoint(folder / "good.pt", 256)
-    (folder / "truncated.pt").write_bytes(good.read_bytes()[:5000])
-    save_checkpoint(folder / "bomb.pt", config=Bomb(folder / "exploded"))
-    torch.save({"state_dict": {}}, folder / "foreign.pt")
-    return {
-        "truncated.pt": ["truncated"],
-        "bomb.pt": ["could run code"],
-        "foreign.pt": ["not nanoGPT's", "model_args"],
-        "missing.pt": ["no such file"],
-    }
-
-
-def test_a_checkpoint_that_is_truncated_a_bomb_or_foreign_is_refused(world, tmp_path):
-    for name, words in bad_checkpoints(tmp_path).items():
-        flags = ["--tokenizer", "bytes", "--model", tmp_path / name]
-        assert_refused(world.run(*flags, cwd=tmp_path), name, *words)
-        assert not (tmp_path / "run").exists()
-        assert bytes_under(tmp_path / "acts") == {}
-    assert not (tmp_path / "exploded").exists()
 
 
 def test_a_folder_named_like_a_bin_is_refused(world, tmp_path):

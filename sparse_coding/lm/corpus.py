@@ -24,7 +24,7 @@ import numpy as np
 
 from sparse_coding.config import UserError, hash63, progress_bar, require
 from sparse_coding.files import held, is_temporary, require_free_disk, write_json, written_whole
-from sparse_coding.lm.documents import Documents, document_id, in_batches
+from sparse_coding.lm.documents import Documents, document_id, in_batches, in_pieces
 from sparse_coding.lm.tokenizer import Tokenizer, read_bin_manifest
 
 BATCH = 2**19  # characters encoded at once: some 30 MB in the tokenizers library
@@ -91,7 +91,13 @@ def build_corpus(
                 if not writer.add(batch, tokenizer, file):
                     break
             require(writer.n_tokens > 0, f"{documents.name} has no token: choose another --dataset")
-        metadata = {**must_match, "tokenizer": tokenizer.name, **writer.counts()}
+        metadata = {
+            **must_match,
+            "tokenizer": tokenizer.name,
+            "n_tokens": writer.n_tokens,
+            "n_duplicates": writer.n_duplicates,
+            "sha256": writer.sha256.hexdigest(),
+        }
         _write_index(folder, writer.index, metadata)
         return _open_folder(folder, path, must_match)
 
@@ -155,20 +161,10 @@ def _encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> list[np.ndarr
     """Ids of each text of a batch. A long text is cut before spaces and encoded piece by piece:
     some tokenizers, those of sentencepiece, make one token more at each cut."""
     if len(texts) == 1:
-        pieces = (tokenizer.encode_batch([piece])[0] for piece in _pieces(texts[0]))
-        return [np.concatenate([np.array(ids, dtype) for ids in pieces])]
+        pieces = in_pieces(texts[0], BATCH, longest=2 * BATCH, ends=((" ", 0),))
+        encoded = (tokenizer.encode_batch([piece])[0] for piece in pieces)
+        return [np.concatenate([np.array(ids, dtype) for ids in encoded])]
     return [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Pieces of 1 to 2 x BATCH characters, cut before spaces where there are any."""
-    start = 0
-    while len(text) - start > 2 * BATCH:
-        space = text.find(" ", start + BATCH, start + 2 * BATCH)
-        end = space if space > 0 else start + 2 * BATCH
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 class Seen:
@@ -220,14 +216,6 @@ class _Writer:
         self.sha256.update(ids.data)
         self.index.extend((self.n_tokens, len(ids), number))
         self.n_tokens += len(ids)
-
-    def counts(self) -> dict:
-        """For corpus.json."""
-        return {
-            "n_tokens": self.n_tokens,
-            "n_duplicates": self.n_duplicates,
-            "sha256": self.sha256.hexdigest(),
-        }
 
 
 # --- nanoGPT's .bin files ---

@@ -27,6 +27,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")  # of local files that we read
 END_OF_TEXT = "<|endoftext|>"  # parts the documents of a .txt that has it (TinyStories, GPT-2)
 PIECE = 10_000  # characters: about how long the documents of a long .txt without it become
 LONGEST = 3 * PIECE  # characters of a .txt that stay one document
+PARAGRAPH_ENDS = (("\n\n", 2), ("\n", 1))  # of a paragraph, or at least of a line: see in_pieces
 BLOCK = 2**20  # characters or bytes read at once
 ROWS = 128  # rows of a parquet file read at once
 # left out of the standard library: installed packages, and tests, which many distributions lack
@@ -101,6 +102,24 @@ def in_batches(texts: Iterable[str], n_characters: int) -> Iterator[list[str]]:
         yield batch
 
 
+def in_pieces(
+    text: str, size: int, *, longest: int, ends: tuple[tuple[str, int], ...]
+) -> Iterator[str]:
+    """Pieces of 1 to 2 x size characters, then the rest, not longer than `longest`.
+
+    ends: (mark, offset): a piece ends so many characters after the start of the first of the marks
+        that occurs where it may end
+    """
+    start = 0
+    while len(text) - start > longest:
+        low, high = start + size, start + 2 * size
+        cuts = (text.find(mark, low, high) + offset for mark, offset in ends)
+        cut = next((cut for cut in cuts if cut >= low), high)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
 def _find(dataset: str, text_column: str, revision: str) -> Documents:
     if dataset == "stdlib":
         return Documents(dataset, f"python {platform.python_version()}", _stdlib_texts)
@@ -165,24 +184,10 @@ def _cut(file: TextIO) -> Iterator[str]:
     while block := file.read(BLOCK):
         *whole, rest = (rest + block).split(END_OF_TEXT)
         for text in whole:
-            *pieces, last = _pieces(text)
-            yield from (*pieces, last)
-        *pieces, rest = _pieces(rest)
+            yield from in_pieces(text, PIECE, longest=LONGEST, ends=PARAGRAPH_ENDS)
+        *pieces, rest = in_pieces(rest, PIECE, longest=LONGEST, ends=PARAGRAPH_ENDS)
         yield from pieces
     yield rest
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Pieces of 1 to 2 x PIECE characters, each to the end of a paragraph or at least of a line,
-    then the rest, not longer than LONGEST."""
-    start = 0
-    while len(text) - start > LONGEST:
-        low, high = start + PIECE, start + 2 * PIECE
-        ends = (text.find(end, low, high) + len(end) for end in ("\n\n", "\n"))
-        cut = next((end for end in ends if end > low), high)
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
 
 
 def _parse(path: Path, number: int, line: str) -> object:

@@ -43,12 +43,7 @@ MUST_MATCH = ("model", "weight_hash", "layer", "site", "tokenizer_fingerprint", 
 
 @dataclass(frozen=True)
 class ShowChoice:
-    """What is shown of a finished sweep; the names are those of run.py's flags.
-
-    page_l0: features.html shows the autoencoder of lowest fvu with at most this l0
-    n_page_tokens: held-out tokens that features.html looks at
-    export: format in which autoencoders are written too: none or dictionary_learning
-    """
+    """What is shown of a finished sweep: run.py's flags of these names."""
 
     page_l0: float
     n_page_tokens: int

@@ -235,9 +235,7 @@ def test_rows_of_extreme_norm_are_counted(tmp_path, harvester):
     assert json.loads((tmp_path / "manifest.json").read_text())["n_extreme"] == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("layer", 2), ("store_dtype", "bfloat16"), ("new_field", "x")]
-)
+@pytest.mark.parametrize(("name", "value"), [("layer", 2), ("new_field", "x")])
 def test_a_store_of_something_else_is_refused_by_the_name_of_the_field(
     tmp_path, harvester, name, value
 ):

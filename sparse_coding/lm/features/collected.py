@@ -56,11 +56,6 @@ class FeatureData:
     promoted: Ranked | None = None  # tokens and their logits
     suppressed: Ranked | None = None
 
-    @property
-    def density(self) -> np.ndarray:
-        """(n_dict,) fraction of the tokens on which the feature is active."""
-        return self.n_active / max(self.n_tokens, 1)
-
 
 class _Best:
     """The k places of each feature with the smallest rank, at most one in each row of tokens."""
