@@ -39,6 +39,8 @@ DESCRIPTION = __doc__.split("\n\n")[0]
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     # auto: full on CUDA or with --model, else demo (a small model of ours on the Python library)
     preset: Literal["auto", "demo", "full"] = "auto"
 
@@ -118,6 +120,7 @@ NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb",
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     shard = find_shard(cfg.shard)
     require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
@@ -218,7 +221,7 @@ def check(cfg: Config) -> None:
 
 
 def open_target_of(cfg: Config, device: torch.device) -> tuple[Target, LanguageRecipe]:
-    """What is studied, introduced, and how cells are trained on what the model computes of it."""
+    """The target, whose introduction is printed, and how cells are trained on its activations."""
     model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
     target = open_target(model, text, cfg.activations_dir, device=device)
     print(target.introduction(), flush=True)

@@ -38,11 +38,14 @@ PADDED_GPT2 = 50_304  # nanoGPT's vocabulary without a meta.pkl: GPT-2's 50,257 
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     overrides: str = "supertiny"  # a file of this folder (without .py), or the path of one of yours
     gpus: int = 1  # processes of torchrun
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cut = argv.index("--") if "--" in argv else len(argv)
     cfg = parse_flags(Config(), argv[:cut], description=DESCRIPTION)
     require_flag(cfg, "gpus", cfg.gpus >= 1, "at least 1")

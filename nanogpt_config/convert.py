@@ -49,6 +49,8 @@ BATCH_TOKENS, BATCH_LOGITS = 8192, 2**26  # of a forward pass, at most
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     checkpoint: str = "out/ckpt.pt"  # of nanoGPT's train.py
     data: str = ""  # folder of prepare.py: the model is measured on its val.bin
     output_dir: str = ""  # the folder to write; default: only measure
@@ -59,6 +61,7 @@ class Config:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     require_flag(cfg, "eval_tokens", cfg.eval_tokens >= 1000, "at least 1000")
     manifest = read_bin_manifest(Path(cfg.data)) if cfg.data else {}

@@ -50,6 +50,8 @@ BPE_CHARACTERS = 50_000_000  # a vocabulary of a thousand tokens needs no more t
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     # stdlib: the standard library's .py files; openwebtext; a file, a folder, a hub dataset
     source: str = "stdlib"
     text_column: str = "text"  # of .jsonl, .parquet and hub datasets
@@ -65,6 +67,7 @@ class Config:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     require_flag(cfg, "vocab_size", 257 <= cfg.vocab_size <= 65_535, "between 257 and 65535")
     require_flag(cfg, "held_out", 0 < cfg.held_out < 1, "between 0 and 1")

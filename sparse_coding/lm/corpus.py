@@ -60,11 +60,7 @@ def _drop_pages(tokens: np.memmap) -> None:
 
 
 def build_corpus(
-    folder: Path,
-    documents: Documents,
-    tokenizer: Tokenizer,
-    *,
-    max_tokens: int | None = None,
+    folder: Path, documents: Documents, tokenizer: Tokenizer, *, max_tokens: int | None = None
 ) -> Corpus:
     """The corpus in `folder`, encoded now unless it is there. Equal documents are kept once.
 

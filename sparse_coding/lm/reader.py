@@ -59,6 +59,7 @@ class Reader:
         self.waiting: tuple[tuple[int, ...], Future] | None = None
 
     def batch(self, step: int) -> Tensor:
+        """x of the step: see the class."""
         segment = self.segment_of(step)
         if self.current is None or self.current[0] != segment:
             self._enter(segment)

@@ -121,13 +121,9 @@ def trained(task: Task, steps=range(100)) -> Task:
     return task
 
 
-def raw_rows(recipe: LanguageRecipe) -> torch.Tensor:
-    return recipe.chunks.load(0).float()[:200]
-
-
 def test_saved_autoencoders_do_on_raw_activations_what_training_did_on_scaled_ones(recipe):
     task = trained(recipe.prepare(cells()))
-    x, scale = raw_rows(recipe), recipe.statistics.scale
+    x, scale = recipe.chunks.load(0).float()[:200], recipe.statistics.scale
     assert not 0.7 < scale < 1.4  # else a forgotten scale would not show
     for i, (_, tensors) in enumerate(task.evaluate()):
         stack, k = task.ensemble.place[i]

@@ -180,7 +180,7 @@ class FeatureCollector:
         return needed
 
     def result(self) -> FeatureData:
-        """What was found. `nearest`, `promoted` and `suppressed` are left to the caller."""
+        """Of all that was added. `nearest`, `promoted` and `suppressed` are left to the caller."""
         rows = self._prune()
         top, drawn = self.top, self.sampled
         pair = drawn.feature * max(self.n_rows, 1) + drawn.token // self.length
