@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from sparse_coding.config import UserError, first_line, hash63, require
 from sparse_coding.files import content_stamp
@@ -233,9 +233,12 @@ def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
     sha = cached.name if cached else _resolve(dataset, revision)
 
     def texts() -> Iterator[object]:
-        with _one_line_errors(dataset, sha):
-            for row in _rows(str(cached)) if cached else _rows(dataset, revision=sha):
-                yield _pick(row, text_column, dataset)
+        with hub_errors(dataset, sha, what="dataset"):
+            try:
+                for row in _rows(str(cached)) if cached else _rows(dataset, revision=sha):
+                    yield _pick(row, text_column, dataset)
+            except ValueError as error:  # no split "train", a configuration to choose
+                raise UserError(f"{dataset} can't be read: {first_line(error)}") from None
 
     return Documents(dataset, sha, texts)
 
@@ -250,15 +253,14 @@ def _rows(where: str, **options: str) -> Iterator[object]:
 def _cached(dataset: str, revision: str) -> Path | None:
     """The folder of the dataset in the hub's cache; None if it is not there or not whole."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     options = dict(repo_type="dataset", revision=revision or None, local_files_only=True)
-    try:
-        folder = Path(snapshot_download(dataset, **options))
-    except HFValidationError:
-        raise UserError(f"--dataset {dataset}: no file, no folder and no hub id") from None
-    except LocalEntryNotFoundError:
-        return None
+    with hub_errors(dataset, revision, what="dataset"):
+        try:
+            folder = Path(snapshot_download(dataset, **options))
+        except LocalEntryNotFoundError:
+            return None
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.is_file()]
     data = [name for name in files if not name.endswith((".md", ".gitattributes"))]
     # train-00002-of-00005: each such name must stand there 5 times
@@ -272,29 +274,30 @@ def _resolve(dataset: str, revision: str) -> str:
     """The commit of a revision (default main), asked of the hub."""
     from huggingface_hub import HfApi
 
-    with _one_line_errors(dataset, revision):  # fails at once without network; datasets retries
+    with hub_errors(
+        dataset, revision, what="dataset"
+    ):  # fails at once without network; datasets retries
         return HfApi().dataset_info(dataset, revision=revision or None).sha
 
 
 @contextlib.contextmanager
-def _one_line_errors(dataset: str, revision: str) -> Iterator[None]:
-    """Turns what datasets and huggingface_hub raise into one line that says what to do."""
+def hub_errors(name: str, revision: str, *, what: Literal["model", "dataset"]) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line that says what to do."""
     from huggingface_hub import errors
 
-    at = f" --revision {revision}" if revision else ""
-    fetch = f"hf download {dataset} --repo-type dataset{at}"
+    no_such = f"no such {what}: {name} is no local folder or file, and"
     try:
         yield
+    except errors.HFValidationError:
+        raise UserError(f"{no_such} no hub id") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"--dataset {dataset}: no such file, nor a dataset of the hub (or a private one)"
-        ) from None
+        raise UserError(f"{no_such} not on the hub (or private: `hf auth login`)") from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{dataset} has no revision {revision}") from None
-    except ValueError as error:  # no split "train", a configuration to choose
-        raise UserError(f"{dataset} can't be read: {first_line(error)}") from None
+        raise UserError(f"{name} has no revision {revision} on the hub") from None
     except (OSError, errors.HTTPError) as error:
+        fetch = f"hf download {name}" + " --repo-type dataset" * (what == "dataset")
+        fetch += f" --revision {revision}" * (revision not in ("", "main"))
         raise UserError(
-            f"can't reach the hub for {dataset} ({first_line(error)}): where there is network, "
-            f"`{fetch}` puts it into the cache; or give a local file"
+            f"{name} is no local folder or file and not in the cache, and the hub is out of reach "
+            f"({first_line(error)}): fetch it beforehand with `{fetch}`"
         ) from None

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparse_coding.config import UserError, first_line, require
+from sparse_coding.lm.documents import hub_errors
 from sparse_coding.lm.nanogpt import load_nanogpt
 
 if TYPE_CHECKING:
@@ -248,23 +249,10 @@ def require_reachable(name: str, revision: str) -> None:
 
 def _require_on_hub(name: str, revision: str) -> None:
     """One request, so that a hub out of reach is said at once (downloads retry for 23 s)."""
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
-    no_such = f"no such model: {name} is no local folder and"
-    try:
+    with hub_errors(name, revision, what="model"):
         HfApi().model_info(name, revision=revision, timeout=10)
-    except errors.HFValidationError:
-        raise UserError(f"{no_such} no hub id") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{no_such} not on the hub (or private: `hf auth login`)") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{name} has no revision {revision} on the hub") from None
-    except (OSError, errors.HTTPError) as error:
-        fetch = f"hf download {name}" + f" --revision {revision}" * (revision != "main")
-        raise UserError(
-            f"{name} is no local folder and not in the cache, and the hub is out of reach "
-            f"({first_line(error)}): fetch it beforehand with `{fetch}`"
-        ) from None
 
 
 # --- sites ---
