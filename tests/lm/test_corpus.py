@@ -322,20 +322,20 @@ def test_files_that_are_no_tokens_of_the_model_are_refused(tmp_path, byte_ids, c
 
 def test_the_manifest_beside_a_bin_tells_its_tokenizer_and_whether_it_is_whole(tmp_path, byte_ids):
     path = write_bin(tmp_path / "val.bin", [1, SEP, 2])
-    about = {
+    made = {
         "end_of_text": SEP,
         "tokenizer": {"name": "bytes", "fingerprint": byte_ids.fingerprint},
         "val": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
     }
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps(about))
+    manifest.write_text(json.dumps(made))
     assert len(open_bin(path, byte_ids, tmp_path / "whole").ids) == 2
 
-    manifest.write_text(json.dumps(about | {"val": {"sha256": "0" * 64}}))
+    manifest.write_text(json.dumps(made | {"val": {"sha256": "0" * 64}}))
     with pytest.raises(UserError, match=r"val\.bin is damaged: its sha256 is not that of"):
         open_bin(path, byte_ids, tmp_path / "damaged")
     other = {"tokenizer": {"name": "tiktoken:gpt2", "fingerprint": "f" * 16}}
-    manifest.write_text(json.dumps(about | other))
+    manifest.write_text(json.dumps(made | other))
     reason = "made with the tokenizer tiktoken:gpt2, not with bytes of the model: choose the model"
     with pytest.raises(UserError, match=reason):
         open_bin(path, byte_ids, tmp_path / "other")

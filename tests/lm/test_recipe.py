@@ -291,11 +291,11 @@ def saved(recipe: LanguageRecipe, folder: Path, group) -> list[dict]:
 def test_a_saved_autoencoder_knows_where_it_comes_from_and_how_good_it_is(recipe, tmp_path):
     group = cells()
     rows = saved(recipe, tmp_path, group)
-    about = load_sae(sae_folder(tmp_path, group[1])).about
-    assert {k: about[k] for k in recipe.metadata} == recipe.metadata
-    assert (about["layer"], about["site"], about["seed"]) == (1, "mlp_act", 3)
+    known = load_sae(sae_folder(tmp_path, group[1])).about
+    assert {k: known[k] for k in recipe.metadata} == recipe.metadata
+    assert (known["layer"], known["site"], known["seed"]) == (1, "mlp_act", 3)
     for name in ("l1_alpha", "fvu", "l0"):
-        assert about[name] == rows[1][name]
+        assert known[name] == rows[1][name]
     names = {p.name for p in sae_folder(tmp_path, group[1]).iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
 

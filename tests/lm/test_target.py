@@ -53,13 +53,17 @@ def test_all_documents_are_encoded_with_the_models_tokenizer_and_split(root):
 
 def test_what_activations_depend_on_is_named(root):
     target = tiny_target(root, layer=2, site="resid_post", packing="documents", held_out=0.3)
-    about = target.metadata
-    assert (about["layer"], about["site"], about["packing"]) == (2, "resid_post", "documents")
-    assert (about["model"], about["model_dtype"]) == (str(root / "gpt2"), "float32")
-    assert about["weight_hash"] == target.lm.weight_hash
-    assert (about["context_length"], about["held_out"]) == (CONTEXT, 0.3)
+    known = target.metadata
+    assert (known["layer"], known["site"], known["packing"]) == (
+        2,
+        "resid_post",
+        "documents",
+    )
+    assert (known["model"], known["model_dtype"]) == (str(root / "gpt2"), "float32")
+    assert known["weight_hash"] == target.lm.weight_hash
+    assert (known["context_length"], known["held_out"]) == (CONTEXT, 0.3)
     tokens = np.asarray(target.corpus.tokens).astype(np.uint16).tobytes()
-    assert about["tokens_sha256"] == hashlib.sha256(tokens).hexdigest()
+    assert known["tokens_sha256"] == hashlib.sha256(tokens).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,7 @@ def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
 
 def test_a_saved_autoencoder_names_the_flags_that_find_its_target(root, monkeypatch):
     target = tiny_target(root, layer=2, packing="documents")
-    loaded = lambda about: SimpleNamespace(about=about)  # noqa: E731
+    loaded = lambda known: SimpleNamespace(about=known)  # noqa: E731
     monkeypatch.setattr(target_module, "load_sae", loaded)
     flags = flags_of(target.provenance | {"n_eval_tokens": 77})
     names = {f.name for choice in (ModelChoice, TextChoice) for f in fields(choice)}
