@@ -27,7 +27,7 @@ from sparse_coding.lm import show
 from sparse_coding.lm.activations import Harvester
 from sparse_coding.lm.evaluation import HeldOut
 from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, with_activations
-from sparse_coding.lm.target import ModelChoice, Subject, TextChoice, flags_of, open_subject, stamps
+from sparse_coding.lm.target import ModelChoice, Target, TextChoice, flags_of, open_target, stamps
 from sparse_coding.sae.saved import load_sae
 from sparse_coding.sweep.grid import Cell, Shard, find_shard, plan_groups
 from sparse_coding.sweep.hardware import describe, memory_budget, pick_device, set_precision
@@ -39,6 +39,8 @@ DESCRIPTION = __doc__.split("\n\n")[0]
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     # auto: full on CUDA or with --model, else demo (a small model of ours on the Python library)
     preset: Literal["auto", "demo", "full"] = "auto"
 
@@ -118,6 +120,7 @@ NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb",
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     shard = find_shard(cfg.shard)
     require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
@@ -141,22 +144,22 @@ def main(argv: list[str]) -> int:
         planned.open([], fresh=False)  # refuses other constants
         return last_lines(cfg, read_csv(planned.folder / "results.csv"), planned.folder)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
-    subject, recipe = open_subject_of(cfg, device)
-    cells = pick(Grid, cfg).cells(subject.site.width)
+    target, recipe = open_target_of(cfg, device)
+    cells = pick(Grid, cfg).cells(target.site.width)
     if cfg.fresh or not planned.exists:  # refused before the harvest, or a deletion
         plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
         require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
     planned.open(cells, fresh=cfg.fresh)
     with locked(planned.folder, shard.suffix):
         options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)
-        recipe = with_activations(recipe, subject, **options)
-        return run(cfg, recipe, subject, cells=cells, planned=planned, shard=shard)
+        recipe = with_activations(recipe, target, **options)
+        return run(cfg, recipe, target, cells=cells, planned=planned, shard=shard)
 
 
 def run(
     cfg: Config,
     recipe: LanguageRecipe,
-    subject: Subject,
+    target: Target,
     *,
     cells: list[Cell],
     planned: PlannedRun,
@@ -169,9 +172,9 @@ def run(
         planned.folder,
         cells=cells,
         recipe=recipe,
-        subject=subject,
+        target=target,
         choice=pick(show.ShowChoice, cfg),
-        context=planned.origin | {"config": config, "activations": recipe.about},
+        context=planned.origin | {"config": config, "activations": recipe.metadata},
     )
     rows = train_planned(
         recipe, cells, planned, shard=shard, options=options, config=config, present=present
@@ -189,8 +192,8 @@ def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
 def evaluate_saved(cfg: Config, device: torch.device) -> int:
     """Prints the metrics of a saved autoencoder on --model and --dataset."""
     sae = load_sae(Path(cfg.evaluate)).to(device)
-    subject, recipe = open_subject_of(cfg, device)
-    show.check_fit(sae, subject)
+    target, recipe = open_target_of(cfg, device)
+    show.check_fit(sae, target)
     for name, value in show.evaluate_one(sae, recipe).items():
         print(f"{name:14} {value:.6g}")
     return 0
@@ -217,17 +220,17 @@ def check(cfg: Config) -> None:
     require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
 
 
-def open_subject_of(cfg: Config, device: torch.device) -> tuple[Subject, LanguageRecipe]:
-    """What is studied, introduced, and how cells are trained on what the model computes of it."""
+def open_target_of(cfg: Config, device: torch.device) -> tuple[Target, LanguageRecipe]:
+    """The target, whose introduction is printed, and how cells are trained on its activations."""
     model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
-    subject = open_subject(model, text, cfg.activations_dir, device=device)
-    print(subject.introduction(), flush=True)
-    of = dict(lm=subject.lm, site=subject.site, lm_batch_size=cfg.lm_batch_size)
+    target = open_target(model, text, cfg.activations_dir, device=device)
+    print(target.introduction(), flush=True)
+    of = dict(lm=target.lm, site=target.site, lm_batch_size=cfg.lm_batch_size)
     store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
-    harvester = Harvester(**of, text=subject.train, **store)
-    held_out = HeldOut(**of, text=subject.held_out, n_tokens=cfg.n_eval_tokens)
-    about = subject.provenance
-    return subject, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), about)
+    harvester = Harvester(**of, text=target.train, **store)
+    held_out = HeldOut(**of, text=target.held_out, n_tokens=cfg.n_eval_tokens)
+    optimisation = pick(Optimisation, cfg)
+    return target, LanguageRecipe(harvester, held_out, optimisation, target.provenance)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def bare_forward(harvester: Harvester) -> None:
 
 def harvest(harvester: Harvester) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        open_store(Path(folder), harvester, about={})
+        open_store(Path(folder), harvester, metadata={})
 
 
 def train(recipe: LanguageRecipe, groups: list[list[Cell]], n_steps: int) -> float:
@@ -163,12 +163,12 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         options = run.PRESETS["demo"] | shared | {"activations_dir": f"{folder}/activations"}
         settings = run.Config(**options)
-        subject, recipe = run.open_subject_of(settings, device)
+        target, recipe = run.open_target_of(settings, device)
         print(f"{describe(device)}, {precision}, torch {torch.__version__}")
-        compare_harvest(recipe.shards, cfg.n_repeats)
-        store = open_store(Path(folder) / "store", recipe.shards, about={})
-        recipe = dataclasses.replace(recipe, shards=store)
-        compare_training(recipe, pick(Grid, settings).cells(subject.site.width), cfg)
+        compare_harvest(recipe.chunks, cfg.n_repeats)
+        store = open_store(Path(folder) / "store", recipe.chunks, metadata={})
+        recipe = dataclasses.replace(recipe, chunks=store)
+        compare_training(recipe, pick(Grid, settings).cells(target.site.width), cfg)
     return 0
 
 

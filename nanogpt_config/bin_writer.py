@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparse_coding.files import write_json
 from sparse_coding.lm.documents import (
     Documents,
     document_id,
+    in_batches,
     is_held_out,
     local_files,
     stdlib_files,
@@ -75,7 +75,7 @@ def write_bins(
     n_before, started = splits["train"].tokens, time.monotonic()
     saved = started
     n_read = sum(split.documents for split in splits.values())
-    for batch in in_batches(islice(documents, n_read, None)):
+    for batch in in_batches(islice(documents, n_read, None), BATCH_CHARACTERS):
         for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             if splits["train"].tokens >= limit:
                 break
@@ -103,13 +103,13 @@ def is_written(folder: Path, constants: dict, *, limit: float) -> bool:
     remedy = "choose another --output-dir, or --fresh"
     for name in ("progress.json", "manifest.json"):
         if (folder / name).exists():
-            about = json.loads((folder / name).read_text())
-            found = about["constants"]
-            other = [k for k in constants | found if constants.get(k) != found.get(k)]
+            made = json.loads((folder / name).read_text())
+            theirs = made["constants"]
+            other = [k for k in constants | theirs if constants.get(k) != theirs.get(k)]
             require(not other, f"{folder} was made with another {', '.join(other)}: {remedy}")
             if name == "progress.json":
                 return False
-            return about["exhausted"] or about["train"]["tokens"] >= limit
+            return made["exhausted"] or made["train"]["tokens"] >= limit
     foreign = next((name for name in MADE if (folder / name).exists()), None)
     require(foreign is None, f"{folder} holds a {foreign} that is not of this script: {remedy}")
     return False
@@ -124,8 +124,8 @@ def claim(folder: Path, constants: dict, *, fresh: bool) -> None:
             path.unlink(missing_ok=True)
     splits = {split: {} for split in SPLITS}
     if manifest.exists() and not progress.exists():
-        about = json.loads(manifest.read_text())
-        splits = {s: {k: v for k, v in about[s].items() if k != "sha256"} for s in SPLITS}
+        made = json.loads(manifest.read_text())
+        splits = {s: {k: v for k, v in made[s].items() if k != "sha256"} for s in SPLITS}
     if not progress.exists():
         write_json(progress, {"constants": constants, "splits": splits})
     manifest.unlink(missing_ok=True)
@@ -139,18 +139,6 @@ def open_at(path: Path, n_bytes: int) -> BinaryIO:
     return file
 
 
-def in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, n_characters = [], 0
-    for text in texts:
-        batch.append(text)
-        n_characters += len(text)
-        if n_characters > BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    if batch:
-        yield batch
-
-
 def save(folder: Path, constants: dict, splits: dict[str, Split], files: dict) -> None:
     """First the bins reach the disk, then the file that says how long they are."""
     for file in files.values():
@@ -161,6 +149,7 @@ def save(folder: Path, constants: dict, splits: dict[str, Split], files: dict) -
 
 
 def print_progress(splits: dict[str, Split], expected: float, speed: float) -> None:
+    """A line: what is written; speed in tokens/s, and the time left where that is known."""
     n_tokens = splits["train"].tokens
     n_documents = sum(split.documents for split in splits.values())
     line = f"{n_documents:,} documents, {n_tokens / 1e6:,.1f}M tokens, {speed / 1e6:.2f}M tokens/s"
@@ -194,8 +183,8 @@ def _column_bytes(path: Path, column: str) -> int:
     """Of a column of a parquet file, uncompressed."""
     from pyarrow.parquet import read_metadata
 
-    about = read_metadata(path)
-    groups = (about.row_group(i) for i in range(about.num_row_groups))
+    metadata = read_metadata(path)
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     columns = (group.column(i) for group in groups for i in range(group.num_columns))
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
 

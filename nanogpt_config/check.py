@@ -8,7 +8,6 @@ file without a word, and stops on other mistakes with a bare AssertionError.
 """
 
 import ast
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any
 import torch
 
 from sparse_coding.config import UserError, parse_flags, require, require_flag, run_as_script
+from sparse_coding.lm.tokenizer import read_bin_manifest
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 HERE = Path(__file__).resolve().parent
@@ -38,19 +38,22 @@ PADDED_GPT2 = 50_304  # nanoGPT's vocabulary without a meta.pkl: GPT-2's 50,257 
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     overrides: str = "supertiny"  # a file of this folder (without .py), or the path of one of yours
     gpus: int = 1  # processes of torchrun
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cut = argv.index("--") if "--" in argv else len(argv)
     cfg = parse_flags(Config(), argv[:cut], description=DESCRIPTION)
     require_flag(cfg, "gpus", cfg.gpus >= 1, "at least 1")
     values = NANOGPT | read_overrides(find(cfg.overrides)) | read_options(argv[cut + 1 :])
-    manifest = Path("data", values["dataset"], "manifest.json")
-    about = json.loads(manifest.read_text()) if manifest.exists() else {}
-    check(values, about, gpus=cfg.gpus)
-    print(summary(values, about) if about else f"no text in {manifest.parent} yet")
+    data = Path("data", values["dataset"])
+    manifest = read_bin_manifest(data)
+    check(values, manifest, gpus=cfg.gpus)
+    print(summary(values, manifest) if manifest else f"no text in {data} yet")
     n_seen = torch.cuda.device_count()
     require(
         not values["device"].startswith("cuda") or n_seen >= cfg.gpus,
@@ -61,6 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def find(overrides: str) -> Path:
+    """The file of these overrides. Raises UserError if there is none."""
     ours = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in NO_OVERRIDES)
     path = HERE / f"{overrides}.py" if overrides in ours else Path(overrides)
     require(
@@ -102,14 +106,15 @@ def read_options(options: list[str]) -> dict:
     return values
 
 
-def check_value(name: str, value: object, *, where: str) -> None:
+def check_value(name: str, value: int | float | bool | str, *, where: str) -> None:
+    """Raises UserError for a name that nanoGPT lacks, or a value of another type."""
     require(name in NANOGPT, f"{where}: nanoGPT has no {name}; it has {', '.join(NANOGPT)}")
     kind, wanted = type(value).__name__, type(NANOGPT[name]).__name__
     dot = f": write {value}.0" if (kind, wanted) == ("int", "float") else ""
     require(kind == wanted, f"{where}: {name} must be {wanted}, {value!r} is {kind}{dot}")
 
 
-def check(values: dict, about: dict, *, gpus: int) -> None:
+def check(values: dict, manifest: dict, *, gpus: int) -> None:
     """Raises UserError for settings with which train.py would stop, or lose its last steps."""
     v = values
     for name in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_interval"):
@@ -126,8 +131,8 @@ def check(values: dict, about: dict, *, gpus: int) -> None:
         f"max_iters={v['max_iters']} must be a multiple of eval_interval={v['eval_interval']}: "
         "checkpoints are written at evaluations only",
     )
-    for split in ("train", "val") if about else ():
-        n_tokens = about[split]["tokens"]
+    for split in ("train", "val") if manifest else ():
+        n_tokens = manifest[split]["tokens"]
         require(
             n_tokens > v["block_size"],
             f"{split}.bin has {n_tokens} tokens, a block {v['block_size']}: give more text, or "
@@ -135,21 +140,23 @@ def check(values: dict, about: dict, *, gpus: int) -> None:
         )
 
 
-def summary(values: dict, about: dict) -> str:
+def summary(values: dict, manifest: dict) -> str:
     """Weights, tokens and memory, in lines."""
     v = values
-    vocabulary = PADDED_GPT2 if about["constants"]["tokenizer"] == "gpt2" else about["vocab_size"]
+    is_gpt2 = manifest["constants"]["tokenizer"] == "gpt2"
+    vocabulary = PADDED_GPT2 if is_gpt2 else manifest["vocab_size"]
     width, context = v["n_embd"], v["block_size"]
     blocks = v["n_layer"] * (12 * width**2 + 2 * width) + width  # matrices and norms, no biases
     per_step = v["gradient_accumulation_steps"] * v["batch_size"] * context
     total = per_step * v["max_iters"]
+    n_epochs = total / manifest["train"]["tokens"]
     logits = v["batch_size"] * context * vocabulary * 12  # bytes: twice in bfloat16, in float32
     return (
         f"model: {v['n_layer']} layers, width {width}, {v['n_head']} heads, context {context}, "
         f"vocabulary {vocabulary:,}: {vocabulary * width + context * width + blocks:,} weights, "
         f"{blocks:,} of them in the layers\n"
         f"training: {v['max_iters']:,} steps of {per_step:,} tokens = {total / 1e6:,.0f}M tokens, "
-        f"{total / about['train']['tokens']:.1f} times the text; logits take {logits / 1e9:.1f} GB"
+        f"{n_epochs:.1f} times the text; logits take {logits / 1e9:.1f} GB"
     )
 
 

@@ -11,7 +11,6 @@ nothing recovers the loss whatever it learnt.
 
 import base64
 import gzip
-import json
 import math
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
 from sparse_coding.files import write_atomic, write_json
+from sparse_coding.lm.documents import END_OF_TEXT
 from sparse_coding.lm.model import (
     LanguageModel,
     Site,
@@ -37,7 +37,7 @@ from sparse_coding.lm.model import (
     next_token_loss,
 )
 from sparse_coding.lm.nanogpt import load_nanogpt
-from sparse_coding.lm.tokenizer import Tokenizer, byte_names, load_tokenizer
+from sparse_coding.lm.tokenizer import Tokenizer, bytes_by_name, load_tokenizer, read_bin_manifest
 from sparse_coding.sweep.hardware import pick_device
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 BATCH_TOKENS, BATCH_LOGITS = 8192, 2**26  # of a forward pass, at most
-END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     checkpoint: str = "out/ckpt.pt"  # of nanoGPT's train.py
     data: str = ""  # folder of prepare.py: the model is measured on its val.bin
     output_dir: str = ""  # the folder to write; default: only measure
@@ -60,43 +61,42 @@ class Config:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     require_flag(cfg, "eval_tokens", cfg.eval_tokens >= 1000, "at least 1000")
-    about = read_manifest(Path(cfg.data)) if cfg.data else {}
+    manifest = read_bin_manifest(Path(cfg.data)) if cfg.data else {}
+    require(
+        bool(manifest or not cfg.data),
+        f"--data {cfg.data} has no manifest.json: give a folder of prepare.py",
+    )
     where = cfg.checkpoint
     if cfg.output_dir:
         where = cfg.output_dir
-        convert(cfg, Path(where), about)
+        convert(cfg, Path(where), manifest)
         print(f"written: {where}, {folder_size(Path(where)) / 1e3:,.0f} kB")
-    if about:
+    if manifest:
         device = pick_device(cfg.device)
         lm = load_language_model(
             where, device=device, dtype=torch.float32, activation=cfg.activation
         )
-        report(lm, Path(cfg.data), about, cfg.eval_tokens)
+        report(lm, Path(cfg.data), manifest, cfg.eval_tokens)
     return 0
 
 
-def read_manifest(data: Path) -> dict:
-    path = data / "manifest.json"
-    require(path.is_file(), f"--data {data} has no manifest.json: give a folder of prepare.py")
-    return json.loads(path.read_text())
-
-
-def convert(cfg: Config, folder: Path, about: dict) -> None:
+def convert(cfg: Config, folder: Path, manifest: dict) -> None:
     """config.json, model.safetensors and, if there is one, the tokenizer."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     model = load_nanogpt(Path(cfg.checkpoint), activation=cfg.activation)
-    if about:
-        model.config.bos_token_id = model.config.eos_token_id = about["end_of_text"]
-        model.generation_config.bos_token_id = about["end_of_text"]
-        model.generation_config.eos_token_id = about["end_of_text"]
+    if manifest:
+        model.config.bos_token_id = model.config.eos_token_id = manifest["end_of_text"]
+        model.generation_config.bos_token_id = manifest["end_of_text"]
+        model.generation_config.eos_token_id = manifest["end_of_text"]
     model.to(getattr(torch, cfg.dtype)).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
-    if about:
-        write_atomic(folder / "tokenizer.json", tokenizer_json(Path(cfg.data), about))
+    if manifest:
+        write_atomic(folder / "tokenizer.json", tokenizer_json(Path(cfg.data), manifest))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END_OF_TEXT,
@@ -107,9 +107,9 @@ def convert(cfg: Config, folder: Path, about: dict) -> None:
         write_json(folder / "tokenizer_config.json", settings)
 
 
-def tokenizer_json(data: Path, about: dict) -> str:
+def tokenizer_json(data: Path, manifest: dict) -> str:
     """The tokenizer of the bins for the tokenizers library, and so for transformers."""
-    kind = about["constants"]["tokenizer"]
+    kind = manifest["constants"]["tokenizer"]
     if kind == "bpe":
         return (data / "tokenizer.json").read_text()
     return {"gpt2": gpt2_tokenizer, "bytes": byte_tokenizer}[kind]().to_str()
@@ -133,8 +133,7 @@ def byte_tokenizer() -> "tokenizers.Tokenizer":
     """Ids 0 to 255 are bytes, 256 is end of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    names = {name: byte for byte, name in byte_names().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=names, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=bytes_by_name(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
@@ -142,17 +141,18 @@ def byte_tokenizer() -> "tokenizers.Tokenizer":
 
 
 def folder_size(folder: Path) -> int:
+    """Bytes of its files."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 # --- what the model is worth ---
 
 
-def report(lm: LanguageModel, data: Path, about: dict, n_tokens: int) -> None:
+def report(lm: LanguageModel, data: Path, manifest: dict, n_tokens: int) -> None:
     """Prints the two tables."""
-    kind = about["constants"]["tokenizer"]
+    kind = manifest["constants"]["tokenizer"]
     choice = str(data / "tokenizer.json") if kind == "bpe" else kind
-    tokenizer = load_tokenizer("", choice=choice, vocab_size=about["vocab_size"])
+    tokenizer = load_tokenizer("", choice=choice, vocab_size=manifest["vocab_size"])
     ids = read_windows(data / "val.bin", n_tokens, lm.max_context)
     text = decode(ids[:, 1:], tokenizer)
     per_byte = ids[:, 1:].numel() / math.log(2) / len(text)  # nats/token -> bits/byte
@@ -188,6 +188,7 @@ def decode(ids: Tensor, tokenizer: Tokenizer) -> bytes:
 
 
 def batches(lm: LanguageModel, ids: Tensor) -> tuple[Tensor, ...]:
+    """ids (n, context), as many rows at a time as a forward pass may have."""
     n_tokens = min(BATCH_TOKENS, BATCH_LOGITS // lm.vocab_size)
     return ids.split(max(1, n_tokens // ids.shape[1]))
 
@@ -198,13 +199,13 @@ def mean_loss(
     """Nats per token; with the activations at the site replaced by a constant (width,)."""
     total = 0.0
     for batch in batches(lm, ids):
-        found = logits(lm, batch, site=site, replace=lambda x: constant.expand_as(x))
-        total += float(next_token_loss(found, batch).sum(dtype=torch.float64))
+        replaced = logits(lm, batch, site=site, replace=lambda x: constant.expand_as(x))
+        total += float(next_token_loss(replaced, batch).sum(dtype=torch.float64))
     return total / ids[:, 1:].numel()
 
 
 def mean_activation(lm: LanguageModel, site: Site, ids: Tensor) -> Tensor:
-    """(width,)"""
+    """(width,) mean of the activations at the site."""
     total = torch.zeros(site.width, dtype=torch.float64)
     for batch in batches(lm, ids):
         total += activations(lm, site, batch).sum(dim=(0, 1), dtype=torch.float64).cpu()

@@ -33,11 +33,16 @@ from bin_writer import Split, claim, expected_tokens, is_written, text_bytes, wr
 
 from sparse_coding.config import parse_flags, require, require_flag, run_as_script
 from sparse_coding.files import require_free_disk, sha256, write_atomic, write_json
-from sparse_coding.lm.documents import Documents, document_id, is_held_out, open_documents
+from sparse_coding.lm.documents import (
+    END_OF_TEXT,
+    Documents,
+    document_id,
+    is_held_out,
+    open_documents,
+)
 from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
 
 DESCRIPTION = __doc__.split("\n\n")[0]
-END_OF_TEXT = "<|endoftext|>"
 GPT2_TOKENS = 50_257
 OPENWEBTEXT = "Skylion007/openwebtext"  # the parquet copy
 BPE_CHARACTERS = 50_000_000  # a vocabulary of a thousand tokens needs no more to be learnt; ours
@@ -45,6 +50,8 @@ BPE_CHARACTERS = 50_000_000  # a vocabulary of a thousand tokens needs no more t
 
 @dataclass(frozen=True)
 class Config:
+    """The constants: each is a flag."""
+
     # stdlib: the standard library's .py files; openwebtext; a file, a folder, a hub dataset
     source: str = "stdlib"
     text_column: str = "text"  # of .jsonl, .parquet and hub datasets
@@ -60,6 +67,7 @@ class Config:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line `argv`; the exit code."""
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     require_flag(cfg, "vocab_size", 257 <= cfg.vocab_size <= 65_535, "between 257 and 65535")
     require_flag(cfg, "held_out", 0 < cfg.held_out < 1, "between 0 and 1")
@@ -108,10 +116,10 @@ def read_count(text: str) -> float:
 
 def constants_of(cfg: Config, documents: Documents) -> dict:
     """What decides the contents of the bins, up to where they end."""
-    found = {"source": documents.name, "revision": documents.revision}
+    opened = {"source": documents.name, "revision": documents.revision}
     elsewhere = {"output_dir", "fresh", "tokens"}
     elsewhere |= {"vocab_size"} if cfg.tokenizer != "bpe" else set()
-    constants = dataclasses.asdict(cfg) | found
+    constants = dataclasses.asdict(cfg) | opened
     return {name: value for name, value in constants.items() if name not in elsewhere}
 
 
@@ -151,6 +159,7 @@ def learnt_bpe(cfg: Config, documents: Documents, folder: Path) -> str:
 
 
 def open_tokenizer(cfg: Config, learnt: str) -> Tokenizer:
+    """Of --tokenizer; learnt: tokenizer.json of a bpe."""
     if cfg.tokenizer == "gpt2":
         return load_tokenizer("", choice="gpt2", vocab_size=GPT2_TOKENS)
     if cfg.tokenizer == "bytes":
@@ -213,7 +222,7 @@ def finish(
         stoi = {text: i for i, text in itos.items()}
         meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": stoi}
         write_atomic(folder / "meta.pkl", pickle.dumps(meta))
-    about = {
+    manifest = {
         "constants": constants,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         "vocab_size": tokenizer.vocab_size,
@@ -222,11 +231,11 @@ def finish(
         "exhausted": exhausted,  # the source has no more
     }
     for name, split in splits.items():
-        about[name] = dataclasses.asdict(split) | {"sha256": sha256(folder / f"{name}.bin")}
+        manifest[name] = dataclasses.asdict(split) | {"sha256": sha256(folder / f"{name}.bin")}
         per_token = split.bytes / split.tokens
         print(f"{name}.bin: {split.documents:,} documents, {split.tokens:,} tokens "
               f"of {per_token:.2f} bytes")  # fmt: skip
-    write_json(folder / "manifest.json", about)
+    write_json(folder / "manifest.json", manifest)
     (folder / "progress.json").unlink()
     print(f"in nanoGPT's folder: python train.py OVERRIDES.py --dataset={folder.resolve()}")
 

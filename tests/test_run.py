@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +19,23 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from builders.models import nanogpt_state, save_checkpoint, save_tokenizer, write_parquet
+from builders.models import (
+    ARGS,
+    byte_level_bpe,
+    hooked,
+    nanogpt_state,
+    random_model,
+    save_checkpoint,
+    save_tokenizer,
+    write_parquet,
+)
 from builders.scripts import (
     ROOT,
     SMALL,
+    Done,
     Process,
     Server,
+    assert_done,
     assert_refused,
     bytes_under,
     mounted_tmpfs,
@@ -36,15 +46,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 CONTEXT, WIDTH, N_DOCUMENTS = 16, 64, 400
-GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=32)
-LLAMA = dict(
-    hidden_size=16,
-    intermediate_size=WIDTH,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=32,
-)
-FAMILIES = {"gpt2": GPT2, "gpt_neox": LLAMA, "llama": LLAMA}
+LLAMA = dict(num_hidden_layers=2, intermediate_size=WIDTH)
+FAMILIES = {"gpt2": dict(n_layer=2, n_inner=WIDTH), "gpt_neox": LLAMA, "llama": LLAMA}
 PLACES = ("--output-dir", "run", "--activations-dir", "acts")
 TINY = (
     f"--preset full --layer 1 --context-length {CONTEXT} --held-out 0.2 --n-tokens 12000 "
@@ -53,6 +56,13 @@ TINY = (
     "--wandb-mode disabled --log-every 10 --device cpu"
 ).split()
 N_STEPS = 12000 // 64
+# what even a short run cannot leave to the defaults
+FEW = ["--n-tokens", "4000", "--batch-size", "64", "--n-eval-tokens", "500",
+       "--n-page-tokens", "500", "--expansion-exp-high", "1", "--wandb-mode", "disabled",
+       "--device", "cpu"]  # fmt: skip
+HARVEST = "sparse_coding.lm.activations._write_chunk"  # called for each of seven chunks
+TRAINING = "sparse_coding.sae.ensemble.Ensemble.steps_"  # called for at most ten steps at a time
+OFTEN = SMALL | {"sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.0}
 ALL_FIGURES = {name: value for name, value in SMALL.items() if value != []}
 HEADER = (
     "seed,l1_alpha,expansion_factor,n_dict,n_tokens,fvu,l0,mse,dead_fraction,ce_clean,ce_spliced,"
@@ -88,9 +98,11 @@ def documents() -> list[str]:
 
 @dataclass(frozen=True)
 class World:
-    """A parquet file and a folder of models, none of which anybody may change."""
+    """A parquet file and a folder of models, none of which anybody may change, and the tiny sweep
+    on them: into run/ and acts/ below cwd, unless `more` says otherwise."""
 
     root: Path
+    server: Server
 
     @property
     def text(self) -> Path:
@@ -99,29 +111,17 @@ class World:
     def flags(self, kind: str = "gpt2") -> list[str]:
         return [*TINY, "--model", str(self.root / kind), "--dataset", str(self.text)]
 
+    def start(self, *more: object, cwd: Path, kind: str = "gpt2", **options: object) -> Process:
+        return self.server.start(*self.flags(kind), *PLACES, *more, cwd=cwd, **options)
 
-def byte_level_bpe(texts: list[str]):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    def run(self, *more: object, cwd: Path, kind: str = "gpt2", **options: object) -> Done:
+        return self.server.run(*self.flags(kind), *PLACES, *more, cwd=cwd, **options)
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, show_progress=False, initial_alphabet=alphabet
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return bpe
-
-
-def tiny_model(kind: str):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    ids = dict(vocab_size=320, bos_token_id=0, eos_token_id=0)
-    config = AutoConfig.for_model(kind, **FAMILIES[kind], **ids)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    def finish(self, *more: object, **options: object) -> Done:
+        """A run that must end well."""
+        done = self.run(*more, **options)
+        assert_done(done)
+        return done
 
 
 def train_a_little_(model, bpe, texts: list[str]) -> None:
@@ -139,29 +139,27 @@ def train_a_little_(model, bpe, texts: list[str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(run_server: Server, tmp_path_factory: pytest.TempPathFactory) -> World:
     root, texts = tmp_path_factory.mktemp("models"), documents()
-    bpe = byte_level_bpe(texts)
-    for kind in FAMILIES:
-        model = tiny_model(kind)
+    bpe = byte_level_bpe(special=["<|endoftext|>"], vocab_size=320, texts=texts)
+    for kind, sizes in FAMILIES.items():
+        model = random_model(kind, noise=0.0, vocab_size=320, **sizes)
         if kind == "gpt2":
             train_a_little_(model, bpe, texts)
         if kind == "llama":  # no ablation changes its predictions
             model.lm_head.weight.data.zero_()
         model.save_pretrained(root / kind)
-        save_tokenizer(root / kind, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+        save_tokenizer(root / kind, bpe)
     write_parquet(root / "train.parquet", texts)
     (root / "other.txt").write_text("<|endoftext|>".join(texts[::-1]))
-    return World(root)
+    return World(root, run_server)
 
 
 @pytest.fixture(scope="session")
-def finished(world: World, run_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny sweep ran once, into run/ and acts/. Nobody may write to it."""
     cwd = tmp_path_factory.mktemp("elsewhere")
-    done = run_server.run(*world.flags(), *PLACES, cwd=cwd, patch=ALL_FIGURES)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+    world.finish(cwd=cwd, patch=ALL_FIGURES)
     return cwd
 
 
@@ -175,7 +173,7 @@ def numbers_in(cwd: Path) -> dict[str, bytes | list]:
 def assert_same_numbers(cwd: Path, finished: Path, *, store: bool = True) -> None:
     ours, theirs = numbers_in(cwd), numbers_in(finished)
     if not store:
-        theirs = {k: v for k, v in theirs.items() if not k.startswith("acts/shard-")}
+        theirs = {k: v for k, v in theirs.items() if not k.startswith("acts/chunk-")}
         del theirs["acts/manifest.json"]
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
@@ -203,12 +201,12 @@ def assert_whole(run: Path, cells: list[str], figures: list[str]) -> None:
 
 
 def test_a_run_leaves_the_promised_files_and_the_same_command_says_so_and_changes_none(
-    finished: Path, world: World, run_server: Server
+    finished, world
 ):
     assert_whole(finished / "run", CELLS, FIGURES)
     files = [p for p in finished.rglob("*") if p.is_file()]
     before = {p: p.stat().st_mtime_ns for p in files}
-    again = run_server.run(*world.flags(), *PLACES, cwd=finished)
+    again = world.run(cwd=finished)
     assert again.code == 0
     assert again.err == ""
     assert "done: run: report.html" in again.out
@@ -223,12 +221,8 @@ def test_a_run_leaves_the_promised_files_and_the_same_command_says_so_and_change
         ("llama", "--site resid_post --layer 0 --l1-normalisation per_feature --n-seeds 2"),
     ],
 )
-def test_other_families_sites_and_options_leave_the_same_files(
-    kind: str, more: str, world: World, run_server: Server, tmp_path: Path
-):
-    done = run_server.run(*world.flags(kind), *PLACES, *more.split(), cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+def test_other_families_sites_and_options_leave_the_same_files(kind, more, world, tmp_path):
+    world.finish(*more.split(), kind=kind, cwd=tmp_path)
     seeds = (0, 1) if "seeds" in more else (0,)
     cells = cells_of(8, 16, seeds=seeds)
     assert_whole(tmp_path / "run", cells, ["densities"])
@@ -245,7 +239,7 @@ def test_other_families_sites_and_options_leave_the_same_files(
         json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
 
 
-def test_the_table_has_the_promised_columns_and_one_row_per_cell(finished: Path):
+def test_the_table_has_the_promised_columns_and_one_row_per_cell(finished):
     rows = table(finished / "run")
     assert ",".join(rows[0]) == HEADER
     cells = [(int(r["n_dict"]), float(r["expansion_factor"]), float(r["l1_alpha"])) for r in rows]
@@ -262,22 +256,17 @@ def test_the_table_has_the_promised_columns_and_one_row_per_cell(finished: Path)
         assert float(row["ce_recovered"]) == pytest.approx(recovered, abs=1e-9)
 
 
-def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world: World):
-    """Every row of the first shard, in float16, is an activation of the model on some training
+def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished, world):
+    """Every row of the first chunk, in float16, is an activation of the model on some training
     text, and none is there twice."""
     from transformers import AutoModelForCausalLM
 
-    subject = open_again(finished, world)
-    ids = torch.from_numpy(subject.train.rows(0, 128))
+    target = open_again(finished, world)
+    ids = torch.from_numpy(target.train.rows(0, 128))
     model = AutoModelForCausalLM.from_pretrained(world.root / "gpt2", dtype=torch.float32).eval()
-    seen = []
-    projection = model.transformer.h[1].mlp.c_proj
-    projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(ids)
     keep = (ids != 0) & (torch.arange(CONTEXT) > 0)
-    expected = seen[0][keep]
-    rows = load_file(finished / "acts/shard-00000.safetensors")["activations"].float()
+    expected = hooked(model, "gpt2", 1, "mlp_act", ids)[0][keep]
+    rows = load_file(finished / "acts/chunk-00000.safetensors")["activations"].float()
     assert rows.shape == expected.shape
     # no two rows are equal up to rounding, so the order of a projection is that of the rows
     by = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
@@ -285,14 +274,14 @@ def test_stored_rows_are_those_of_a_hook_of_the_tests_own(finished: Path, world:
     torch.testing.assert_close(ours, theirs[(theirs @ by).argsort()], atol=2e-3, rtol=0)
 
 
-def test_no_training_row_is_of_a_held_out_document(finished: Path, world: World):
-    """By the document ids in the shards, and by the documents that are evaluated."""
-    subject = open_again(finished, world)
-    held_out = set(subject.held_out.document_ids(0, subject.held_out.n_rows).tolist())
-    shards = sorted((finished / "acts").glob("shard-*"))
-    trained_on = {i for p in shards for i in load_file(p)["document_ids"].tolist()}
+def test_no_training_row_is_of_a_held_out_document(finished, world):
+    """By the document ids in the chunks, and by the documents that are evaluated."""
+    target = open_again(finished, world)
+    held_out = set(target.held_out.document_ids(0, target.held_out.n_rows).tolist())
+    chunks = sorted((finished / "acts").glob("chunk-*"))
+    trained_on = {i for p in chunks for i in load_file(p)["document_ids"].tolist()}
     by_text = {number(text) for text in documents()}
-    assert len(shards) == 7
+    assert len(chunks) == 7
     assert trained_on | held_out <= by_text
     assert len(held_out) > 50
     assert held_out & trained_on == set()
@@ -305,38 +294,22 @@ def number(text: str) -> int:
 
 
 def open_again(finished: Path, world: World):
-    """The subject of the finished run."""
-    from sparse_coding.lm.target import ModelChoice, TextChoice, open_subject
+    """The target of the finished run."""
+    from sparse_coding.lm.target import ModelChoice, TextChoice, open_target
 
     model = ModelChoice(str(world.root / "gpt2"), "", "auto", 1, "mlp_act", "auto", "float16")
     text = TextChoice(str(world.text), "", "text", CONTEXT, "packed", 0.2, 100_000_000)
-    return open_subject(model, text, finished / "acts", device=torch.device("cpu"))
+    return open_target(model, text, finished / "acts", device=torch.device("cpu"))
 
 
-def test_the_manifest_counts_every_row_once(finished: Path):
-    manifest = json.loads((finished / "acts/manifest.json").read_text())
-    shards = {p.name: load_file(p)["activations"] for p in (finished / "acts").glob("shard-*")}
-    assert manifest["shards"].keys() == shards.keys()
-    for name, rows in shards.items():
-        about = manifest["shards"][name]
-        assert about["rows"] == len(rows)
-        assert about["sha256"] == hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    assert manifest["n_rows"] == sum(len(rows) for rows in shards.values()) >= 12000
-    assert manifest["about"]["layer"] == 1
-    assert manifest["about"]["site"] == "mlp_act"
-
-
-def test_evaluate_prints_the_numbers_of_the_table(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
-):
+def test_evaluate_prints_the_numbers_of_the_table(finished, world, tmp_path):
     """From another directory, where the text is encoded and read anew."""
     for cell, row in list(zip(CELLS, table(finished / "run"), strict=True))[1:3]:
         flags = [*world.flags(), "--evaluate", finished / "run/saes" / cell]
-        done = run_server.run(*flags, cwd=tmp_path)
-        assert done.code == 0, done.err
-        assert done.err_lines == []
+        done = world.server.run(*flags, cwd=tmp_path)
+        assert_done(done)
         assert printed(done.out) == {name: f"{float(row[name]):.6g}" for name in METRICS}
-    assert not list(tmp_path.rglob("shard-*"))
+    assert not list(tmp_path.rglob("chunk-*"))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -345,18 +318,15 @@ def printed(out: str) -> dict[str, str]:
     return dict(line.split() for line in out.splitlines()[-len(METRICS) :])
 
 
-def test_evaluate_needs_no_flag_to_print_the_numbers_of_the_table(
-    world: World, run_server: Server, tmp_path: Path
-):
+def test_evaluate_needs_no_flag_to_print_the_numbers_of_the_table(world, tmp_path):
     checkpoint = nanogpt_checkpoint(tmp_path / "out/ckpt.pt", 320)
     column = pyarrow.parquet.read_table(world.text).rename_columns(["body", "meta"])
     pyarrow.parquet.write_table(column, tmp_path / "body.parquet")
     flags = ["--model", checkpoint, "--tokenizer", world.root / "gpt2/tokenizer.json"]
     flags += ["--dataset", tmp_path / "body.parquet", "--text-column", "body"]
-    done = run_server.run(*TINY, *flags, *PLACES, cwd=tmp_path)
-    assert done.code == 0, done.err
+    world.finish(*flags, cwd=tmp_path)
     sae = tmp_path / "run/saes" / CELLS[0]
-    again = run_server.run("--evaluate", sae, "--device", "cpu", cwd=tmp_path)
+    again = world.server.run("--evaluate", sae, "--device", "cpu", cwd=tmp_path)
     assert again.code == 0, again.err
     row = table(tmp_path / "run")[0]
     assert printed(again.out) == {name: f"{float(row[name]):.6g}" for name in METRICS}
@@ -365,36 +335,19 @@ def test_evaluate_needs_no_flag_to_print_the_numbers_of_the_table(
 # --- the same numbers, however they are made ---------------------------------------------------
 
 
-def test_shards_and_then_the_command_without_give_the_single_runs_table(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
-):
+def test_shards_and_then_the_command_without_give_the_single_runs_table(finished, world, tmp_path):
     """Both start at once: one harvests while the other waits."""
-    flags = [*world.flags(), *PLACES]
-    started = []
-
-    def stop_the_first_in_its_harvest() -> bool:
-        started.append(run_server.start(*flags, "--shard", "1/2", cwd=tmp_path))
-        started[-1].wait_until(lambda: n_shards(tmp_path))
-        started[-1].signal(signal.SIGSTOP)
-        return n_shards(tmp_path) < 7
-
-    until_in_time(stop_the_first_in_its_harvest, tmp_path)
-    *late, first = started
-    for process in late:
-        process.signal(signal.SIGKILL)
-        process.wait()
-    second = run_server.start(*flags, "--shard", "2/2", cwd=tmp_path)
-    out = Path(second.job["stdout"])
-    second.wait_until(lambda: out.exists() and "waiting for another process" in out.read_text())
-    first.signal(signal.SIGCONT)
+    first = world.start("--shard", "1/2", cwd=tmp_path, pause_at=(HARVEST, 2))
+    first.wait_until_paused()
+    second = world.start("--shard", "2/2", cwd=tmp_path)
+    second.wait_until(lambda: "waiting for another process" in second.out())
+    first.resume()
     for shard in (first, second):
         done = shard.wait()
-        assert done.code == 0, done.err
-        assert done.err_lines == []
+        assert_done(done)
         assert "without --shard" in done.out
     assert not (tmp_path / "run/results.csv").exists()
-    merged = run_server.run(*flags, cwd=tmp_path)
-    assert merged.code == 0, merged.err
+    world.finish(cwd=tmp_path)
     assert (tmp_path / "run/DONE").exists()
     assert bytes_under(tmp_path / "acts") == bytes_under(finished / "acts")
     for ours, theirs in zip(table(tmp_path / "run"), table(finished / "run"), strict=True):
@@ -403,133 +356,91 @@ def test_shards_and_then_the_command_without_give_the_single_runs_table(
 
 
 def test_streamed_activations_give_the_same_bits_and_only_the_text_is_on_disk(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
+    finished, world, tmp_path
 ):
-    done = run_server.run(*world.flags(), *PLACES, "--max-disk-gb", "0", cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+    done = world.finish("--max-disk-gb", "0", cwd=tmp_path)
     assert "over --max-disk-gb 0: computed as they are read" in done.out
     assert_same_numbers(tmp_path, finished, store=False)
     assert {name.split("/")[0] for name in bytes_under(tmp_path / "acts")} == {"text"}
 
 
 def test_a_store_is_used_again_by_a_sweep_of_other_constants_and_grows_with_n_tokens(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
+    finished, world, tmp_path
 ):
-    flags = [*world.flags(), *PLACES]
-    less = run_server.run(*flags, "--n-tokens", "4000", cwd=tmp_path)
-    assert less.code == 0, less.err
-    assert len(list((tmp_path / "acts").glob("shard-*"))) == 3
+    world.finish("--n-tokens", "4000", cwd=tmp_path)
+    assert len(list((tmp_path / "acts").glob("chunk-*"))) == 3
     (tmp_path / "run").rename(tmp_path / "run of less")
     before = bytes_under(tmp_path / "acts")
-    other = run_server.run(*flags, "--n-tokens", "4000", "--lr", "1e-4", cwd=tmp_path)
-    assert other.code == 0, other.err
+    other = world.finish("--n-tokens", "4000", "--lr", "1e-4", cwd=tmp_path)
     assert "harvest:" not in other.err
     assert bytes_under(tmp_path / "acts") == before
     shutil.rmtree(tmp_path / "run")
-    more = run_server.run(*flags, cwd=tmp_path)
-    assert more.code == 0, more.err
+    world.finish(cwd=tmp_path)
     assert_same_numbers(tmp_path, finished)
     shutil.rmtree(tmp_path / "run")
-    assert run_server.run(*flags, "--n-tokens", "4000", cwd=tmp_path).code == 0
+    world.finish("--n-tokens", "4000", cwd=tmp_path)
     assert bytes_under(tmp_path / "run/saes") == bytes_under(tmp_path / "run of less/saes")
 
 
 # --- stopped, killed, damaged ------------------------------------------------------------------
 
 
-def killed(process: Process, when: Callable[[], object]) -> None:
-    process.wait_until(when)
-    process.signal(signal.SIGKILL)
-    process.wait()
-
-
-def until_in_time(attempt: Callable[[], bool], cwd: Path) -> None:
-    """On a loaded machine a signal may come too late: then once more from the start."""
-    for _ in range(5):
-        for name in ("run", "acts"):
-            shutil.rmtree(cwd / name, ignore_errors=True)
-        if attempt():
-            return
-    pytest.fail("five times too late")
-
-
-def n_shards(cwd: Path) -> int:
-    return len(list((cwd / "acts").glob("shard-*")))
+def n_chunks(cwd: Path) -> int:
+    return len(list((cwd / "acts").glob("chunk-*")))
 
 
 def step(cwd: Path) -> int:
     """Of the newest checkpoint."""
-    found = cwd.glob("run/checkpoints/*/step-*.safetensors")
-    return max((int(path.stem[5:]) for path in found), default=0)
+    saved = cwd.glob("run/checkpoints/*/step-*.safetensors")
+    return max((int(path.stem[5:]) for path in saved), default=0)
 
 
 def test_runs_killed_in_harvest_and_training_end_with_the_same_bits_and_no_litter(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
+    finished, world, tmp_path
 ):
-    flags = [*world.flags(), *PLACES]
-
-    def kill_four_times() -> bool:
-        for least in (1, 3):
-            killed(run_server.start(*flags, cwd=tmp_path), lambda: n_shards(tmp_path) >= least)  # noqa: B023
-        in_harvest = n_shards(tmp_path) < 7
-        for least in (20, 100):
-            killed(run_server.start(*flags, cwd=tmp_path), lambda: step(tmp_path) >= least)  # noqa: B023
-        return in_harvest and step(tmp_path) < N_STEPS
-
-    until_in_time(kill_four_times, tmp_path)
-    done = run_server.run(*flags, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+    left = []
+    for point in ((HARVEST, 2), (HARVEST, 3), (TRAINING, 3), (TRAINING, 10)):
+        process = world.start(cwd=tmp_path, patch=OFTEN, pause_at=point)
+        process.wait_until_paused()
+        process.kill()
+        left.append((n_chunks(tmp_path), step(tmp_path)))
+    assert left[:2] == [(1, 0), (3, 0)]
+    assert [n for n, _ in left[2:]] == [7, 7]
+    assert 0 < left[2][1] < left[3][1] < N_STEPS
+    world.finish(cwd=tmp_path)
     assert_same_numbers(tmp_path, finished)
     assert litter(tmp_path) == []
     assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_bits_and_no_litter(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
+    finished, world, tmp_path
 ):
-    rng, flags = random.Random(0), [*world.flags(), *PLACES]
+    rng = random.Random(0)
     for _ in range(6):
         with contextlib.suppress(pytest.fail.Exception):
-            run_server.start(*flags, cwd=tmp_path).wait(rng.uniform(0.1, 1.2))  # kills it
-    done = run_server.run(*flags, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+            world.start(cwd=tmp_path).wait(rng.uniform(0.1, 1.2))  # kills it
+    world.finish(cwd=tmp_path)
     assert_same_numbers(tmp_path, finished)
     assert litter(tmp_path) == []
 
 
 @pytest.mark.parametrize("phase", ["harvest", "training"])
-def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
-    phase: str, finished: Path, world: World, run_server: Server, tmp_path: Path
-):
-    flags, ended = [*world.flags(), *PLACES], []
-
-    def reached() -> bool:
-        if phase == "training":
-            return step(tmp_path) > 20
-        # seven small shards can be there before the signal is: after two such tries, before them
-        early = len(ended) >= 2 and (tmp_path / "acts/text/corpus.json").exists()
-        return n_shards(tmp_path) > 0 or early
-
-    def interrupt() -> bool:
-        process = run_server.start(*flags, cwd=tmp_path)
-        process.wait_until(reached)
-        process.signal(signal.SIGINT)
-        ended.append(process.wait())
-        whole = n_shards(tmp_path) == 7
-        return not whole if phase == "harvest" else ended[-1].code != 0
-
-    until_in_time(interrupt, tmp_path)
-    assert ended[-1].code == 130, ended[-1].err
-    (line,) = ended[-1].err_lines
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(phase, finished, world, tmp_path):
+    point = {"harvest": (HARVEST, 3), "training": (TRAINING, 6)}
+    process = world.start(cwd=tmp_path, pause_at=point[phase])
+    process.wait_until_paused()
+    process.signal(signal.SIGINT)
+    process.resume()
+    ended = process.wait()
+    assert ended.code == 130, ended.err
+    (line,) = ended.err_lines
     assert "the same command goes on" in line
     if phase == "training":
         assert f"saved at step {step(tmp_path)} of {N_STEPS}" in line
+    assert n_chunks(tmp_path) == (3 if phase == "harvest" else 7)
     assert litter(tmp_path) == []
-    again = run_server.run(*flags, cwd=tmp_path)
-    assert again.code == 0, again.err
+    world.finish(cwd=tmp_path)
     assert_same_numbers(tmp_path, finished)
 
 
@@ -548,18 +459,16 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_refused_by_name_and_harvested_again_once_deleted(
-    damage: str, finished: Path, world: World, run_server: Server, tmp_path: Path
+def test_a_damaged_chunk_is_refused_by_name_and_harvested_again_once_deleted(
+    damage, finished, world, tmp_path
 ):
     shutil.copytree(finished / "acts", tmp_path / "acts")
-    path = tmp_path / "acts/shard-00002.safetensors"
+    path = tmp_path / "acts/chunk-00002.safetensors"
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    flags = [*world.flags(), *PLACES]
-    assert_refused(run_server.run(*flags, cwd=tmp_path), path.name, "delete it")
+    assert_refused(world.run(cwd=tmp_path), path.name, "delete it")
     path.unlink()
     if damage == "flipped":  # once is enough
-        again = run_server.run(*flags, cwd=tmp_path)
-        assert again.code == 0, again.err
+        world.finish(cwd=tmp_path)
         assert_same_numbers(tmp_path, finished)
 
 
@@ -568,21 +477,16 @@ def test_a_damaged_shard_is_refused_by_name_and_harvested_again_once_deleted(
 
 def nanogpt_checkpoint(path: Path, vocab_size: int) -> Path:
     """As nanoGPT's train.py writes it after torch.compile."""
-    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=vocab_size, bias=False,
-                dropout=0.0)  # fmt: skip
+    args = ARGS | {"n_head": 2, "block_size": 32, "vocab_size": vocab_size}
     state = {f"_orig_mod.{name}": weight for name, weight in nanogpt_state(args).items()}
     path.parent.mkdir(exist_ok=True)
     return save_checkpoint(path, args, state)
 
 
-def test_a_nanogpt_checkpoint_is_read_with_bytes_as_tokens(
-    world: World, run_server: Server, tmp_path: Path
-):
+def test_a_nanogpt_checkpoint_is_read_with_bytes_as_tokens(world, tmp_path):
     checkpoint = nanogpt_checkpoint(tmp_path / "out/ckpt.pt", 256)
-    flags = [*world.flags(), *PLACES, "--tokenizer", "bytes", "--model", checkpoint]
-    done = run_server.run(*flags, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+    flags = ["--tokenizer", "bytes", "--model", checkpoint]
+    world.finish(*flags, cwd=tmp_path)
     ids = np.fromfile(tmp_path / "acts/text/tokens.bin", np.uint16)
     assert bytes(ids.astype(np.uint8)) == "".join(documents()).encode()
     config = json.loads((tmp_path / f"run/saes/{CELLS[0]}/cfg.json").read_text())
@@ -590,48 +494,31 @@ def test_a_nanogpt_checkpoint_is_read_with_bytes_as_tokens(
     assert config["d_in"] == WIDTH
 
 
-def test_a_nanogpt_checkpoint_with_its_tokenizer_and_bin_beside_it(
-    world: World, run_server: Server, tmp_path: Path
-):
+def test_a_nanogpt_checkpoint_with_its_tokenizer_and_bin_beside_it(world, tmp_path):
     checkpoint = nanogpt_checkpoint(tmp_path / "out/ckpt.pt", 320)
     shutil.copy(world.root / "gpt2/tokenizer.json", tmp_path / "out")
     bpe = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     ids = np.array([i for text in documents() for i in (*bpe.encode(text).ids, 0)], np.uint16)
     ids.tofile(tmp_path / "train.bin")
-    flags = [*world.flags(), *PLACES, "--model", checkpoint, "--dataset", tmp_path / "train.bin"]
-    done = run_server.run(*flags, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+    flags = ["--model", checkpoint, "--dataset", tmp_path / "train.bin"]
+    done = world.finish(*flags, cwd=tmp_path)
     assert "400 documents" in done.out
     assert (tmp_path / "train.bin").read_bytes() == ids.tobytes()
     assert not (tmp_path / "acts/text/tokens.bin").exists()
-    assert "done: run: report.html" in run_server.run(*flags, cwd=tmp_path).out
+    assert "done: run: report.html" in world.run(*flags, cwd=tmp_path).out
 
 
-def test_a_nanogpt_checkpoint_needs_only_the_bin_of_prepare(
-    world: World, run_server: Server, tmp_path: Path
-):
+def test_a_nanogpt_checkpoint_needs_only_the_bin_of_prepare(world, tmp_path):
     checkpoint = nanogpt_checkpoint(tmp_path / "models/ckpt.pt", 300)
     argv = ["--source", str(world.text), "--vocab-size", "300", "--held-out", "0.5"]
     prepare = ROOT / "nanogpt_config/prepare.py"
     assert run_script([prepare, *argv, "--output-dir", "data"], cwd=tmp_path).code == 0
-    few = [
-        "--n-tokens",
-        "4000",
-        "--batch-size",
-        "64",
-        "--n-eval-tokens",
-        "500",
-        "--n-page-tokens",
-        "500",
-    ]
-    quick = ["--expansion-exp-high", "1", "--wandb-mode", "disabled", "--device", "cpu"]
     places = ["--model", "models/ckpt.pt", "--dataset", "data/val.bin", *PLACES]
-    done = run_server.run(*places, *few, *quick, cwd=tmp_path)
-    assert (done.code, done.err_lines) == (0, []), done.err
+    done = world.server.run(*places, *FEW, cwd=tmp_path)
+    assert_done(done)
     # the middle layer, the longest context, l1_alpha around 10^(-13/4) at width 64
     assert "site: layer 1 of 0 to 1, mlp_act, width 64" in done.out
-    manifest = json.loads((tmp_path / "acts/manifest.json").read_text())["about"]
+    manifest = json.loads((tmp_path / "acts/manifest.json").read_text())["metadata"]
     assert (manifest["layer"], manifest["context_length"]) == (1, 32)
     assert manifest["tokenizer"] == "vocab:tokenizer.json"
     exps = [round(4 * math.log10(float(row["l1_alpha"]))) for row in table(tmp_path / "run")]
@@ -639,16 +526,13 @@ def test_a_nanogpt_checkpoint_needs_only_the_bin_of_prepare(
 
     checkpoint.rename(tmp_path / "models/other.pt")
     nanogpt_checkpoint(checkpoint, 290)
-    refused = run_server.run(*places[:4], "--output-dir", "r2", *few, *quick, cwd=tmp_path)
+    refused = world.server.run(*places[:4], "--output-dir", "r2", *FEW, cwd=tmp_path)
     assert_refused(refused, "vocab:tokenizer.json has 300 ids, the model 290")
 
 
-def test_a_wished_l0_is_found_without_heat_maps_and_the_epochs_are_said_once(
-    world: World, run_server: Server, tmp_path: Path
-):
+def test_a_target_l0_is_reached_without_heat_maps_and_the_epochs_are_said_once(world, tmp_path):
     more = ["--target-l0", "4", "--n-tokens", "60000", "--expansion-exp-low", "0"]
-    done = run_server.run(*world.flags(), *PLACES, *more, cwd=tmp_path, patch=ALL_FIGURES)
-    assert done.code == 0, done.err
+    done = world.finish(*more, cwd=tmp_path, patch=ALL_FIGURES)
     (line,) = [line for line in done.out.splitlines() if "epochs" in line]
     assert re.fullmatch(r"60,000 tokens requested, 27,936 available = 2\.1 epochs", line)
     (row,) = table(tmp_path / "run")
@@ -682,9 +566,9 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_input_is_one_line_naming_value_and_remedy_and_makes_no_output_directory(
-    flags: str, world: World, run_server: Server, tmp_path: Path
+    flags, world, tmp_path
 ):
-    done = run_server.run(*world.flags(), *PLACES, *flags.split(), cwd=tmp_path, timeout_s=20)
+    done = world.run(*flags.split(), cwd=tmp_path, timeout_s=20)
     assert_refused(done, *BAD_FLAGS[flags])
     assert not (tmp_path / "run").exists()
     assert litter(tmp_path) == []
@@ -693,44 +577,9 @@ def test_bad_input_is_one_line_naming_value_and_remedy_and_makes_no_output_direc
 # --- bad files and folders ---------------------------------------------------------------------
 
 
-class Bomb:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
-def bad_checkpoints(folder: Path) -> dict[str, list[str]]:
-    """Files of these names that are no checkpoint, and what must be said of them."""
-    good = nanogpt_checkpoint(folder / "good.pt", 256)
-    (folder / "truncated.pt").write_bytes(good.read_bytes()[:5000])
-    save_checkpoint(folder / "bomb.pt", config=Bomb(folder / "exploded"))
-    torch.save({"state_dict": {}}, folder / "foreign.pt")
-    return {
-        "truncated.pt": ["truncated"],
-        "bomb.pt": ["could run code"],
-        "foreign.pt": ["not nanoGPT's", "model_args"],
-        "missing.pt": ["no such file"],
-    }
-
-
-def test_a_checkpoint_that_is_truncated_a_bomb_or_foreign_is_refused(
-    world: World, run_server: Server, tmp_path: Path
-):
-    for name, words in bad_checkpoints(tmp_path).items():
-        flags = [*world.flags(), *PLACES, "--tokenizer", "bytes", "--model", tmp_path / name]
-        assert_refused(run_server.run(*flags, cwd=tmp_path), name, *words)
-        assert not (tmp_path / "run").exists()
-        assert bytes_under(tmp_path / "acts") == {}
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_a_folder_named_like_a_bin_is_refused(world: World, run_server: Server, tmp_path: Path):
+def test_a_folder_named_like_a_bin_is_refused(world, tmp_path):
     (tmp_path / "train.bin").mkdir()
-    done = run_server.run(*world.flags(), *PLACES, "--dataset", "train.bin", cwd=tmp_path)
+    done = world.run("--dataset", "train.bin", cwd=tmp_path)
     assert_refused(done, "train.bin", ".parquet file")
 
 
@@ -746,171 +595,138 @@ OTHERS = {
 
 @pytest.mark.parametrize("flags", OTHERS)
 def test_a_store_of_something_else_is_refused_with_what_differs_and_stays_as_it_is(
-    flags: str, finished: Path, world: World, run_server: Server, tmp_path: Path
+    flags, finished, world, tmp_path
 ):
     before = bytes_under(finished / "acts")
     more = flags.format(root=world.root).split()
-    places = ["--output-dir", "run", "--activations-dir", finished / "acts"]
-    done = run_server.run(*world.flags(), *places, *more, cwd=tmp_path)
+    done = world.run("--activations-dir", finished / "acts", *more, cwd=tmp_path)
     assert_refused(done, str(finished / "acts"), *OTHERS[flags])
     assert bytes_under(finished / "acts") == before
     assert bytes_under(tmp_path) == {}
 
 
-@pytest.mark.parametrize("make", ["file", "below a file", "foreign", "foreign shards"])
+@pytest.mark.parametrize("make", ["file", "below a file", "foreign", "foreign chunks"])
 def test_an_activations_directory_that_is_not_ours_is_refused_and_stays_as_it_is(
-    make: str, world: World, run_server: Server, tmp_path: Path
+    make, world, tmp_path
 ):
     mine = tmp_path / "mine"
     if "file" in make:
         mine.write_text("years of work")
     else:
         mine.mkdir()
-        name = "shard-00000.safetensors" if make == "foreign shards" else "thesis.tex"
+        name = "chunk-00000.safetensors" if make == "foreign chunks" else "thesis.tex"
         (mine / name).write_text("years of work")
     path = mine / "below" if make == "below a file" else mine
     before = bytes_under(tmp_path)
-    flags = [*world.flags(), "--output-dir", "run", "--activations-dir", path]
-    assert_refused(run_server.run(*flags, cwd=tmp_path), f"--activations-dir {path}", "choose")
+    done = world.run("--activations-dir", path, cwd=tmp_path)
+    assert_refused(done, f"--activations-dir {path}", "choose")
     assert bytes_under(tmp_path) == before
 
 
 @pytest.mark.parametrize("place", ["--activations-dir", "--output-dir"])
 @pytest.mark.parametrize("path", ["/proc/no", "x" * 300])
-def test_a_directory_that_cannot_be_made_is_refused(
-    place: str, path: str, world: World, run_server: Server, tmp_path: Path
-):
-    done = run_server.run(*world.flags(), *PLACES, place, path, cwd=tmp_path)
+def test_a_directory_that_cannot_be_made_is_refused(place, path, world, tmp_path):
+    done = world.run(place, path, cwd=tmp_path)
     assert_refused(done, place, "choose another")
 
 
 def test_an_output_directory_that_is_a_file_or_foreign_is_refused_before_the_harvest(
-    world: World, run_server: Server, tmp_path: Path
+    world, tmp_path
 ):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/thesis.tex").write_text("mine")
     for name in ("file", "folder"):
-        flags = [*world.flags(), "--activations-dir", "acts", "--output-dir", name]
-        done = run_server.run(*flags, cwd=tmp_path)
+        done = world.run("--output-dir", name, cwd=tmp_path)
         assert_refused(done, f"--output-dir {name}", "choose another")
-    assert not list(tmp_path.rglob("shard-*"))
+    assert not list(tmp_path.rglob("chunk-*"))
     assert (tmp_path / "folder/thesis.tex").read_text() == "mine"
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_folder_of_other_constants_is_refused_with_their_names(
-    finished: Path, world: World, run_server: Server
-):
+def test_a_run_folder_of_other_constants_is_refused_with_their_names(finished, world):
     before = bytes_under(finished)
-    done = run_server.run(*world.flags(), *PLACES, "--lr", "0.01", cwd=finished)
+    done = world.run("--lr", "0.01", cwd=finished)
     assert_refused(done, "lr 0.001 there, 0.01 here", "--fresh")
     assert bytes_under(finished) == before
 
 
-def test_what_a_killed_harvest_left_half_written_is_removed(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
-):
-    shutil.copytree(finished / "acts", tmp_path / "acts")
-    (tmp_path / "acts/shard-00003.safetensors").unlink()
-    for name in (".shard-00003.safetensors.0a1b2c3d.tmp", ".manifest.json.0a1b2c3d.tmp"):
-        (tmp_path / "acts" / name).write_bytes(bytes(1000))
-    done = run_server.run(*world.flags(), *PLACES, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert litter(tmp_path) == []
-    assert_same_numbers(tmp_path, finished)
-
-
-def test_weights_that_changed_between_two_starts_are_refused_when_streaming(
-    world: World, run_server: Server, tmp_path: Path
-):
+def test_weights_that_changed_between_two_starts_are_refused_when_streaming(world, tmp_path):
     """With a store its manifest refuses them, too."""
     shutil.copytree(world.root / "gpt2", tmp_path / "model")
-    flags = [*world.flags(), *PLACES, "--model", "model", "--max-disk-gb", "0"]
-    assert run_server.run(*flags, "--shard", "1/2", cwd=tmp_path).code == 0
+    flags = ["--model", "model", "--max-disk-gb", "0"]
+    world.finish(*flags, "--shard", "1/2", cwd=tmp_path)
     path = tmp_path / "model/model.safetensors"
     weights = {name: weight * 1.1 for name, weight in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
-    assert_refused(run_server.run(*flags, cwd=tmp_path), "--output-dir run", "model_files")
+    assert_refused(world.run(*flags, cwd=tmp_path), "--output-dir run", "model_files")
     assert not (tmp_path / "run/results.csv").exists()
 
 
-def test_a_full_disk_is_refused_before_the_harvest(
-    world: World, run_server: Server, tmp_path: Path
-):
+def test_a_full_disk_is_refused_before_the_harvest(world, tmp_path):
     with mounted_tmpfs(tmp_path / "disk", "size=1m"):
-        places = ["--output-dir", "run", "--activations-dir", tmp_path / "disk/acts"]
-        done = run_server.run(*world.flags(), *places, cwd=tmp_path)
+        done = world.run("--activations-dir", tmp_path / "disk/acts", cwd=tmp_path)
         assert litter(tmp_path) == []
     assert_refused(done, "disk full", "free some space")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_disk_that_fills_up_in_the_harvest_is_one_line_and_the_same_command_goes_on(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
+    finished, world, tmp_path
 ):
     disk = tmp_path / "disk"
     with mounted_tmpfs(disk, "size=100m"):
-        process = run_server.start(*world.flags(), *PLACES, cwd=disk)
-        process.wait_until(lambda: n_shards(disk))
-        process.signal(signal.SIGSTOP)
+        process = world.start(cwd=disk, pause_at=(HARVEST, 2))
+        process.wait_until_paused()
         with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(2**16)):
                 pass
-        process.signal(signal.SIGCONT)
+        process.resume()
         assert_refused(process.wait(), "disk full", "free some space")
         assert litter(disk) == []
         (disk / "filler").unlink()
-        again = run_server.run(*world.flags(), *PLACES, cwd=disk)
-        assert again.code == 0, again.err
+        world.finish(cwd=disk)
         assert_same_numbers(disk, finished)
 
 
-def test_evaluate_refuses_another_width_and_warns_of_another_model(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
-):
+def test_evaluate_refuses_another_width_and_warns_of_another_model(finished, world, tmp_path):
     sae = finished / "run/saes" / CELLS[0]
     flags = [*world.flags(), "--evaluate", sae]
-    wrong = run_server.run(*flags, "--site", "resid_post", cwd=tmp_path)
+    wrong = world.server.run(*flags, "--site", "resid_post", cwd=tmp_path)
     assert_refused(wrong, "width 64", "has width 16")
-    other = run_server.run(*world.flags("gpt_neox"), "--evaluate", sae, cwd=tmp_path)
+    other = world.server.run(*world.flags("gpt_neox"), "--evaluate", sae, cwd=tmp_path)
     assert other.code == 0, other.err
     assert len(other.err_lines) == 2, other.err
     assert f"warning: trained on model {world.root / 'gpt2'}" in other.err_lines[0]
     assert "warning: trained on weight_hash" in other.err_lines[1]
     assert set(printed(other.out)) == set(METRICS)
-    layer = run_server.run(*flags, "--layer", "0", cwd=tmp_path)
+    layer = world.server.run(*flags, "--layer", "0", cwd=tmp_path)
     assert layer.err_lines == ["warning: trained on layer 1, evaluated on 0"]
 
 
-def test_evaluate_of_a_folder_that_is_torn_is_refused(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
-):
+def test_evaluate_of_a_folder_that_is_torn_is_refused(finished, world, tmp_path):
     shutil.copytree(finished / "run/saes" / CELLS[0], tmp_path / "sae")
     (tmp_path / "sae/sae_weights.safetensors").write_bytes(b"x" * 100)
     flags = [*world.flags(), "--evaluate", tmp_path / "sae"]
-    assert_refused(run_server.run(*flags, cwd=tmp_path), "sae_weights", "again")
-    assert_refused(run_server.run(*flags[:-1], tmp_path, cwd=tmp_path), "cfg.json")
+    assert_refused(world.server.run(*flags, cwd=tmp_path), "sae_weights", "again")
+    assert_refused(world.server.run(*flags[:-1], tmp_path, cwd=tmp_path), "cfg.json")
 
 
 # --- around the run ----------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_still_exported_and_shown_anew_when_asked(
-    finished: Path, world: World, run_server: Server, tmp_path: Path
-):
+def test_a_finished_run_is_still_exported_and_shown_anew_when_asked(finished, world, tmp_path):
     """--export and --page-l0 change no number, so they may come later."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     l0 = [float(row["l0"]) for row in table(finished / "run")]
     more = ["--export", "dictionary_learning", "--page-l0", f"{1.001 * min(l0):.6f}"]
-    done = run_server.run(*world.flags(), *PLACES, *more, cwd=tmp_path)
-    assert done.code == 0, done.err
+    world.finish(*more, cwd=tmp_path)
     exported = {p.parent.name for p in (tmp_path / "run").glob("dictionary_learning/*/ae.pt")}
     assert exported == set(CELLS)
     assert CELLS[l0.index(min(l0))] in (tmp_path / "run/features.html").read_text()
 
 
-def test_a_fresh_interpreter_imports_no_wandb_and_asks_no_hub(world: World, tmp_path: Path):
+def test_a_fresh_interpreter_imports_no_wandb_and_asks_no_hub(world, tmp_path):
     code = (
         "import atexit, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0][:-6]);"
         "atexit.register(lambda: print('\\n'.join(sys.modules)));"
@@ -918,8 +734,7 @@ def test_a_fresh_interpreter_imports_no_wandb_and_asks_no_hub(world: World, tmp_
     )
     flags = [*world.flags(), *PLACES, "--n-tokens", "640", "--shard", "1/2"]
     done = run_script(["-c", code, str(ROOT / "run.py"), *flags], cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert done.err_lines == []
+    assert_done(done)
     modules = set(done.out.split())
     assert {"torch", "transformers"} <= modules
     assert modules & {"datasets", "wandb", "vastai", "pandas", "tiktoken"} == set()

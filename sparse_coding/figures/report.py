@@ -9,7 +9,7 @@ inline. Its table is results.csv, shown with four significant digits.
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -94,21 +94,18 @@ def write_report(
     `context` says what was run. "command" is shown as code, every dict ("config", "versions") as a
     table of its own, anything else ("git commit", "device", "seconds") as a line; in this order.
     """
-    html = (
-        _environment()
-        .get_template("report_template.html")
-        .render(
-            title=title,
-            verdict=verdict,
-            figures=[_figure(folder, spec) for spec in specs],
-            filter_example=filter_example,
-            columns=list(rows[0]) if rows else [],
-            rows=rows,
-            command=context.get("command"),
-            facts={k: v for k, v in context.items() if k != "command" and not isinstance(v, dict)},
-            tables={k: v for k, v in context.items() if isinstance(v, dict)},
-            data_files=[name for name in DATA_FILES if (folder / name).exists()],
-        )
+    templates = environment(Path(__file__).parent, short=short, full=full, duration=duration)
+    html = templates.get_template("report_template.html").render(
+        title=title,
+        verdict=verdict,
+        figures=[_figure(folder, spec) for spec in specs],
+        filter_example=filter_example,
+        columns=list(rows[0]) if rows else [],
+        rows=rows,
+        command=context.get("command"),
+        facts={k: v for k, v in context.items() if k != "command" and not isinstance(v, dict)},
+        tables={k: v for k, v in context.items() if isinstance(v, dict)},
+        data_files=[name for name in DATA_FILES if (folder / name).exists()],
     )
     path = folder / "report.html"
     write_atomic(path, html)
@@ -153,14 +150,15 @@ def _figure(folder: Path, spec: Shown) -> dict[str, object]:
     }
 
 
-def _environment() -> Environment:
+def environment(folder: Path, **filters: Callable) -> Environment:
+    """For the templates of the folder: values are escaped, a name without a value is an error."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,  # every value is text from outside: flags, versions, file names
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(short=short, full=full, duration=duration)
+    environment.filters.update(filters)
     return environment

@@ -1,14 +1,14 @@
-"""Activations of a language model in shards of rows: computed when asked for, or kept on disk.
+"""Activations of a language model in chunks of rows: computed when asked for, or kept on disk.
 
-A shard is a fixed stretch of the packed text, so it can be computed alone. Its rows are shuffled.
+A chunk is a fixed stretch of the packed text, so it can be computed alone. Its rows are shuffled.
 
 On disk they are harvested once and read by every sweep on the same site:
 
-    <folder>/manifest.json              what the rows depend on, then every shard with its sha256
-    <folder>/shard-00000.safetensors    activations (rows, width), document_ids (those it has)
+    <folder>/manifest.json              what the rows depend on, then every chunk with its sha256
+    <folder>/chunk-00000.safetensors    activations (rows, width), document_ids (those it has)
     <folder>/text/                      the tokens, see corpus.py
 
-A killed harvest goes on with the shards that are missing, and a store may grow.
+A killed harvest goes on with the chunks that are missing, and a store may grow.
 """
 
 import contextlib
@@ -33,34 +33,35 @@ from sparse_coding.config import UserError, named_seed, progress_bar, require
 from sparse_coding.files import (
     DISK_RESERVE,
     existing,
-    held,
-    is_temporary,
     read_tensor_info,
     read_tensors,
     require_free_disk,
     write_json,
     write_tensors,
 )
+from sparse_coding.lm.corpus import alone
 from sparse_coding.lm.model import LanguageModel, Site, activations
 from sparse_coding.lm.packing import Packed
 from sparse_coding.sae.cpu import one_thread_here
 
-SHARD_BYTES = 32 * 2**20  # of a shard, about; ours: small enough to mix many of them in memory
+CHUNK_BYTES = 32 * 2**20  # of a chunk, about; ours: small enough to mix many of them in memory
 STATISTICS_ROWS = 65_536  # rows behind the mean and the scale; ours, not tuned
+EXTREME_NORM = 10.0  # x the median norm of the chunk: such a row is counted as extreme
+MANIFEST, TEXT = "manifest.json", "text"  # in the folder of a store
 
 
-class Shards(Protocol):
-    """Rows to train on, shard by shard; rows[k] is the number of rows of shard k."""
+class Chunks(Protocol):
+    """Rows to train on, chunk by chunk; rows[k] is the number of rows of chunk k."""
 
     rows: list[int]
 
     def load(self, k: int) -> Tensor:
-        """Shard k, (rows[k], width) in float16 or bfloat16."""
+        """Chunk k, (rows[k], width) in float16 or bfloat16."""
 
 
 @dataclass(frozen=True)
 class Harvester:
-    """Computes shards with the language model.
+    """Computes chunks with the language model.
 
     store_dtype: float16 or bfloat16, in which rows are kept
     lm_batch_size: rows of text per forward pass
@@ -71,51 +72,51 @@ class Harvester:
     text: Packed
     store_dtype: torch.dtype
     lm_batch_size: int
-    n_tokens: int  # wished; there may be fewer
+    n_tokens: int  # asked for; there may be fewer
 
     @property
-    def texts_per_shard(self) -> int:
-        """Rows of text behind a shard."""
+    def texts_per_chunk(self) -> int:
+        """Rows of text behind a chunk."""
         row_bytes = self.text.context_length * self.site.width * self.store_dtype.itemsize
-        return max(1, round(SHARD_BYTES / row_bytes))
+        return max(1, round(CHUNK_BYTES / row_bytes))
 
     def span(self, k: int) -> tuple[int, int]:
-        """First and last (exclusive) row of text of shard k."""
-        n = self.texts_per_shard
+        """First and last (exclusive) row of text of chunk k."""
+        n = self.texts_per_chunk
         return k * n, min((k + 1) * n, self.text.n_rows)
 
     @cached_property
     def rows(self) -> list[int]:
-        """Activations of each shard, as many shards as hold n_tokens of them, or all there are."""
+        """Activations of each chunk, as many chunks as hold n_tokens of them, or all there are."""
         rows: list[int] = []
-        n_shards = -(-self.text.n_rows // self.texts_per_shard)
-        while len(rows) < n_shards and sum(rows) < self.n_tokens:
+        n_chunks = -(-self.text.n_rows // self.texts_per_chunk)
+        while len(rows) < n_chunks and sum(rows) < self.n_tokens:
             rows.append(int(self.text.keep(*self.span(len(rows))).sum()))
         return rows
 
     @property
     def n_bytes(self) -> int:
+        """Of all chunks."""
         return sum(self.rows) * self.site.width * self.store_dtype.itemsize
 
     def load(self, k: int) -> Tensor:
-        """Shard k, computed: `parts`, then `assembled`."""
+        """Chunk k, computed: `parts`, then `assembled`."""
         return self.assembled(k, list(self.parts(k)))[0]
 
     def parts(self, k: int) -> Iterator[Tensor]:
-        """Activations of the kept tokens of shard k, (kept, width), by forward pass."""
-        start, stop = self.span(k)
-        for first in range(start, stop, self.lm_batch_size):
-            ids = self.text.rows(first, min(first + self.lm_batch_size, stop))
-            kept = torch.from_numpy(np.flatnonzero(self.text.keep_of(ids)))
+        """Activations of the kept tokens of chunk k, (kept, width), by forward pass."""
+        for ids, keep in self.text.batches(*self.span(k), size=self.lm_batch_size):
+            kept = torch.from_numpy(np.flatnonzero(keep))
             x = activations(self.lm, self.site, torch.from_numpy(ids)).flatten(0, 1)
             yield x.index_select(0, kept.to(x.device)).to(self.store_dtype).cpu()
 
     def assembled(self, k: int, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(rows of shard k in a random order, (rows[k], width); their norms in float32).
+        """(rows of chunk k in a random order, (rows[k], width); their norms in float32).
 
         Raises:
             UserError: an activation is too large for the store's dtype, or not a number.
         """
+        # "shard" is what chunks were called: another name would be another order
         rng = torch.Generator().manual_seed(named_seed("shard", k))
         order = torch.randperm(self.rows[k], generator=rng)
         rows = torch.empty(len(order), self.site.width, dtype=self.store_dtype)
@@ -139,108 +140,75 @@ class Statistics:
     scale: float
 
 
-def statistics(shards: Shards) -> Statistics:
-    """Of the first STATISTICS_ROWS rows or so, whole shards; in float64.
+def statistics(chunks: Chunks) -> Statistics:
+    """Of the first STATISTICS_ROWS rows or so, whole chunks; in float64.
 
     Raises:
         UserError: all activations are 0.
     """
     total, squares, n, k = 0.0, 0.0, 0, 0
-    while n < STATISTICS_ROWS and k < len(shards.rows):
-        rows = shards.load(k).double()
+    while n < STATISTICS_ROWS and k < len(chunks.rows):
+        rows = chunks.load(k).double()
         total, squares = total + rows.sum(dim=0), squares + float(rows.square().sum())
         n, k = n + len(rows), k + 1
     require(squares > 0, "all activations are 0: is this the right layer and site?")
     return Statistics((total / n).float(), (n / squares) ** 0.5)
 
 
-MANIFEST, TEXT = "manifest.json", "text"
-EXTREME_NORM = 10.0  # x the median norm of the shard: such a row is counted as extreme
+# --- on disk ---
 
 
 def open_activations(
-    harvester: Harvester, folder: Path, about: dict, *, max_bytes: float, reserve: float = 0.0
-) -> Shards:
-    """The harvester's shards on disk, harvested now if need be; where they need more than
-    max_bytes, or than is free beside `reserve`, the harvester itself, which computes each shard as
+    harvester: Harvester, folder: Path, metadata: dict, *, max_bytes: float, reserve: float = 0.0
+) -> Chunks:
+    """The harvester's chunks on disk, harvested now if need be; where they need more than
+    max_bytes, or than is free beside `reserve`, the harvester itself, which computes each chunk as
     it is read."""
     n_rows, n_bytes = sum(harvester.rows), harvester.n_bytes
     if n_rows < harvester.n_tokens:
-        epochs = harvester.n_tokens / n_rows
-        print(
-            f"{harvester.n_tokens:,} tokens requested, {n_rows:,} available = {epochs:.1f} epochs"
-        )
-    have = sum(path.stat().st_size for path in folder.glob("shard-*"))
+        asked, epochs = f"{harvester.n_tokens:,} tokens requested", harvester.n_tokens / n_rows
+        print(f"{asked}, {n_rows:,} available = {epochs:.1f} epochs")
+    have = sum(path.stat().st_size for path in folder.glob("chunk-*"))
     free = shutil.disk_usage(existing(folder)).free - DISK_RESERVE - reserve + have
-    complete = all(shard_path(folder, k).exists() for k in range(len(harvester.rows)))
     size = f"{n_rows:,} activations, {n_bytes / 1e6:,.0f} MB"
-    if n_bytes > max_bytes and not complete:
-        print(f"{size}, over --max-disk-gb {max_bytes / 1e9:g}: computed as they are read")
-        return harvester
-    if n_bytes > free and not complete:
-        print(f"{size}, {free / 1e9:.2f} GB free: computed as they are read")
+    if n_bytes > min(max_bytes, free) and _missing(folder, harvester):
+        over = f"over --max-disk-gb {max_bytes / 1e9:g}"
+        reason = over if n_bytes > max_bytes else f"{free / 1e9:.2f} GB free"
+        print(f"{size}, {reason}: computed as they are read")
         return harvester
     print(f"{size} in {folder}", flush=True)
-    return open_store(folder, harvester, about=about)
+    return open_store(folder, harvester, metadata=metadata)
 
 
-class Store:
-    """Shards on disk. Each is checked against its sha256 when it is first read."""
-
-    def __init__(self, folder: Path, rows: list[int]):
-        self.folder, self.rows = folder, rows
-        self._checked: set[int] = set()
-
-    def load(self, k: int) -> Tensor:
-        path = shard_path(self.folder, k)
-        with _damage_named(path):
-            tensors, info = read_tensors(path)
-            if info["rows"] != self.rows[k]:
-                raise SafetensorError(f"{info['rows']} rows, not {self.rows[k]}")
-            if k not in self._checked and info["sha256"] != _sha256(tensors["activations"]):
-                raise SafetensorError("its sha256 differs")
-        self._checked.add(k)
-        return tensors["activations"]
-
-
-@contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Turns what a torn or foreign file raises into one line."""
-    try:
-        yield
-    except (SafetensorError, KeyError) as error:
-        message = f"{path} is damaged ({error}): delete it, then the same command harvests it again"
-        raise UserError(message) from None
-
-
-def shard_path(folder: Path, k: int) -> Path:
-    return folder / f"shard-{k:05d}.safetensors"
-
-
-def open_store(folder: Path, harvester: Harvester, *, about: dict) -> Store:
-    """The store of the harvester's shards: those that it lacks are harvested, with progress.
+def open_store(folder: Path, harvester: Harvester, *, metadata: dict) -> "Store":
+    """The store of the harvester's chunks: those that it lacks are harvested, with progress.
 
     Waits while another process harvests into the same folder.
 
     Args:
-        about: what the rows depend on; a store of something else is refused
+        metadata: what the rows depend on; a store of something else is refused
     Raises:
         UserError: the folder belongs to something else; the disk is too small.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     waiting = f"waiting for another process that harvests into {folder}"
-    with held(folder / ".harvest.lock", when_busy=partial(print, waiting, flush=True)):
-        for path in folder.iterdir():
-            if is_temporary(path):  # of a killed harvest
-                path.unlink()
-        check_manifest(folder, about)
-        if not (folder / MANIFEST).exists():
-            write_json(folder / MANIFEST, {"about": about, "shards": {}})
-        missing = [k for k in range(len(harvester.rows)) if not shard_path(folder, k).exists()]
-        if missing:
+    with alone(folder, lock=".harvest.lock", when_busy=partial(print, waiting, flush=True)):
+        check_manifest(folder, metadata)
+        if not (folder / MANIFEST).exists():  # before the first chunk: see claim_folder
+            _write_manifest(folder, metadata)
+        if missing := _missing(folder, harvester):
             _harvest(folder, harvester, missing)
-        _write_manifest(folder, about)
+        _write_manifest(folder, metadata)
     return Store(folder, harvester.rows)
+
+
+def chunk_path(folder: Path, k: int) -> Path:
+    """The file of chunk k."""
+    return folder / f"chunk-{k:05d}.safetensors"
+
+
+def _missing(folder: Path, harvester: Harvester) -> list[int]:
+    """Those of the harvester's chunks that the folder lacks."""
+    return [k for k in range(len(harvester.rows)) if not chunk_path(folder, k).exists()]
 
 
 def claim_folder(folder: Path) -> None:
@@ -269,17 +237,20 @@ def claim_folder(folder: Path) -> None:
         raise UserError(message) from None
 
 
-def check_manifest(folder: Path, about: dict) -> None:
+def check_manifest(folder: Path, metadata: dict) -> None:
     """Raises UserError if the folder holds activations of something else."""
     path = folder / MANIFEST
     if not path.exists():
         return
     try:
-        stored = json.loads(path.read_text())["about"]
-        differing = [k for k in {**stored, **about} if stored.get(k) != about.get(k)]
+        stored = json.loads(path.read_text())["metadata"]
+        differing = [k for k in {**stored, **metadata} if stored.get(k) != metadata.get(k)]
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a manifest of ours: choose another folder") from None
-    shown = ", ".join(f"{k} {stored.get(k)} there, {about.get(k)} here" for k in differing[:4])
+        raise UserError(
+            f"{path} is not a manifest of ours, or that of an older version: choose another "
+            f"--activations-dir, or delete {folder}"
+        ) from None
+    shown = ", ".join(f"{k} {stored.get(k)} there, {metadata.get(k)} here" for k in differing[:4])
     require(
         not differing,
         f"--activations-dir {folder} holds other activations ({shown}): choose another one, or "
@@ -288,7 +259,7 @@ def check_manifest(folder: Path, about: dict) -> None:
 
 
 def _harvest(folder: Path, harvester: Harvester, missing: list[int]) -> None:
-    """Computes and writes the shards; one is written while the next is computed."""
+    """Computes and writes the chunks; one is written while the next is computed."""
     n_rows = sum(harvester.rows[k] for k in missing)
     size = harvester.site.width * harvester.store_dtype.itemsize
     require_free_disk(folder, n_rows * size)
@@ -301,14 +272,14 @@ def _harvest(folder: Path, harvester: Harvester, missing: list[int]) -> None:
         for k in missing:
             parts = list(harvester.parts(k))
             if writing:
-                writing.result()  # at most one shard waits in memory
-            writing = writer.submit(_write_shard, folder, harvester, k, parts)
+                writing.result()  # at most one chunk waits in memory
+            writing = writer.submit(_write_chunk, folder, harvester, k, parts)
             bar.update(harvester.rows[k])
         writing.result()
 
 
-def _write_shard(folder: Path, harvester: Harvester, k: int, parts: list[Tensor]) -> None:
-    """Assembles and writes shard k, while the model works on the next."""
+def _write_chunk(folder: Path, harvester: Harvester, k: int, parts: list[Tensor]) -> None:
+    """Assembles and writes chunk k, while the model works on the next."""
     rows, norms = harvester.assembled(k, parts)
     parts.clear()  # memory
     document_ids = torch.from_numpy(harvester.text.document_ids(*harvester.span(k)))
@@ -319,18 +290,48 @@ def _write_shard(folder: Path, harvester: Harvester, k: int, parts: list[Tensor]
         "n_documents": len(document_ids),
     }
     tensors = {"activations": rows, "document_ids": document_ids}
-    write_tensors(shard_path(folder, k), tensors, info=info)
+    write_tensors(chunk_path(folder, k), tensors, info=info)
 
 
-def _write_manifest(folder: Path, about: dict) -> None:
-    """The manifest with all shards of the folder; their document ids are in their files."""
-    shards, totals = {}, {"n_rows": 0, "n_extreme": 0}
-    for path in sorted(folder.glob("shard-*")):
+def _write_manifest(folder: Path, metadata: dict) -> None:
+    """The manifest with all chunks of the folder; their document ids are in their files."""
+    chunks, totals = {}, {"n_rows": 0, "n_extreme": 0}
+    for path in sorted(folder.glob("chunk-*")):
         with _damage_named(path):
-            shards[path.name] = info = read_tensor_info(path)
+            chunks[path.name] = info = read_tensor_info(path)
             totals["n_rows"] += info["rows"]
             totals["n_extreme"] += info["n_extreme"]
-    write_json(folder / MANIFEST, {"about": about, **totals, "shards": shards})
+    write_json(folder / MANIFEST, {"metadata": metadata, **totals, "chunks": chunks})
+
+
+class Store:
+    """Chunks on disk. Each is checked against its sha256 when it is first read."""
+
+    def __init__(self, folder: Path, rows: list[int]):
+        self.folder, self.rows = folder, rows
+        self._checked: set[int] = set()
+
+    def load(self, k: int) -> Tensor:
+        """Chunk k, (rows[k], width). Raises UserError if its file is damaged."""
+        path = chunk_path(self.folder, k)
+        with _damage_named(path):
+            tensors, info = read_tensors(path)
+            if info["rows"] != self.rows[k]:
+                raise SafetensorError(f"{info['rows']} rows, not {self.rows[k]}")
+            if k not in self._checked and info["sha256"] != _sha256(tensors["activations"]):
+                raise SafetensorError("its sha256 differs")
+        self._checked.add(k)
+        return tensors["activations"]
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turns what a torn or foreign file raises into one line."""
+    try:
+        yield
+    except (SafetensorError, KeyError) as error:
+        message = f"{path} is damaged ({error}): delete it, then the same command harvests it again"
+        raise UserError(message) from None
 
 
 def _sha256(rows: Tensor) -> str:

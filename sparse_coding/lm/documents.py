@@ -10,9 +10,10 @@ import platform
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TextIO
 
 from sparse_coding.config import UserError, first_line, hash63, require
 from sparse_coding.files import content_stamp
@@ -26,6 +27,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")  # of local files that we read
 END_OF_TEXT = "<|endoftext|>"  # parts the documents of a .txt that has it (TinyStories, GPT-2)
 PIECE = 10_000  # characters: about how long the documents of a long .txt without it become
 LONGEST = 3 * PIECE  # characters of a .txt that stay one document
+PARAGRAPH_ENDS = (("\n\n", 2), ("\n", 1))  # of a paragraph, or at least of a line: see in_pieces
 BLOCK = 2**20  # characters or bytes read at once
 ROWS = 128  # rows of a parquet file read at once
 # left out of the standard library: installed packages, and tests, which many distributions lack
@@ -82,9 +84,40 @@ def document_id(text: str) -> int:
 def is_held_out(document_id: int, share: float) -> bool:
     """Whether the document is among the `share` (0 to 1) of all that are kept for evaluation.
 
-    It hangs on the id alone, and what a smaller share holds out, a larger one does too.
+    It depends on the id alone, and what a smaller share holds out, a larger one does too.
     """
     return document_id < share * 2**63
+
+
+def in_batches(texts: Iterable[str], n_characters: int) -> Iterator[list[str]]:
+    """Lists of texts of at most so many characters together; a longer text is alone."""
+    batch, n_held = [], 0
+    for text in texts:
+        if batch and n_held + len(text) > n_characters:
+            yield batch
+            batch, n_held = [], 0
+        batch.append(text)
+        n_held += len(text)
+    if batch:
+        yield batch
+
+
+def in_pieces(
+    text: str, size: int, *, longest: int, ends: tuple[tuple[str, int], ...]
+) -> Iterator[str]:
+    """Pieces of 1 to 2 x size characters, then the rest, not longer than `longest`.
+
+    ends: (mark, offset): a piece ends so many characters after the start of the first of the marks
+        that occurs where it may end
+    """
+    start = 0
+    while len(text) - start > longest:
+        low, high = start + size, start + 2 * size
+        cuts = (text.find(mark, low, high) + offset for mark, offset in ends)
+        cut = next((cut for cut in cuts if cut >= low), high)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _find(dataset: str, text_column: str, revision: str) -> Documents:
@@ -142,33 +175,19 @@ def _local_texts(files: list[Path], text_column: str) -> Iterator[object]:
                 yield from (_pick(_parse(path, n, line), text_column, path) for n, line in rows)
 
 
-def _cut(file) -> Iterator[str]:
+def _cut(file: TextIO) -> Iterator[str]:
     """Documents of a text file: between <|endoftext|>; what is long is cut at paragraph ends.
 
-    The cuts hang on the text alone, not on the blocks in which it is read.
+    The cuts depend on the text alone, not on the blocks in which it is read.
     """
     rest = ""
     while block := file.read(BLOCK):
         *whole, rest = (rest + block).split(END_OF_TEXT)
         for text in whole:
-            *pieces, last = _pieces(text)
-            yield from (*pieces, last)
-        *pieces, rest = _pieces(rest)
+            yield from in_pieces(text, PIECE, longest=LONGEST, ends=PARAGRAPH_ENDS)
+        *pieces, rest = in_pieces(rest, PIECE, longest=LONGEST, ends=PARAGRAPH_ENDS)
         yield from pieces
     yield rest
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Pieces of 1 to 2 x PIECE characters, each to the end of a paragraph or at least of a line,
-    then the rest, not longer than LONGEST."""
-    start = 0
-    while len(text) - start > LONGEST:
-        low, high = start + PIECE, start + 2 * PIECE
-        ends = (text.find(end, low, high) + len(end) for end in ("\n\n", "\n"))
-        cut = next((end for end in ends if end > low), high)
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
 
 
 def _parse(path: Path, number: int, line: str) -> object:
@@ -178,13 +197,13 @@ def _parse(path: Path, number: int, line: str) -> object:
         raise UserError(f"{path} line {number} is not JSON: {error}") from None
 
 
-def _pick(row: object, column: str, source: object) -> object:
+def _pick(row: object, column: str, source: Path | str) -> object:
     require(isinstance(row, dict), f"{source}: a row is a {type(row).__name__}, not an object")
     require(column in row, _no_column(source, column, row))
     return row[column]
 
 
-def _no_column(source: object, column: str, columns) -> str:
+def _no_column(source: Path | str, column: str, columns: Iterable[str]) -> str:
     return f"{source} has no column {column!r}: --text-column must be one of {', '.join(columns)}"
 
 
@@ -214,14 +233,17 @@ def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
     sha = cached.name if cached else _resolve(dataset, revision)
 
     def texts() -> Iterator[object]:
-        with _one_line_errors(dataset, sha):
-            for row in _rows(str(cached)) if cached else _rows(dataset, revision=sha):
-                yield _pick(row, text_column, dataset)
+        with hub_errors(dataset, sha, what="dataset"):
+            try:
+                for row in _rows(str(cached)) if cached else _rows(dataset, revision=sha):
+                    yield _pick(row, text_column, dataset)
+            except ValueError as error:  # no split "train", a configuration to choose
+                raise UserError(f"{dataset} can't be read: {first_line(error)}") from None
 
     return Documents(dataset, sha, texts)
 
 
-def _rows(where: str, **options) -> Iterator[object]:
+def _rows(where: str, **options: str) -> Iterator[object]:
     """Of the split "train", streamed: no second copy of the data on the disk."""
     import datasets
 
@@ -231,20 +253,19 @@ def _rows(where: str, **options) -> Iterator[object]:
 def _cached(dataset: str, revision: str) -> Path | None:
     """The folder of the dataset in the hub's cache; None if it is not there or not whole."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     options = dict(repo_type="dataset", revision=revision or None, local_files_only=True)
-    try:
-        folder = Path(snapshot_download(dataset, **options))
-    except HFValidationError:
-        raise UserError(f"--dataset {dataset}: no file, no folder and no hub id") from None
-    except LocalEntryNotFoundError:
-        return None
+    with hub_errors(dataset, revision, what="dataset"):
+        try:
+            folder = Path(snapshot_download(dataset, **options))
+        except LocalEntryNotFoundError:
+            return None
     files = [p.relative_to(folder).as_posix() for p in folder.rglob("*.*") if p.is_file()]
     data = [name for name in files if not name.endswith((".md", ".gitattributes"))]
     # train-00002-of-00005: each such name must stand there 5 times
-    shards = [re.split(r"-\d{5}-of-(?=\d{5})", name) for name in data]
-    counts = Counter((s[0], int(s[1][:5])) for s in shards if len(s) == 2)
+    parts = [re.split(r"-\d{5}-of-(?=\d{5})", name) for name in data]
+    counts = Counter((p[0], int(p[1][:5])) for p in parts if len(p) == 2)
     whole = all(count == wanted for (_, wanted), count in counts.items())
     return folder if data and whole else None
 
@@ -253,29 +274,30 @@ def _resolve(dataset: str, revision: str) -> str:
     """The commit of a revision (default main), asked of the hub."""
     from huggingface_hub import HfApi
 
-    with _one_line_errors(dataset, revision):  # fails at once without network; datasets retries
+    with hub_errors(
+        dataset, revision, what="dataset"
+    ):  # fails at once without network; datasets retries
         return HfApi().dataset_info(dataset, revision=revision or None).sha
 
 
 @contextlib.contextmanager
-def _one_line_errors(dataset: str, revision: str) -> Iterator[None]:
-    """Turns what datasets and huggingface_hub raise into one line that says what to do."""
+def hub_errors(name: str, revision: str, *, what: Literal["model", "dataset"]) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one line that says what to do."""
     from huggingface_hub import errors
 
-    at = f" --revision {revision}" if revision else ""
-    fetch = f"hf download {dataset} --repo-type dataset{at}"
+    no_such = f"no such {what}: {name} is no local folder or file, and"
     try:
         yield
+    except errors.HFValidationError:
+        raise UserError(f"{no_such} no hub id") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"--dataset {dataset}: no such file, nor a dataset of the hub (or a private one)"
-        ) from None
+        raise UserError(f"{no_such} not on the hub (or private: `hf auth login`)") from None
     except errors.RevisionNotFoundError:
-        raise UserError(f"{dataset} has no revision {revision}") from None
-    except ValueError as error:  # no split "train", a configuration to choose
-        raise UserError(f"{dataset} can't be read: {first_line(error)}") from None
+        raise UserError(f"{name} has no revision {revision} on the hub") from None
     except (OSError, errors.HTTPError) as error:
+        fetch = f"hf download {name}" + " --repo-type dataset" * (what == "dataset")
+        fetch += f" --revision {revision}" * (revision not in ("", "main"))
         raise UserError(
-            f"can't reach the hub for {dataset} ({first_line(error)}): where there is network, "
-            f"`{fetch}` puts it into the cache; or give a local file"
+            f"{name} is no local folder or file and not in the cache, and the hub is out of reach "
+            f"({first_line(error)}): fetch it beforehand with `{fetch}`"
         ) from None

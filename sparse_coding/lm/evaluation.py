@@ -37,11 +37,8 @@ class HeldOut:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids, keep), each (rows, context_length); keep: tokens that autoencoders are for."""
-        for first in range(0, self.n_rows, self.lm_batch_size):
-            last = min(first + self.lm_batch_size, self.n_rows)
-            ids = self.text.rows(first, last)
-            keep = self.text.keep_of(ids)
-            yield tuple(torch.from_numpy(a).to(self.lm.device) for a in (ids, keep))
+        for ids_and_keep in self.text.batches(0, self.n_rows, size=self.lm_batch_size):
+            yield tuple(torch.from_numpy(array).to(self.lm.device) for array in ids_and_keep)
 
     @property
     def n_kept(self) -> int:
@@ -84,17 +81,17 @@ def evaluate(held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor) 
     """
     lm, site, device = held_out.lm, held_out.site, held_out.lm.device
     sums = [ReconstructionSums(1, sae.n_dict, site.width, device) for sae in saes]
-    ce = torch.zeros(3 + len(saes), dtype=torch.float64, device=device)
+    substitutes: list[Callable[[Tensor], Tensor]] = [
+        torch.zeros_like,
+        lambda x: mean.to(x).expand_as(x),
+        *(partial(reconstructed, sae, sums=total) for sae, total in zip(saes, sums, strict=True)),
+    ]
+    ce = torch.zeros(1 + len(substitutes), dtype=torch.float64, device=device)
     n_predictions = 0
     for ids, keep in held_out.batches():
-        replacements: list[Callable[[Tensor], Tensor]] = [
+        replacements = [
             lambda x: x,
-            partial(_replaced, keep=keep, new=lambda x: torch.zeros_like(x)),
-            partial(_replaced, keep=keep, new=lambda x: mean.to(x).expand_as(x)),
-            *(
-                partial(_replaced, keep=keep, new=partial(reconstructed, sae, sums=total))
-                for sae, total in zip(saes, sums, strict=True)
-            ),
+            *(partial(_replaced, keep=keep, new=new) for new in substitutes),
         ]
         for i, replace in enumerate(replacements):
             spliced = logits(lm, ids, site=site, replace=replace)
@@ -120,11 +117,11 @@ def _replaced(x: Tensor, *, keep: Tensor, new: Callable[[Tensor], Tensor]) -> Te
 def _values(
     total: ReconstructionSums, *, clean: float, spliced: float, zero: float, by_mean: float
 ) -> dict[str, float]:
-    found = {name: value.item() for name, value in total.result().items()}
+    sums = {name: value.item() for name, value in total.result().items()}
     gap = zero - clean
     return {
-        **{name: found[name] for name in ("fvu", "l0", "mse")},
-        "dead_fraction": found["n_dead"] / total.n_fired.shape[1],
+        **{name: sums[name] for name in ("fvu", "l0", "mse")},
+        "dead_fraction": sums["n_dead"] / total.n_fired.shape[1],
         "ce_clean": clean,
         "ce_spliced": spliced,
         "ce_zero": zero,

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparse_coding.config import UserError, first_line, require
+from sparse_coding.lm.documents import hub_errors
 from sparse_coding.lm.nanogpt import load_nanogpt
 
 if TYPE_CHECKING:
@@ -98,10 +99,6 @@ class Site:
     at_input: bool
 
 
-class _Stop(Exception):
-    """Ends a forward pass once its activations are read."""
-
-
 def load_language_model(
     name: str,
     *,
@@ -122,13 +119,13 @@ def load_language_model(
         UserError: no such model, hub out of reach, a folder or file that holds no complete model,
             an architecture that is not in FAMILIES.
     """
-    device, path = torch.device(device), Path(name).expanduser()
+    path = Path(name).expanduser()
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if path.suffix in (".pt", ".pth"):
         require(not revision, f"revision {revision} is for a hub id, but {name} is a file")
         model = load_nanogpt(path, activation=activation).to(dtype)
     else:
-        model = load_pretrained(name, dtype, revision=revision, architectures=tuple(FAMILIES))
+        model = _load_pretrained(name, dtype, revision)
     model = model.to(device).eval().requires_grad_(False)
     return LanguageModel(
         model=model,
@@ -157,6 +154,108 @@ def _weight_hash(model: nn.Module) -> str:
 def _part(model: "PreTrainedModel", part: str) -> nn.Module:
     """The module that the model's family keeps under `part`."""
     return model.base_model.get_submodule(getattr(FAMILIES[model.config.model_type], part))
+
+
+# --- files and the hub ---
+
+
+def _load_pretrained(name: str, dtype: torch.dtype, revision: str) -> "PreTrainedModel":
+    """The model of a folder of save_pretrained or of a hub id, on the CPU."""
+    path = Path(name).expanduser()
+    require(not path.is_file(), f"{name} is a file, but no .pt of nanoGPT: give the model's folder")
+    with _quiet():
+        if not path.is_dir():
+            return _from_hub(name, dtype, revision or "main")
+        require(not revision, f"revision {revision} is for a hub id, but {name} is a local folder")
+        require(
+            (path / "config.json").is_file(),
+            f"{name} has no config.json: give a folder of save_pretrained, a nanoGPT ckpt.pt or a "
+            "hub id",
+        )
+        try:
+            return _load(str(path), dtype, local_files_only=True)
+        except OSError as error:
+            raise UserError(f"{name} can't be loaded: {first_line(error)}") from error
+
+
+def _from_hub(name: str, dtype: torch.dtype, revision: str) -> "PreTrainedModel":
+    """From the cache, without a request; else downloaded."""
+    with contextlib.suppress(OSError):  # not in the cache, or not whole
+        return _load(name, dtype, revision=revision, local_files_only=True)
+    _require_on_hub(name, revision)
+    try:
+        return _load(name, dtype, revision=revision)
+    except OSError as error:
+        raise UserError(f"{name} can't be loaded from the hub: {first_line(error)}") from error
+
+
+def _load(name: str, dtype: torch.dtype, **where: str | bool) -> "PreTrainedModel":
+    """Raises OSError if files are missing, UserError if they are no model for us.
+
+    where: options of from_pretrained
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # else the hub's bot is asked, in a thread, to add safetensors to repositories without
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        kind = config.model_type
+        known = ", ".join(FAMILIES)
+        require(kind in FAMILIES, f"{name}: architecture {kind} is not one of {known}")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below
+            output_loading_info=True,
+            **where,
+        )
+    except (ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise UserError(f"{name} can't be loaded: {first_line(error)}") from error
+    wrong = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    require(not wrong, f"{name}: {len(wrong)} weights are missing or misshapen, as {wrong[:1]}")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bar and no report of transformers: what matters in it is checked here."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    hook = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.set_tqdm_hook(hook)
+
+
+def require_reachable(name: str, revision: str) -> None:
+    """Raises UserError for a hub id of which nothing is cached while the hub is out of reach."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).is_dir():
+        return
+    try:
+        snapshot_download(name, revision=revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        _require_on_hub(name, revision)
+
+
+def _require_on_hub(name: str, revision: str) -> None:
+    """One request, so that a hub out of reach is said at once (downloads retry for 23 s)."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(name, revision, what="model"):
+        HfApi().model_info(name, revision=revision, timeout=10)
+
+
+# --- sites ---
 
 
 def find_site(lm: LanguageModel, layer: int, site: str) -> Site:
@@ -205,6 +304,10 @@ def _tapped(site: Site, see: Callable[[Tensor], Tensor | None], shape: torch.Siz
         handle.remove()
 
 
+class _Stop(Exception):
+    """Ends a forward pass once its activations are read."""
+
+
 @torch.no_grad()
 def activations(lm: LanguageModel, site: Site, input_ids: Tensor) -> Tensor:
     """The activations at the site; what comes after it in the model is not computed.
@@ -214,15 +317,15 @@ def activations(lm: LanguageModel, site: Site, input_ids: Tensor) -> Tensor:
     Returns:
         (batch, context, site.width) in the model's dtype and on its device
     """
-    found = []
+    seen = []
 
     def keep_and_stop(x: Tensor) -> None:
-        found.append(x)
+        seen.append(x)
         raise _Stop
 
     with _tapped(site, keep_and_stop, input_ids.shape), contextlib.suppress(_Stop):
         lm.model.base_model(input_ids.to(lm.device), use_cache=False)
-    return found[0]
+    return seen[0]
 
 
 @torch.no_grad()
@@ -297,127 +400,3 @@ def direct_logits(lm: LanguageModel, site: Site, directions: Tensor) -> Tensor |
         effect = effect * (norm.weight.float() + family.gain_offset)
     effect = effect @ lm.model.get_output_embeddings().weight.float().mT  # (n, vocab)
     return effect - effect.mean(dim=1, keepdim=True)
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def load_pretrained(
-    name: str, dtype: torch.dtype, *, revision: str = "", architectures: tuple[str, ...]
-) -> "PreTrainedModel":
-    """The model of a folder of save_pretrained or of a hub id, on the CPU.
-
-    A hub id is looked up in the cache first, without a request; then it is downloaded.
-
-    Args:
-        revision: commit, tag or branch of a hub id; "": main
-        architectures: the config.model_type that are welcome
-    Raises:
-        UserError: no such model, hub out of reach, an incomplete model, another architecture.
-    """
-    path = Path(name).expanduser()
-    require(not path.is_file(), f"{name} is a file, but no .pt of nanoGPT: give the model's folder")
-    with _quiet():
-        if not path.is_dir():
-            return _from_hub(name, dtype, revision or "main", architectures)
-        require(not revision, f"revision {revision} is for a hub id, but {name} is a local folder")
-        require(
-            (path / "config.json").is_file(),
-            f"{name} has no config.json: give a folder of save_pretrained, a nanoGPT ckpt.pt or a "
-            "hub id",
-        )
-        try:
-            return _load(str(path), dtype, architectures, local_files_only=True)
-        except OSError as error:
-            raise UserError(f"{name} can't be loaded: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bar and no report of transformers: what matters in it is checked here."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    hook = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.set_tqdm_hook(hook)
-
-
-def require_reachable(name: str, revision: str) -> None:
-    """Raises UserError for a hub id of which nothing is cached while the hub is out of reach."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    if Path(name).is_dir():
-        return
-    try:
-        snapshot_download(name, revision=revision, local_files_only=True)
-    except (HFValidationError, LocalEntryNotFoundError):
-        _require_on_hub(name, revision)
-
-
-def _from_hub(
-    name: str, dtype: torch.dtype, revision: str, architectures: tuple[str, ...]
-) -> "PreTrainedModel":
-    with contextlib.suppress(OSError):  # not in the cache, or not whole
-        return _load(name, dtype, architectures, revision=revision, local_files_only=True)
-    _require_on_hub(name, revision)
-    try:
-        return _load(name, dtype, architectures, revision=revision)
-    except OSError as error:
-        raise UserError(f"{name} can't be loaded from the hub: {first_line(error)}") from error
-
-
-def _require_on_hub(name: str, revision: str) -> None:
-    """One request, so that a hub out of reach is said at once (downloads retry for 23 s)."""
-    from huggingface_hub import HfApi, errors
-
-    no_such = f"no such model: {name} is no local folder and"
-    try:
-        HfApi().model_info(name, revision=revision, timeout=10)
-    except errors.HFValidationError:
-        raise UserError(f"{no_such} no hub id") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{no_such} not on the hub (or private: `hf auth login`)") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{name} has no revision {revision} on the hub") from None
-    except (OSError, errors.HTTPError) as error:
-        fetch = f"hf download {name}" + f" --revision {revision}" * (revision != "main")
-        raise UserError(
-            f"{name} is no local folder and not in the cache, and the hub is out of reach "
-            f"({first_line(error)}): fetch it beforehand with `{fetch}`"
-        ) from None
-
-
-def _load(
-    name: str, dtype: torch.dtype, architectures: tuple[str, ...], **where: object
-) -> "PreTrainedModel":
-    """Raises OSError if files are missing, UserError if they are no model for us."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    # else the hub's bot is asked, in a thread, to add safetensors to repositories without
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-        kind = config.model_type
-        known = ", ".join(architectures)
-        require(kind in architectures, f"{name}: architecture {kind} is not one of {known}")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # refused below
-            output_loading_info=True,
-            **where,
-        )
-    except (ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{name} can't be loaded: {first_line(error)}") from error
-    wrong = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
-    require(not wrong, f"{name}: {len(wrong)} weights are missing or misshapen, as {wrong[:1]}")
-    return model

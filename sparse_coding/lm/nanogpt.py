@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_coding.config import UserError, require
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
 ACTIVATIONS = ("gelu", "gelu_new")
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
@@ -80,12 +80,12 @@ def _read(path: Path) -> dict:
 def _why(error: Exception) -> str:
     """torch.load's reason in one line, without its advice to load the file unsafely."""
     text = " ".join(str(error).split())
-    if found := re.search(r"global ([\w.]+)", text, re.IGNORECASE):
-        return f"it holds more than tensors and plain values ({found[1]}), which could run code"
+    if asked := re.search(r"global ([\w.]+)", text, re.IGNORECASE):
+        return f"it holds more than tensors and plain values ({asked[1]}), which could run code"
     return f"it is damaged ({type(error).__name__}: {text[:100]})"
 
 
-def _config(args: dict, activation: str, path: Path) -> object:
+def _config(args: dict, activation: str, path: Path) -> "GPT2Config":
     from transformers import GPT2Config
 
     for name in SIZES:

@@ -1,5 +1,6 @@
 """The split of a corpus by documents, and its packing into rows of one context each."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from sparse_coding.lm.documents import is_held_out
 def split(corpus: Corpus, *, held_out_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(train, held out): indices of documents, each in an order of its own by the seed.
 
-    On which side a document is hangs on its content alone, not on the seed or the other documents.
+    On which side a document is depends on its content alone, not on the seed or other documents.
 
     Raises:
         UserError: a side is empty.
@@ -34,7 +35,7 @@ class Packed:
 
     Packed: cut from the endless text separator, document, separator, document, ..., as GPT-2 was
     trained; the last, incomplete row is left out. Documents: each row is the start of one document,
-    after a separator; shorter documents are left out. Either way a row hangs on nothing but the
+    after a separator; shorter documents are left out. Either way a row depends on nothing but the
     arguments, and only the rows asked for are in memory.
 
     Args:
@@ -43,7 +44,6 @@ class Packed:
         special_ids: tokens that `keep` leaves out
     Attributes:
         n_rows: number of rows
-        n_tokens: n_rows x context_length
         n_short: documents left out
     Raises:
         UserError: not one row.
@@ -73,7 +73,6 @@ class Packed:
         self.starts = self.ends - lengths
         available = int(self.ends[-1]) if len(documents) else 0
         self.n_rows = available // context_length
-        self.n_tokens = self.n_rows * context_length
         what = "every document is shorter" if self.n_short else f"all have {available} tokens"
         require(
             self.n_rows > 0,
@@ -101,6 +100,14 @@ class Packed:
         keep = ~np.isin(rows, self.special_ids)
         keep[:, 0] = False
         return keep
+
+    def batches(
+        self, start: int, stop: int, *, size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids, keep) of these rows, `size` rows at a time: see rows and keep_of."""
+        for first in range(start, stop, size):
+            ids = self.rows(first, min(first + size, stop))
+            yield ids, self.keep_of(ids)
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """Sorted ids of the documents of which these rows have a token or the separator before."""

@@ -1,7 +1,7 @@
-"""Batches from shards of activations, in a random order that a step determines.
+"""Batches from chunks of activations, in a random order that a step determines.
 
-As many shards as fit the buffer are mixed: their rows are permuted together and dealt out in
-batches, while the next shards are loaded in a thread. Every epoch deals the shards anew. A batch
+As many chunks as fit the buffer are mixed: their rows are permuted together and dealt out in
+batches, while the next chunks are loaded in a thread. Every epoch deals the chunks anew. A batch
 depends on the seed and the step alone, so a resume sees the batches of the uninterrupted run.
 """
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import named_seed, require
-from sparse_coding.lm.activations import Shards
+from sparse_coding.lm.activations import Chunks
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps first .. first + n_steps, which deal out the rows of some shards (ascending)."""
+    """Steps first .. first + n_steps, which deal out the rows of some chunks (ascending)."""
 
     first: int
     n_steps: int
-    shards: tuple[int, ...]
+    chunks: tuple[int, ...]
     seed: int  # of the permutation of their rows
 
 
@@ -38,7 +38,7 @@ class Reader:
 
     def __init__(
         self,
-        shards: Shards,
+        chunks: Chunks,
         *,
         batch_size: int,
         n_steps: int,
@@ -47,9 +47,9 @@ class Reader:
         device: torch.device,
         buffer_rows: int,
     ):
-        require_a_batch(shards, batch_size)
+        require_a_batch(chunks, batch_size)
         self.n_steps, self.closing = n_steps, False
-        self.shards, self.batch_size, self.scale = shards, batch_size, scale
+        self.chunks, self.batch_size, self.scale = chunks, batch_size, scale
         self.seed, self.device, self.buffer_rows = seed, device, buffer_rows
         self.segments: list[Segment] = []
         self.epoch = 0
@@ -59,6 +59,7 @@ class Reader:
         self.waiting: tuple[tuple[int, ...], Future] | None = None
 
     def batch(self, step: int) -> Tensor:
+        """x of the step: see the class."""
         segment = self.segment_of(step)
         if self.current is None or self.current[0] != segment:
             self._enter(segment)
@@ -79,17 +80,18 @@ class Reader:
         return self.segments[index]
 
     def _add_epoch(self) -> None:
-        """Deals the shards, in a new random order, to segments that fit the buffer."""
+        """Deals the chunks, in a new random order, to segments that fit the buffer."""
+        # "shards" is what chunks were called: another name would be another order
         rng = torch.Generator().manual_seed(named_seed(self.seed, "shards", self.epoch))
         groups: list[list[int]] = [[]]
-        for k in torch.randperm(len(self.shards.rows), generator=rng).tolist():
-            held = sum(self.shards.rows[i] for i in groups[-1])
+        for k in torch.randperm(len(self.chunks.rows), generator=rng).tolist():
+            held = sum(self.chunks.rows[i] for i in groups[-1])
             # a group too small for a batch would deal out nothing
-            if held >= self.batch_size and held + self.shards.rows[k] > self.buffer_rows:
+            if held >= self.batch_size and held + self.chunks.rows[k] > self.buffer_rows:
                 groups.append([])
             groups[-1].append(k)
         for i, group in enumerate(groups):
-            n_steps = sum(self.shards.rows[k] for k in group) // self.batch_size
+            n_steps = sum(self.chunks.rows[k] for k in group) // self.batch_size
             if n_steps == 0:
                 continue
             last = self.segments[-1] if self.segments else None
@@ -101,48 +103,48 @@ class Reader:
     def _enter(self, segment: Segment) -> None:
         """Makes the rows of the segment current and has the next ones loaded meanwhile."""
         self.current = None  # else two buffers are held while a third is loaded
-        rows = self._take(segment.shards)
+        rows = self._take(segment.chunks)
         rng = torch.Generator().manual_seed(segment.seed)
         order = torch.randperm(len(rows), generator=rng).to(self.device)
         self.current = (segment, rows, order)
         end = segment.first + segment.n_steps
-        following = self.segment_of(end).shards if end < self.n_steps else segment.shards
-        if following != segment.shards:
+        following = self.segment_of(end).chunks if end < self.n_steps else segment.chunks
+        if following != segment.chunks:
             self.waiting = (following, self.loader.submit(self._load, following))
 
-    def _take(self, shards: tuple[int, ...]) -> Tensor:
-        """Rows of these shards: those held, those waited for, or loaded now."""
-        if self.waiting and self.waiting[0] == shards:
-            self.loaded = (shards, self.waiting[1].result())
-        elif self.loaded is None or self.loaded[0] != shards:
+    def _take(self, chunks: tuple[int, ...]) -> Tensor:
+        """Rows of these chunks: those held, those waited for, or loaded now."""
+        if self.waiting and self.waiting[0] == chunks:
+            self.loaded = (chunks, self.waiting[1].result())
+        elif self.loaded is None or self.loaded[0] != chunks:
             self.loaded = None  # memory first
-            self.loaded = (shards, self._load(shards))
+            self.loaded = (chunks, self._load(chunks))
         self.waiting = None
         return self.loaded[1]
 
-    def _load(self, shards: tuple[int, ...]) -> Tensor:
-        """Rows of these shards in one tensor; one shard at a time is held twice."""
+    def _load(self, chunks: tuple[int, ...]) -> Tensor:
+        """Rows of these chunks in one tensor; one chunk at a time is held twice."""
         rows, first = None, 0
-        for k in shards:
+        for k in chunks:
             if self.closing:
                 break
-            shard = self.shards.load(k)
+            chunk = self.chunks.load(k)
             if rows is None:
-                shape = (sum(self.shards.rows[i] for i in shards), shard.shape[1])
-                rows = torch.empty(shape, dtype=shard.dtype, device=self.device)
-            rows[first : first + len(shard)] = shard
-            first += len(shard)
+                shape = (sum(self.chunks.rows[i] for i in chunks), chunk.shape[1])
+                rows = torch.empty(shape, dtype=chunk.dtype, device=self.device)
+            rows[first : first + len(chunk)] = chunk
+            first += len(chunk)
         return rows
 
     def close(self) -> None:
-        """Returns when nothing is being loaded any more, after one shard at most."""
+        """Returns when nothing is being loaded any more, after one chunk at most."""
         self.closing = True
         self.loader.shutdown(wait=True, cancel_futures=True)
 
 
-def require_a_batch(shards: Shards, batch_size: int) -> None:
+def require_a_batch(chunks: Chunks, batch_size: int) -> None:
     """Raises UserError if there are fewer rows than a batch has."""
-    n_rows = sum(shards.rows)
+    n_rows = sum(chunks.rows)
     require(
         n_rows >= batch_size,
         f"{n_rows} activations are fewer than --batch-size {batch_size}: give more text",

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sparse_coding.config import named_seed, require_flag
 from sparse_coding.files import read_tensors, write_tensors
-from sparse_coding.lm.activations import Shards, Statistics, open_activations, statistics
+from sparse_coding.lm.activations import Chunks, Statistics, open_activations, statistics
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
-from sparse_coding.lm.target import Subject
+from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sae.spec import Schedule
@@ -34,6 +34,52 @@ NEVER = 1e-10  # added to a density before its logarithm
 # 3 072 they are below Adam's usual eps: fvu .109, not .055 (LOG.md). So eps shrinks with them.
 EPS, EPS_WIDTH = 1e-8, 256
 MAX_LR = 1.0  # beyond it Adam cannot but diverge
+# l1_alpha = 10^(-15/4) gave an l0 of 25 at width 256, on the demo (LOG.md). The mse is a mean over
+# the width, so for equal l0 it falls as 1/width.
+L1_EXP, L1_WIDTH = -15, 256
+AROUND = 3  # steps of the default grid to either side
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which autoencoders are trained; the fields are flags of run.py, high ends exclusive.
+
+    l1_exp_low, l1_exp_high: both None: around an l0 of some 25
+    target_l0: if not empty, l1_alpha is found for each of these
+    """
+
+    l1_exp_low: int | None
+    l1_exp_high: int | None
+    expansion_exp_low: int
+    expansion_exp_high: int
+    target_l0: tuple[int, ...]
+    seed: int
+    n_seeds: int
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a flag out of its range."""
+        given = self.l1_exp_low is not None
+        both = given == (self.l1_exp_high is not None)
+        require_flag(self, "l1_exp_low", both, "given together with --l1-exp-high")
+        check_grid(self if given else replace(self, l1_exp_low=0, l1_exp_high=1), "expansion_exp")
+        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
+        require_flag(self, "target_l0", fine, "at least 1 each, and all different")
+
+    def cells(self, width: int) -> list[Cell]:
+        """All cells of the run, on activations of this width."""
+        middle = L1_EXP + round(4 * math.log10(L1_WIDTH / width))
+        low, high = self.l1_exp_low, self.l1_exp_high
+        if self.target_l0:  # the controller's start
+            low, high = middle, middle + 1
+        elif low is None:
+            low, high = middle - AROUND, middle + AROUND + 1
+        cells = make_grid(
+            width,
+            seeds=range(self.seed, self.seed + self.n_seeds),
+            l1_exps=range(low, high),
+            size_exps=range(self.expansion_exp_low, self.expansion_exp_high),
+        )
+        return [replace(cell, target_l0=t) for cell in cells for t in self.target_l0 or (0,)]
 
 
 @dataclass(frozen=True)
@@ -66,6 +112,7 @@ class Optimisation:
 
     @property
     def n_steps(self) -> int:
+        """Whole batches in n_tokens."""
         return self.n_tokens // self.batch_size
 
     def buffer_rows(self, width: int) -> int:
@@ -73,6 +120,7 @@ class Optimisation:
         return int(self.shuffle_gb * 1e9 / (2 * width))
 
     def schedule(self, width: int) -> Schedule:
+        """Shares of the steps as steps, and Adam's eps for activations of this width."""
         n = self.n_steps
         decay_start = n - round(self.decay * n) if self.decay else None
         eps = EPS * min(1, EPS_WIDTH / width) ** 2
@@ -83,42 +131,46 @@ class Optimisation:
 class LanguageRecipe:
     """How cells are trained on activations of a language model (a training.Recipe).
 
-    shards: the training text's activations
-    about: where they come from, for the saved autoencoders
+    chunks: the training text's activations
+    metadata: where they come from, for the saved autoencoders
 
     Raises:
         UserError: there are fewer activations than a batch has.
     """
 
-    shards: Shards
+    chunks: Chunks
     held_out: HeldOut
     optimisation: Optimisation
-    about: dict
+    metadata: dict
     headline = ("train/fvu", min)
 
     def __post_init__(self) -> None:
-        require_a_batch(self.shards, self.optimisation.batch_size)
+        require_a_batch(self.chunks, self.optimisation.batch_size)
 
     @property
     def device(self) -> torch.device:
+        """The language model's."""
         return self.held_out.lm.device
 
     @property
     def n_steps(self) -> int:
+        """Of every cell."""
         return self.optimisation.n_steps
 
     @property
     def width(self) -> int:
+        """Of the activations."""
         return self.held_out.site.width
 
     @cached_property
     def statistics(self) -> Statistics:
-        return statistics(self.shards)
+        """Of the training text's activations."""
+        return statistics(self.chunks)
 
     def memory(self, n_dicts: list[int]) -> int:
         """Of the ensemble, two buffers of rows, and codes of all of them at evaluation."""
         o = self.optimisation
-        rows = 2 * 2 * self.width * min(o.buffer_rows(self.width), sum(self.shards.rows))
+        rows = 2 * 2 * self.width * min(o.buffer_rows(self.width), sum(self.chunks.rows))
         tokens = self.held_out.lm_batch_size * self.held_out.text.context_length
         one_evaluated = 4 * tokens * (4 * max(n_dicts) + 2 * self.held_out.lm.vocab_size)
         saved = sum(8 * n * self.width for n in n_dicts)
@@ -134,7 +186,7 @@ class LanguageRecipe:
         """Autoencoders of cells of one seed, the batches they train on and their evaluation."""
         o, seed, scale = self.optimisation, group[0].seed, self.statistics.scale
         reader = Reader(
-            self.shards,
+            self.chunks,
             batch_size=o.batch_size,
             n_steps=o.n_steps,
             scale=scale,
@@ -168,9 +220,9 @@ class LanguageRecipe:
         """Rows and autoencoders for raw activations, with their feature densities."""
         raw = [unscaled(ensemble.dictionary(i), self.statistics.scale) for i in range(len(group))]
         saes = [SparseAutoencoder(**tensors, metadata={}).to(self.device) for tensors in raw]
-        found = evaluate(self.held_out, saes, mean=self.statistics.mean)
+        evaluations = evaluate(self.held_out, saes, mean=self.statistics.mean)
         results = []
-        for i, (cell, evaluation) in enumerate(zip(group, found, strict=True)):
+        for i, (cell, evaluation) in enumerate(zip(group, evaluations, strict=True)):
             l1_alpha = cell.l1_alpha
             if cell.target_l0:  # what the controller found
                 normalisation = self.optimisation.l1_normalisation
@@ -192,11 +244,14 @@ class LanguageRecipe:
         sparsity = torch.log10(sae.pop("density") + NEVER)
         path = sae_folder(folder, cell)
         write_tensors(path / SPARSITY, {"sparsity": sparsity})
-        tokens = {"n_eval_tokens": self.held_out.n_tokens, "n_tokens": self.optimisation.n_tokens}
-        about = self.about | tokens
-        about |= {"l1_alpha": row["l1_alpha"], "seed": cell.seed}
-        about |= {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
-        save_sae(path, sae, metadata=about)
+        known = {
+            "n_eval_tokens": self.held_out.n_tokens,
+            "n_tokens": self.optimisation.n_tokens,
+            "l1_alpha": row["l1_alpha"],
+            "seed": cell.seed,
+        }
+        known |= {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
+        save_sae(path, sae, metadata=self.metadata | known)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
@@ -205,21 +260,21 @@ class LanguageRecipe:
 
 
 def with_activations(
-    recipe: LanguageRecipe, subject: Subject, *, folder: Path, cells: list[Cell], max_bytes: float
+    recipe: LanguageRecipe, target: Target, *, folder: Path, cells: list[Cell], max_bytes: float
 ) -> LanguageRecipe:
-    """The recipe on activations in the subject's folder, if they fit: harvested if need be, unless
+    """The recipe on activations in the target's folder, if they fit: harvested if need be, unless
     the run in `folder` has all its cells."""
     missing = missing_cells(folder, cells)
     if not missing:
         return recipe
-    shards = open_activations(
-        recipe.shards,
-        subject.folder,
-        subject.about,
+    chunks = open_activations(
+        recipe.chunks,
+        target.folder,
+        target.metadata,
         max_bytes=max_bytes,
         reserve=recipe.disk([cell.n_dict for cell in missing]),
     )
-    return replace(recipe, shards=shards)
+    return replace(recipe, chunks=chunks)
 
 
 def feature_density(folder: Path) -> np.ndarray:
@@ -232,53 +287,3 @@ def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases change,
     and codes are in the units of x."""
     return tensors | {name: tensors[name] / scale for name in ("b_enc", "b_dec")}
-
-
-# l1_alpha = 10^(-15/4) gave an l0 of 25 at width 256, on the demo (LOG.md). The mse is a mean over
-# the width, so for equal l0 it falls as 1/width.
-L1_EXP, L1_WIDTH = -15, 256
-AROUND = 3  # steps of the default grid to either side
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The fields are flags of run.py, high ends exclusive.
-
-    l1_exp_low, l1_exp_high: both None: around an l0 of some 25
-    target_l0: if not empty, l1_alpha is found for each of these
-
-    Raises:
-        UserError: a flag out of its range.
-    """
-
-    l1_exp_low: int | None
-    l1_exp_high: int | None
-    expansion_exp_low: int
-    expansion_exp_high: int
-    target_l0: tuple[int, ...]
-    seed: int
-    n_seeds: int
-
-    def __post_init__(self) -> None:
-        given = self.l1_exp_low is not None
-        both = given == (self.l1_exp_high is not None)
-        require_flag(self, "l1_exp_low", both, "given together with --l1-exp-high")
-        check_grid(self if given else replace(self, l1_exp_low=0, l1_exp_high=1), "expansion_exp")
-        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
-        require_flag(self, "target_l0", fine, "at least 1 each, and all different")
-
-    def cells(self, width: int) -> list[Cell]:
-        """All cells of the run, on activations of this width."""
-        middle = L1_EXP + round(4 * math.log10(L1_WIDTH / width))
-        low, high = self.l1_exp_low, self.l1_exp_high
-        if self.target_l0:  # the controller's start
-            low, high = middle, middle + 1
-        elif low is None:
-            low, high = middle - AROUND, middle + AROUND + 1
-        cells = make_grid(
-            width,
-            seeds=range(self.seed, self.seed + self.n_seeds),
-            l1_exps=range(low, high),
-            size_exps=range(self.expansion_exp_low, self.expansion_exp_high),
-        )
-        return [replace(cell, target_l0=t) for cell in cells for t in self.target_l0 or (0,)]

@@ -18,31 +18,29 @@ from sparse_coding.figures.frontier import (
     draw_frontier,
     frontier_csv,
 )
-from sparse_coding.figures.heatmap import HeatmapSpec, png_bytes
-from sparse_coding.figures.report import write_figures, write_report
-from sparse_coding.files import write_atomic, write_json
+from sparse_coding.figures.heatmap import HeatmapSpec
+from sparse_coding.figures.report import write_figure, write_figures, write_report
+from sparse_coding.files import write_json
 from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.features.collected import FeatureCollector, logit_effects, nearest_features
 from sparse_coding.lm.features.page import write_feature_page
 from sparse_coding.lm.model import direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density
-from sparse_coding.lm.target import Subject
+from sparse_coding.lm.target import Target
 from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning, load_sae
 from sparse_coding.sweep.grid import L1_TERMS, Cell
 from sparse_coding.sweep.run_folder import sae_folder
 
 SHOWN = "shown.json"  # the choice behind what the folder shows
 TITLE = "Sparse autoencoders on a language model"
+# what an autoencoder was trained on that its evaluation must share
+MUST_MATCH = ("model", "weight_hash", "layer", "site", "tokenizer_fingerprint", "held_out",
+              "tokens_sha256", "model_dtype")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ShowChoice:
-    """What is shown of a finished sweep; the names are those of run.py's flags.
-
-    page_l0: features.html shows the autoencoder of lowest fvu with at most this l0
-    n_page_tokens: held-out tokens that features.html looks at
-    export: format in which autoencoders are written too: none or dictionary_learning
-    """
+    """What is shown of a finished sweep: run.py's flags of these names."""
 
     page_l0: float
     n_page_tokens: int
@@ -82,13 +80,20 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
     )
 
 
+def _or_none(ce_recovered: float | None) -> str:
+    """It has no value where the ablation costs nothing."""
+    if ce_recovered is None or not math.isfinite(ce_recovered):
+        return "none (ablation costs nothing)"
+    return f"{ce_recovered:.3f}"
+
+
 def show(
     folder: Path,
     rows: list[dict],
     *,
     cells: list[Cell],
     recipe: LanguageRecipe,
-    subject: Subject,
+    target: Target,
     choice: ShowChoice,
     context: dict,
 ) -> dict[str, Path]:
@@ -103,8 +108,14 @@ def show(
         _export(folder, sound)
     if sound:
         best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
-        write_page(folder, best, recipe=recipe, subject=subject, n_tokens=choice.n_page_tokens)
-    figures = _draw(folder, rows, cells, recipe=recipe)
+        write_page(folder, best, recipe=recipe, target=target, n_tokens=choice.n_page_tokens)
+    figures = draw_figures(
+        folder,
+        rows,
+        {cell: feature_density(sae_folder(folder, cell)) for cell in cells},
+        n_tokens=recipe.held_out.n_kept,
+        l1_note=f"L1 term of the loss: {L1_TERMS[recipe.optimisation.l1_normalisation]}",
+    )
     write_report(
         folder,
         title=TITLE,
@@ -118,37 +129,17 @@ def show(
     return figures
 
 
-def is_shown(folder: Path, choice: ShowChoice) -> bool:
-    """Whether the folder shows what is chosen."""
-    return (folder / SHOWN).exists() and json.loads((folder / SHOWN).read_text()) == asdict(choice)
-
-
-def _heatmaps(cells: list[Cell]) -> tuple:
-    """None with --target-l0, where every size has l1_alphas of its own: no grid to draw."""
-    return () if cells[0].target_l0 else FIGURES
-
-
-def _draw(
-    folder: Path, rows: list[dict], cells: list[Cell], *, recipe: LanguageRecipe
-) -> dict[str, Path]:
-    """Writes the figures; the png of each."""
-    l1_note = f"L1 term of the loss: {L1_TERMS[recipe.optimisation.l1_normalisation]}"
-    figures = write_figures(
-        folder,
-        rows,
-        _heatmaps(cells),
-        x_label=f"l1_alpha; {l1_note}",
-        y_label="expansion_factor",
-        row_key="expansion_factor",
-        column_key="l1_alpha",
-    )
-    densities = {cell: feature_density(sae_folder(folder, cell)) for cell in cells}
-    n_tokens = recipe.held_out.n_kept
-    return figures | write_more_figures(folder, rows, densities, n_tokens=n_tokens, l1_note=l1_note)
+def _export(folder: Path, cells: list[Cell]) -> None:
+    """Each autoencoder once more, for dictionary_learning: dictionary_learning/<cell>/."""
+    for cell in cells:
+        sae = load_sae(sae_folder(folder, cell))
+        export_dictionary_learning(
+            folder / "dictionary_learning" / cell.name, sae, metadata=sae.metadata
+        )
 
 
 def write_page(
-    folder: Path, cell: Cell, *, recipe: LanguageRecipe, subject: Subject, n_tokens: int
+    folder: Path, cell: Cell, *, recipe: LanguageRecipe, target: Target, n_tokens: int
 ) -> None:
     """features.html of one cell.
 
@@ -160,14 +151,14 @@ def write_page(
     for ids, keep, codes in held_out.codes(sae):
         collector.add(ids, codes, keep)
     data = replace(collector.result(), nearest=nearest_features(sae.W_dec))
-    effects = logit_effects(sae.W_dec, partial(direct_logits, subject.lm, subject.site))
+    effects = logit_effects(sae.W_dec, partial(direct_logits, target.lm, target.site))
     if effects is not None:
         data = replace(data, promoted=effects[0], suppressed=effects[1])
     known = sae.metadata
     write_feature_page(
         folder / "features.html",
         data,
-        token_texts=subject.tokenizer.token_texts(),
+        token_texts=target.tokenizer.token_texts(),
         title=f"Features of {known['model']}, layer {known['layer']} {known['site']}",
         facts={
             "model": known["model"],
@@ -180,49 +171,71 @@ def write_page(
     )
 
 
-def check_fit(sae: SparseAutoencoder, subject: Subject) -> None:
+def draw_figures(
+    folder: Path,
+    rows: list[dict],
+    densities: dict[Cell, np.ndarray],
+    *,
+    n_tokens: int,
+    l1_note: str,
+) -> dict[str, Path]:
+    """Writes figures/<name>.png of the heat-maps, FRONTIERS and DENSITIES, each with its csv; the
+    png by name.
+
+    Args:
+        rows: of results.csv
+        densities: (n_dict,) of each cell, the share of n_tokens tokens on which a feature fires
+        l1_note: how the L1 term of the loss is normalised
+    """
+    paths = write_figures(
+        folder,
+        rows,
+        _heatmaps(list(densities)),
+        x_label=f"l1_alpha; {l1_note}",
+        y_label="expansion_factor",
+        row_key="expansion_factor",
+        column_key="l1_alpha",
+    )
+    drawn = {
+        spec.name: (draw_frontier(rows, spec, l1_note=l1_note), frontier_csv(rows, spec.column))
+        for spec in FRONTIERS
+    }
+    histograms = draw_density_histograms(densities, DENSITIES, n_tokens=n_tokens)
+    drawn[DENSITIES.name] = (histograms, density_csv(densities, n_tokens=n_tokens))
+    return paths | {
+        name: write_figure(folder, name, figure, csv=csv) for name, (figure, csv) in drawn.items()
+    }
+
+
+def _heatmaps(cells: list[Cell]) -> tuple[HeatmapSpec, ...]:
+    """None with --target-l0, where every size has l1_alphas of its own: no grid to draw."""
+    return () if cells[0].target_l0 else FIGURES
+
+
+def is_shown(folder: Path, choice: ShowChoice) -> bool:
+    """Whether the folder shows what is chosen."""
+    return (folder / SHOWN).exists() and json.loads((folder / SHOWN).read_text()) == asdict(choice)
+
+
+def check_fit(sae: SparseAutoencoder, target: Target) -> None:
     """Warns if the autoencoder was trained elsewhere. Raises UserError if it can't be used here."""
-    site, name = subject.site, subject.about["model"]
+    site, ours = target.site, target.metadata
     require(
         sae.activation_dim == site.width,
         f"the autoencoder takes activations of width {sae.activation_dim}, but layer {site.layer} "
-        f"{site.name} of {name} has width {site.width}: choose its own --model, --layer and --site",
+        f"{site.name} of {ours['model']} has width {site.width}: choose its own --model, "
+        "--layer and --site",
     )
-    for key in (
-        "model",
-        "weight_hash",
-        "layer",
-        "site",
-        "tokenizer_fingerprint",
-        "held_out",
-        "tokens_sha256",
-        "model_dtype",
-    ):
-        was, here = sae.metadata.get(key, subject.about[key]), subject.about[key]
+    for name in MUST_MATCH:
+        was, here = sae.metadata.get(name, ours[name]), ours[name]
         if was != here:
-            print(f"warning: trained on {key} {was}, evaluated on {here}", file=sys.stderr)
+            print(f"warning: trained on {name} {was}, evaluated on {here}", file=sys.stderr)
 
 
 def evaluate_one(sae: SparseAutoencoder, recipe: LanguageRecipe) -> dict[str, float]:
     """The metrics of results.csv for an autoencoder from elsewhere; says on what."""
     print(f"{recipe.held_out.n_kept:,} held-out tokens; ce_recovered: against ablation by zeros")
     return evaluate(recipe.held_out, [sae], mean=recipe.statistics.mean)[0].values
-
-
-def _or_none(ce_recovered: float | None) -> str:
-    """It has no value where the ablation costs nothing."""
-    if ce_recovered is None or not math.isfinite(ce_recovered):
-        return "none (ablation costs nothing)"
-    return f"{ce_recovered:.3f}"
-
-
-def _export(folder: Path, cells: list[Cell]) -> None:
-    """Each autoencoder once more, for dictionary_learning: dictionary_learning/<cell>/."""
-    for cell in cells:
-        sae = load_sae(sae_folder(folder, cell))
-        export_dictionary_learning(
-            folder / "dictionary_learning" / cell.name, sae, metadata=sae.metadata
-        )
 
 
 FIGURES = (
@@ -318,32 +331,3 @@ DENSITIES = FigureSpec(
     "is of features that are dying, or too rare for this text to show what they mean.",
     alt="Histograms of log10 feature density, by dictionary size and l1_alpha",
 )
-
-
-def write_more_figures(
-    folder: Path,
-    rows: list[dict],
-    densities: dict[Cell, np.ndarray],
-    *,
-    n_tokens: int,
-    l1_note: str,
-) -> dict[str, Path]:
-    """Writes figures/<name>.png of FRONTIERS and DENSITIES, each with its csv; the png by name.
-
-    Args:
-        rows: of results.csv
-        densities: (n_dict,) of each cell, the share of n_tokens tokens on which a feature fires
-        l1_note: how the L1 term of the loss is normalised
-    """
-    drawn = {
-        spec.name: (draw_frontier(rows, spec, l1_note=l1_note), frontier_csv(rows, spec.column))
-        for spec in FRONTIERS
-    }
-    histograms = draw_density_histograms(densities, DENSITIES, n_tokens=n_tokens)
-    drawn[DENSITIES.name] = (histograms, density_csv(densities, n_tokens=n_tokens))
-    paths = {}
-    for name, (figure, csv) in drawn.items():
-        paths[name] = folder / "figures" / f"{name}.png"
-        write_atomic(paths[name], png_bytes(figure))
-        write_atomic(paths[name].with_suffix(".csv"), csv)
-    return paths

@@ -38,10 +38,13 @@ UNIGRAM_TOKENS = 2**20  # from which the unigram model is made
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """model: hub id, folder, nanoGPT checkpoint, or "demo", the small one in assets/
+    """A model and a site in it.
+
+    model: hub id, folder, nanoGPT checkpoint, or "demo", the small one in assets/
+    layer: None: the middle one
     dtype: auto is float32 on the CPU, bfloat16 on CUDA
     store_dtype: of its activations on disk
-    layer: None: the middle one"""
+    """
 
     model: str
     model_revision: str
@@ -53,13 +56,17 @@ class ModelChoice:
 
     @property
     def path(self) -> str:
+        """Where load_language_model finds it."""
         return str(DEMO_MODEL) if self.model == "demo" else self.model
 
 
 @dataclass(frozen=True)
 class TextChoice:
-    """held_out: share of the documents that no autoencoder is trained on
-    context_length: None: CONTEXT, or all that the model can take"""
+    """A text, and how it becomes rows of tokens.
+
+    context_length: None: CONTEXT, or all that the model can take
+    held_out: share of the documents that no autoencoder is trained on
+    """
 
     dataset: str
     dataset_revision: str
@@ -77,41 +84,8 @@ class TextChoice:
         require_flag(self, "max_text_tokens", self.max_text_tokens >= 1, "at least 1")
 
 
-def flags_of(folder: Path) -> dict:
-    """Flags for the subject of a saved autoencoder, from its provenance; of a foreign one as far as
-    it says."""
-    about = load_sae(folder).metadata
-    names = ("model", "layer", "site", "dataset", "context_length")
-    flags = about.get("flags") or {name: about[name] for name in names if name in about}
-    toy = f"{folder} is of toy data: python replicate_toy_models.py --evaluate {folder}"
-    require("data_law" not in flags, toy)
-    return flags | {name: about[name] for name in ("n_eval_tokens", "n_tokens") if name in about}
-
-
-def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
-    """Of the local files behind the choices: a model trained anew is another model."""
-    path, dataset = Path(model.path).expanduser(), Path(text.dataset).expanduser()
-    found = {}
-    if model.model != "demo" and os.path.exists(path):
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-        found["model_files"] = content_stamp(files)
-    if text.dataset != "stdlib" and os.path.exists(dataset):
-        is_bin = dataset.suffix == ".bin" and dataset.is_file()  # else open_bin says what is wrong
-        found["dataset_files"] = content_stamp([dataset] if is_bin else local_files(dataset))
-    return found
-
-
-def default_folder(model: ModelChoice, text: TextChoice, device: torch.device) -> Path:
-    """For the activations: named after what they depend on, so that sweeps on a site share them."""
-    found = stamps(model, text) | {"device": device.type if model.dtype == "auto" else ""}
-    if text.dataset == "stdlib":
-        found["python"] = platform.python_version()
-    hashed = fingerprint(asdict(model) | asdict(text) | found)
-    return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{model.site}-{hashed}")
-
-
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """A model with its tokenizer, a site, a corpus packed to rows of one context each."""
 
     lm: LanguageModel
@@ -125,9 +99,9 @@ class Subject:
     folder: Path  # of its tokens and activations
 
     @property
-    def about(self) -> dict:
+    def metadata(self) -> dict:
         """What activations of this depend on."""
-        lm, made_of = self.lm, self.corpus.about
+        lm, corpus = self.lm, self.corpus.metadata
         return {
             "model": self.model.model,
             "weight_hash": lm.weight_hash,
@@ -137,8 +111,8 @@ class Subject:
             "tokenizer": self.tokenizer.name,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "dataset": self.text.dataset,
-            "dataset_revision": made_of.get("revision"),
-            "tokens_sha256": made_of["sha256"],
+            "dataset_revision": corpus.get("revision"),
+            "tokens_sha256": corpus["sha256"],
             "context_length": self.text.context_length,
             "packing": self.text.packing,
             "held_out": self.text.held_out,
@@ -148,13 +122,13 @@ class Subject:
 
     @property
     def provenance(self) -> dict:
-        """For saved autoencoders: `about`, and the flags with which --evaluate finds this again."""
-        return self.about | {"flags": asdict(self.model) | asdict(self.text)}
+        """For saved autoencoders: the metadata, and the flags with which --evaluate opens this."""
+        return self.metadata | {"flags": asdict(self.model) | asdict(self.text)}
 
     def introduction(self) -> str:
         """What the text is, and whether the model fits it: the cheapest sign of a wrong tokenizer
         or of wrong weights is a loss no better than that of token frequencies."""
-        corpus = self.corpus.about
+        corpus = self.corpus.metadata
         revision = f" ({corpus['revision']})" if corpus.get("revision") else ""
         of_model, unigram = losses(self)
         warning = "" if of_model < unigram else "; WARNING: wrong tokenizer, or wrong weights?"
@@ -168,9 +142,9 @@ class Subject:
         )
 
 
-def open_subject(
+def open_target(
     model: ModelChoice, text: TextChoice, activations_dir: str, *, device: torch.device
-) -> Subject:
+) -> Target:
     """Loads the model; the text's tokens are encoded into activations_dir/text unless they are
     there. "": a folder named after the choices.
 
@@ -205,9 +179,9 @@ def open_subject(
     claim_folder(folder)
     corpus = _open_corpus(text, tokenizer, folder / TEXT)
     train, held_out = _packed(corpus, text, tokenizer)
-    subject = Subject(lm, site, tokenizer, corpus, train, held_out, model, text, folder)
-    check_manifest(folder, subject.about)
-    return subject
+    target = Target(lm, site, tokenizer, corpus, train, held_out, model, text, folder)
+    check_manifest(folder, target.metadata)
+    return target
 
 
 def _packed(corpus: Corpus, text: TextChoice, tokenizer: Tokenizer) -> Iterator[Packed]:
@@ -232,16 +206,49 @@ def _open_corpus(text: TextChoice, tokenizer: Tokenizer, folder: Path) -> Corpus
     return build_corpus(folder, documents, tokenizer, max_tokens=text.max_text_tokens)
 
 
-def losses(subject: Subject) -> tuple[float, float]:
+def default_folder(model: ModelChoice, text: TextChoice, device: torch.device) -> Path:
+    """For the activations: named after what they depend on, so that sweeps on a site share them."""
+    more = stamps(model, text) | {"device": device.type if model.dtype == "auto" else ""}
+    if text.dataset == "stdlib":
+        more["python"] = platform.python_version()
+    hashed = fingerprint(asdict(model) | asdict(text) | more)
+    return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{model.site}-{hashed}")
+
+
+def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
+    """Of the local files behind the choices: a model trained anew is another model."""
+    path, dataset = Path(model.path).expanduser(), Path(text.dataset).expanduser()
+    stamped = {}
+    if model.model != "demo" and os.path.exists(path):
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        stamped["model_files"] = content_stamp(files)
+    if text.dataset != "stdlib" and os.path.exists(dataset):
+        is_bin = dataset.suffix == ".bin" and dataset.is_file()  # else open_bin says what is wrong
+        stamped["dataset_files"] = content_stamp([dataset] if is_bin else local_files(dataset))
+    return stamped
+
+
+def losses(target: Target) -> tuple[float, float]:
     """(model's, unigram model's) mean next-token loss in nats on a sample of the held-out text.
 
     The unigram model's frequencies are those of the corpus's first tokens, one added to each count.
     """
-    lm, text = subject.lm, subject.held_out
+    lm, text = target.lm, target.held_out
     n_rows = min(text.n_rows, -(-SANITY_TOKENS // text.context_length))
     ids = torch.from_numpy(text.rows(0, n_rows))
     of_model = [float(next_token_loss(logits(lm, row), row).mean()) for row in ids.split(1)]
-    first = np.asarray(subject.corpus.tokens[:UNIGRAM_TOKENS]).astype(np.int64)
+    first = np.asarray(target.corpus.tokens[:UNIGRAM_TOKENS]).astype(np.int64)
     counts = torch.bincount(torch.from_numpy(first), minlength=lm.vocab_size) + 1.0
     log_frequency = torch.log(counts / counts.sum())
     return sum(of_model) / len(of_model), -float(log_frequency[ids[:, 1:]].mean())
+
+
+def flags_of(folder: Path) -> dict:
+    """Flags for the target of a saved autoencoder, from its provenance; of a foreign one as far as
+    it says."""
+    known = load_sae(folder).metadata
+    names = ("model", "layer", "site", "dataset", "context_length")
+    flags = known.get("flags") or {name: known[name] for name in names if name in known}
+    toy = f"{folder} is of toy data: python replicate_toy_models.py --evaluate {folder}"
+    require("data_law" not in flags, toy)
+    return flags | {name: known[name] for name in ("n_eval_tokens", "n_tokens") if name in known}

@@ -14,15 +14,22 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparse_coding.config import UserError, first_line, require
 from sparse_coding.lm.model import require_reachable
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # what the token between documents is called in vocabularies that don't say which it is
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<s>", "<bos>")
 UNKNOWN = ("<unk>", "<|unk|>", "[UNK]")
 # encoded once for the fingerprint: tells apart equal vocabularies that split text differently
 PROBE = "def f(x): # It's  naïve\n\treturn 3.14159 * x\n\n\u2014 <|endoftext|> \u4f60\u597d\r\n"
+GPT2_IDS = range(50257, 50305)  # vocab_size of models on GPT-2's BPE, nanoGPT's padding included
+BESIDE = ("tokenizer.json", "meta.json", "meta.pkl")  # looked for beside a checkpoint or a bin
+META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
 CHOICES = "gpt2, bytes, a tokenizer.json, a JSON vocabulary, nanoGPT's meta.pkl, a folder or hub id"
 
 
@@ -35,16 +42,10 @@ class Tokenizer:
     vocab_size: int  # ids that the model has; the tokenizer may have fewer (padded vocabularies)
     separator: int | None  # id put between documents, as the model was trained; None: there is none
     special_ids: frozenset[int]  # bos, eos, padding, ...: no tokens of text
-    encode: Callable[[list[str]], list[list[int]]] = field(repr=False, compare=False)
+    # ids of each text; no special token is added or read. Raises UserError for a character that a
+    # character vocabulary lacks
+    encode_batch: Callable[[list[str]], list[list[int]]] = field(repr=False, compare=False)
     pieces: dict[int, bytes] = field(repr=False, compare=False)  # id -> the text it stands for
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text. No special token is added or read.
-
-        Raises:
-            UserError: a character that a character vocabulary lacks.
-        """
-        return self.encode(texts)
 
     def token_texts(self) -> list[str]:
         """Display text of each of the vocab_size ids: leading spaces kept, bytes that are no UTF-8
@@ -62,7 +63,7 @@ def load_tokenizer(
 
     Args:
         model: hub id, local folder, or nanoGPT checkpoint (a file)
-        choice: "auto" (the model's own; for a checkpoint see choice_for_checkpoint), or one of
+        choice: "auto" (the model's own; for a checkpoint see _choice_for_checkpoint), or one of
             CHOICES
         vocab_size: ids that the model has
         revision: of the hub repository `model`
@@ -73,7 +74,7 @@ def load_tokenizer(
     if choice == "auto":
         if not Path(model).is_file():
             return _from_transformers(model, vocab_size, revision=revision)
-        choice = choice_for_checkpoint(Path(model), vocab_size, dataset)
+        choice = _choice_for_checkpoint(Path(model), vocab_size, dataset)
         require(
             choice != "",
             f"no tokenizer for {model} with {vocab_size} ids: put its {', '.join(BESIDE[:-1])} or "
@@ -91,37 +92,31 @@ def load_tokenizer(
     return _from_transformers(str(path), vocab_size)
 
 
-def _make(
-    name: str,
-    pieces: dict[int, bytes],
-    *,
-    encode: Callable[[list[str]], list[list[int]]],
-    vocab_size: int,
-    separator: int | None,
-    special: set[int],
-    probe: str = PROBE,
-) -> Tokenizer:
-    """Checks the ids against the model's and takes the fingerprint."""
-    ordinary = pieces.keys() - special
-    require(bool(ordinary), f"{name} has no vocabulary: give --tokenizer: {CHOICES}")
-    # special ids beyond the model's are harmless: Gemma 3 has one, and text never makes them
-    require(
-        max(ordinary) < vocab_size,
-        f"{name} has {max(ordinary) + 1} ids, the model {vocab_size}: it is another model's; "
-        f"give --tokenizer: {CHOICES}",
-    )
-    content = hashlib.sha256(repr(encode([probe])[0]).encode())
-    for i in sorted(pieces):
-        content.update(b"%d:%d:" % (i, len(pieces[i])) + pieces[i])
-    return Tokenizer(
-        name=name,
-        fingerprint=content.hexdigest()[:16],
-        vocab_size=vocab_size,
-        separator=separator if separator is not None and separator < vocab_size else None,
-        special_ids=frozenset(i for i in special if i < vocab_size),
-        encode=encode,
-        pieces=pieces,
-    )
+def _choice_for_checkpoint(model: Path, vocab_size: int, dataset: str) -> str:
+    """The --tokenizer of a nanoGPT checkpoint: a file beside it, or beside the .bin `dataset`; else
+    what its vocab_size says: gpt2 or bytes; "" if that is neither's."""
+    folders = [model.parent]
+    if dataset.endswith(".bin"):
+        folders.append(Path(dataset).expanduser().parent)
+    for folder in folders:
+        kind = read_bin_manifest(folder).get("constants", {}).get("tokenizer")
+        if kind in ("gpt2", "bytes"):
+            return kind
+        for name in BESIDE:
+            if (folder / name).is_file():
+                return str(folder / name)
+    if vocab_size in GPT2_IDS:
+        return "gpt2"
+    return "bytes" if vocab_size in (256, 257) else ""
+
+
+def read_bin_manifest(folder: Path) -> dict:
+    """What prepare.py wrote beside its bins; {} if there is none, or one of another program."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) and "end_of_text" in manifest else {}
 
 
 # --- bytes, GPT-2, character vocabularies ---
@@ -200,9 +195,6 @@ def _characters(name: str, stoi: object, *, vocab_size: int) -> Tokenizer:
     )
 
 
-# --- files ---
-
-
 def _from_file(path: Path, vocab_size: int) -> Tokenizer:
     """A tokenizer.json of the tokenizers library, a JSON vocabulary or a meta.pkl."""
     if path.suffix == ".pkl":
@@ -217,6 +209,36 @@ def _from_file(path: Path, vocab_size: int) -> Tokenizer:
         return _from_tokenizer_json(path, content, vocab_size=vocab_size)
     stoi = content.get("stoi", content)
     return _characters(f"vocab:{path.name}", stoi, vocab_size=vocab_size)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes numbers, strings and containers. Whatever else is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> type:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_meta_pickle(path: Path) -> dict:
+    """The dict of nanoGPT's meta.pkl (vocab_size, stoi, itos), without running anything in it.
+
+    Raises:
+        UserError: not a pickle, one that asks for more than plain containers, or no dict.
+    """
+    refusal = f"{path} is no meta.pkl of nanoGPT"
+    require(path.is_file(), f"{path}: no such file")
+    require(path.stat().st_size <= META_BYTES, f"{refusal}: larger than {META_BYTES >> 20} MB")
+    data = path.read_bytes()
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            # the C unpickler allocates as many slots as the largest number says
+            if "PUT" in opcode.name and argument is not None and int(argument) > len(data):
+                raise pickle.UnpicklingError("a memo index out of bounds")
+        content = _PlainUnpickler(io.BytesIO(data)).load()
+    except Exception as error:  # the pickle module raises nearly any, says its manual
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{refusal} ({reason}): save stoi as JSON instead") from None
+    require(isinstance(content, dict), f"{refusal}: it holds a {type(content).__name__}")
+    return content
 
 
 # --- the tokenizers and transformers libraries ---
@@ -263,9 +285,14 @@ def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> To
 
 
 def _from_backend(
-    name: str, backend, *, vocab_size: int, separator: int | None, special: Iterable[int] = ()
+    name: str,
+    backend: "tokenizers.Tokenizer",
+    *,
+    vocab_size: int,
+    separator: int | None,
+    special: Iterable[int] = (),
 ) -> Tokenizer:
-    """Of a tokenizers.Tokenizer, whose settings are changed."""
+    """Changes the backend's settings."""
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # text that looks like a special token is text
@@ -278,7 +305,7 @@ def _from_backend(
 
     byte_level = "ByteLevel" in str(json.loads(backend.to_str())["decoder"])
     pieces = {
-        i: text.encode() if i in added else piece_bytes(text, byte_level)
+        i: text.encode() if i in added else _piece_bytes(text, byte_level=byte_level)
         for text, i in backend.get_vocab(with_added_tokens=True).items()
     }
     return _make(
@@ -286,88 +313,57 @@ def _from_backend(
     )
 
 
-GPT2_IDS = range(50257, 50305)  # vocab_size of models on GPT-2's BPE, nanoGPT's padding included
-BESIDE = ("tokenizer.json", "meta.json", "meta.pkl")  # looked for beside a checkpoint or a bin
-META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
-
-
-def choice_for_checkpoint(model: Path, vocab_size: int, dataset: str) -> str:
-    """The --tokenizer of a nanoGPT checkpoint: a file beside it, or beside the .bin `dataset`; else
-    what its vocab_size says: gpt2 or bytes; "" if that is neither's."""
-    folders = [model.parent]
-    if dataset.endswith(".bin"):
-        folders.append(Path(dataset).expanduser().parent)
-    for folder in folders:
-        kind = read_bin_manifest(folder).get("constants", {}).get("tokenizer")
-        if kind in ("gpt2", "bytes"):
-            return kind
-        for name in BESIDE:
-            if (folder / name).is_file():
-                return str(folder / name)
-    if vocab_size in GPT2_IDS:
-        return "gpt2"
-    return "bytes" if vocab_size in (256, 257) else ""
-
-
-def read_bin_manifest(folder: Path) -> dict:
-    """What prepare.py wrote beside its bins; {} if there is none, or one of another program."""
-    try:
-        about = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) and "end_of_text" in about else {}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Makes numbers, strings and containers. Whatever else is refused before it is looked up."""
-
-    def find_class(self, module: str, name: str) -> type:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_meta_pickle(path: Path) -> dict:
-    """The dict of nanoGPT's meta.pkl (vocab_size, stoi, itos), without running anything in it.
-
-    Raises:
-        UserError: not a pickle, one that asks for more than plain containers, or no dict.
-    """
-    refusal = f"{path} is no meta.pkl of nanoGPT"
-    require(path.is_file(), f"{path}: no such file")
-    require(path.stat().st_size <= META_BYTES, f"{refusal}: larger than {META_BYTES >> 20} MB")
-    data = path.read_bytes()
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            # the C unpickler allocates as many slots as the largest number says
-            if "PUT" in opcode.name and argument is not None and int(argument) > len(data):
-                raise pickle.UnpicklingError("a memo index out of bounds")
-        content = _PlainUnpickler(io.BytesIO(data)).load()
-    except Exception as error:  # the pickle module raises nearly any, says its manual
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{refusal} ({reason}): save stoi as JSON instead") from None
-    require(isinstance(content, dict), f"{refusal}: it holds a {type(content).__name__}")
-    return content
-
-
 @functools.cache
-def byte_names() -> dict[int, str]:
-    """GPT-2's names for bytes in vocab files: printable ones stand for themselves, the others for
-    the characters from U+0100 on (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
+def bytes_by_name() -> dict[str, int]:
+    """GPT-2's names of the bytes in vocab files: printable ones stand for themselves, the others
+    are the characters from U+0100 on (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    return {name: byte for byte, name in byte_names().items()}
-
-
-def piece_bytes(text: str, byte_level: bool) -> bytes:
+def _piece_bytes(text: str, *, byte_level: bool) -> bytes:
     """The bytes that an entry of a vocabulary stands for."""
     if byte_level:
-        byte_of = _byte_of_character()
+        byte_of = bytes_by_name()
         known = all(c in byte_of for c in text)
         return bytes(byte_of[c] for c in text) if known else text.encode()
     if re.fullmatch(r"<0x[0-9A-F]{2}>", text):  # byte fallback of sentencepiece
         return bytes([int(text[3:5], 16)])
     return text.replace("\u2581", " ").encode()  # sentencepiece's mark of a space
+
+
+# --- all kinds ---
+
+
+def _make(
+    name: str,
+    pieces: dict[int, bytes],
+    *,
+    encode: Callable[[list[str]], list[list[int]]],
+    vocab_size: int,
+    separator: int | None,
+    special: set[int],
+    probe: str = PROBE,
+) -> Tokenizer:
+    """Checks the ids against the model's and takes the fingerprint."""
+    ordinary = pieces.keys() - special
+    require(bool(ordinary), f"{name} has no vocabulary: give --tokenizer: {CHOICES}")
+    # special ids beyond the model's are harmless: Gemma 3 has one, and text never makes them
+    require(
+        max(ordinary) < vocab_size,
+        f"{name} has {max(ordinary) + 1} ids, the model {vocab_size}: it is another model's; "
+        f"give --tokenizer: {CHOICES}",
+    )
+    content = hashlib.sha256(repr(encode([probe])[0]).encode())
+    for i in sorted(pieces):
+        content.update(b"%d:%d:" % (i, len(pieces[i])) + pieces[i])
+    return Tokenizer(
+        name=name,
+        fingerprint=content.hexdigest()[:16],
+        vocab_size=vocab_size,
+        separator=separator if separator is not None and separator < vocab_size else None,
+        special_ids=frozenset(i for i in special if i < vocab_size),
+        encode_batch=encode,
+        pieces=pieces,
+    )

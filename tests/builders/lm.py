@@ -1,6 +1,6 @@
 """A tiny random-weight language model on disk with its tokenizer, and text for it.
 
-`tiny_subject` opens them as run.py does: model, site, corpus, training and held-out rows.
+`tiny_target` opens them as run.py does: model, site, corpus, training and held-out rows.
 """
 
 import math
@@ -8,54 +8,30 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import torch
-from builders.models import PATHS, byte_level_bpe, random_model, save_tokenizer
+from builders.models import byte_level_bpe, hooked, random_model, save_tokenizer, write_parquet
 from builders.scripts import ROOT
 
 from sparse_coding.config import fingerprint
-from sparse_coding.lm.activations import Harvester
+from sparse_coding.lm.activations import Chunks, Harvester
 from sparse_coding.lm.evaluation import HeldOut
-from sparse_coding.lm.model import LanguageModel
 from sparse_coding.lm.recipe import LanguageRecipe, Optimisation
-from sparse_coding.lm.target import ModelChoice, Subject, TextChoice, open_subject
+from sparse_coding.lm.target import ModelChoice, Target, TextChoice, open_target
 from sparse_coding.sae.saved import SparseAutoencoder
 
 CPU = torch.device("cpu")
 VOCAB, CONTEXT = 300, 16
 SEPARATOR = 0  # <|endoftext|>, the only special token
 KINDS = ("gpt2", "gpt_neox", "llama")
-WORDS = [
-    "the",
-    "cat",
-    "and",
-    "hat",
-    "on",
-    "mat",
-    "def",
-    "f(x):",
-    "return",
-    "x",
-    "\n",
-    "",
-    "",
-    "",
-    "#",
-    "in",
-    "a",
-    "tree",
-    "0x1f",
-    "3.14",
-    "naïve",
-]
+WORDS = ["the", "cat", "and", "hat", "on", "mat", "def", "f(x):", "return", "x", "\n", "", "", "",
+         "#", "in", "a", "tree", "0x1f", "3.14", "naïve"]  # fmt: skip
 
 
 def write_model(folder: Path, kind: str = "gpt2", *, seed: int = 0) -> str:
     """A folder of save_pretrained with 3 layers of width 16 (MLP 40), and a byte-level BPE."""
     bpe = byte_level_bpe(special=["<|endoftext|>"])
     random_model(kind, seed=seed, vocab_size=VOCAB).save_pretrained(folder)
-    return save_tokenizer(folder, bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    return save_tokenizer(folder, bpe)
 
 
 def texts(n: int, seed: int = 0) -> list[str]:
@@ -64,14 +40,7 @@ def texts(n: int, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 40))) for i in range(n)]
 
 
-def write_texts(path: Path, documents: list[str]) -> str:
-    """A parquet file with the columns of Pile10k."""
-    meta = [{"pile_set_name": "ours"}] * len(documents)
-    pyarrow.parquet.write_table(pyarrow.table({"text": documents, "meta": meta}), path)
-    return str(path)
-
-
-def tiny_subject(
+def tiny_target(
     root: Path,
     *,
     kind: str = "gpt2",
@@ -79,15 +48,15 @@ def tiny_subject(
     site: str = "mlp_act",
     n_documents: int = 300,
     **changes: object,
-) -> Subject:
-    """What open_subject gives for write_model and write_texts below root, made once.
+) -> Target:
+    """What open_target gives for write_model and texts below root, made once.
 
     changes: of ModelChoice and TextChoice
     """
     if not (root / kind).exists():
         write_model(root / kind, kind)
     if not (parquet := root / f"{n_documents}.parquet").exists():
-        write_texts(parquet, texts(n_documents))
+        write_parquet(parquet, texts(n_documents))
     model = dict(model=str(root / kind), model_revision="", tokenizer="auto", layer=layer,
                  site=site, dtype="auto", store_dtype="float16")  # fmt: skip
     text = dict(dataset=str(parquet), dataset_revision="", text_column="text",
@@ -97,26 +66,28 @@ def tiny_subject(
     text |= {k: v for k, v in changes.items() if k in text}
     assert changes.keys() <= model.keys() | text.keys()
     folder = root / fingerprint(model | text)
-    return open_subject(ModelChoice(**model), TextChoice(**text), str(folder), device=CPU)
+    return open_target(ModelChoice(**model), TextChoice(**text), str(folder), device=CPU)
 
 
-def demo_subject(root: Path, **changes: object) -> Subject:
+def demo_target(root: Path, **changes: object) -> Target:
     """The small real model in assets/ on the source text of this package: layer 1, mlp_act."""
     if not (parquet := root / "source.parquet").exists():
         sources = sorted((ROOT / "sparse_coding").rglob("*.py"))
-        write_texts(parquet, [path.read_text() or path.name for path in sources])
+        write_parquet(parquet, [path.read_text() or path.name for path in sources])
     options = dict(model="demo", dataset=str(parquet), context_length=128) | changes
-    return tiny_subject(root, **options)
+    return tiny_target(root, **options)
 
 
-def harvester_of(subject: Subject, **changes: object) -> Harvester:
-    dtype = getattr(torch, subject.model.store_dtype)
+def harvester_of(target: Target, **changes: object) -> Harvester:
+    """Of all that the text has; changes: of Harvester."""
+    dtype = getattr(torch, target.model.store_dtype)
     options = dict(store_dtype=dtype, lm_batch_size=8, n_tokens=10**9) | changes
-    return Harvester(subject.lm, subject.site, subject.train, **options)
+    return Harvester(target.lm, target.site, target.train, **options)
 
 
-def all_rows(shards) -> torch.Tensor:
-    return torch.cat([shards.load(k) for k in range(len(shards.rows))])
+def all_rows(chunks: Chunks) -> torch.Tensor:
+    """Rows of all chunks, one after another."""
+    return torch.cat([chunks.load(k) for k in range(len(chunks.rows))])
 
 
 def bits(rows: torch.Tensor) -> Counter:
@@ -124,55 +95,20 @@ def bits(rows: torch.Tensor) -> Counter:
     return Counter(row.tobytes() for row in rows.contiguous().view(torch.int16).numpy())
 
 
-def held_out_of(subject: Subject, **changes: object) -> HeldOut:
+def held_out_of(target: Target, **changes: object) -> HeldOut:
+    """All held-out text; changes: of HeldOut."""
     options = dict(n_tokens=10**9, lm_batch_size=8) | changes
-    return HeldOut(subject.lm, subject.site, subject.held_out, **options)
+    return HeldOut(target.lm, target.site, target.held_out, **options)
 
 
-def recipe_of(subject: Subject, *, n_eval_tokens: int = 1000, **changes: object) -> LanguageRecipe:
-    """Four shards mixed at a time; changes: of Optimisation."""
+def recipe_of(target: Target, *, n_eval_tokens: int = 1000, **changes: object) -> LanguageRecipe:
+    """Four chunks mixed at a time; changes: of Optimisation."""
     options = dict(n_tokens=6400, batch_size=64, lr=3e-3, l1_normalisation="sum", warmup=0.1,
                    l1_warmup=0.2, decay=0.3, shuffle_gb=0.0005) | changes  # fmt: skip
     optimisation = Optimisation(**options)
-    harvester = harvester_of(subject, n_tokens=optimisation.n_tokens)
-    held_out = held_out_of(subject, n_tokens=n_eval_tokens)
-    return LanguageRecipe(harvester, held_out, optimisation, subject.provenance)
-
-
-@torch.no_grad()
-def hooked(
-    lm: LanguageModel, kind: str, layer: int, site: str, ids: torch.Tensor, *, new=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(activations (batch, context, width), logits) of one whole forward pass, by a hook of the
-    tests' own; new(x) takes the place of the activations x.
-
-    Not for OPT, whose MLP flattens batch and context.
-    """
-    layers, down, heads, mlp, _ = PATHS[kind]
-    path = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}[site]
-    module = lm.model.get_submodule(f"{layers}.{layer}").get_submodule(path)
-    seen = []
-
-    def before(_, args):
-        seen.append(args[0].clone())
-        return None if new is None else (new(args[0]), *args[1:])
-
-    def after(_, args, out):
-        x = out[0] if isinstance(out, tuple) else out
-        seen.append(x.clone())
-        if new is None:
-            return None
-        return (new(x), *out[1:]) if isinstance(out, tuple) else new(x)
-
-    at_input = site in ("mlp_act", "attn_concat")
-    handle = (
-        module.register_forward_pre_hook(before)
-        if at_input
-        else module.register_forward_hook(after)
-    )
-    logits = lm.model(ids).logits
-    handle.remove()
-    return seen[0], logits
+    harvester = harvester_of(target, n_tokens=optimisation.n_tokens)
+    held_out = held_out_of(target, n_tokens=n_eval_tokens)
+    return LanguageRecipe(harvester, held_out, optimisation, target.provenance)
 
 
 def metrics_by_hand(
@@ -188,14 +124,14 @@ def metrics_by_hand(
         def in_place(x: torch.Tensor) -> torch.Tensor:
             return torch.where(keep[:, :, None], new(x), x)
 
-        _, logits = hooked(lm, kind, site.layer, site.name, ids, new=in_place)
+        _, logits = hooked(lm.model, kind, site.layer, site.name, ids, new=in_place)
         log_p = torch.log_softmax(logits.double(), dim=2)
         return -log_p[:, :-1].gather(2, ids[:, 1:, None]).mean().item()
 
     def codes_of(x: torch.Tensor) -> torch.Tensor:
         return torch.clamp((x - sae.b_dec) @ sae.W_enc + sae.b_enc, min=0)
 
-    x = hooked(lm, kind, site.layer, site.name, ids)[0][keep]
+    x = hooked(lm.model, kind, site.layer, site.name, ids)[0][keep]
     codes = codes_of(x)
     error = (x - codes @ sae.W_dec - sae.b_dec).double()
     clean, zero = loss(lambda x: x), loss(torch.zeros_like)

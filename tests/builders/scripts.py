@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120  # of one run; a tiny one takes 1 to 5 s
 
 NO_FIGURES = {"sparse_coding.toy.replication.FIGURES": []}  # they take most of a tiny run
-SMALL = {  # for run.py: several shards and checkpoints, no figure but small density histograms
-    "sparse_coding.lm.activations.SHARD_BYTES": 2**18,
+SMALL = {  # for run.py: several chunks and checkpoints, no figure but small density histograms
+    "sparse_coding.lm.activations.CHUNK_BYTES": 2**18,
     "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.03,
     "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1.0,
     "sparse_coding.lm.target.SANITY_TOKENS": 512,
@@ -37,7 +37,7 @@ SMALL = {  # for run.py: several shards and checkpoints, no figure but small den
 LOADED_LATE = ("safetensors.torch", "torch._dynamo")
 # Loaded once, forked per job. Jobs are JSON lines on stdin, answers JSON lines on stdout.
 SERVER = """
-import contextlib, gc, importlib, json, os, runpy, sys, time
+import contextlib, gc, importlib, itertools, json, os, pkgutil, runpy, sys, time
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)  # as for `python script`
 import tyro  # the script loads this, and the modules, when it needs them
@@ -71,10 +71,27 @@ os.environ.update(job["env"])
 for fd, path in ((1, job["stdout"]), (2, job["stderr"])):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+def replace(name, value_of):
+    place, _, attribute = name.rpartition(".")
+    place = pkgutil.resolve_name(place)
+    setattr(place, attribute, value_of(getattr(place, attribute)))  # of nothing: an error
+
+def pausing(function):
+    calls = itertools.count(1)
+    def paused(*args, **kwargs):
+        if next(calls) == job["pause_at"][1]:
+            open(job["path"] + ".paused", "w").close()
+            end = time.monotonic() + job["timeout_s"]
+            while not os.path.exists(job["path"] + ".resumed") and time.monotonic() < end:
+                time.sleep(0.005)
+        return function(*args, **kwargs)
+    return paused
+
 for name, value in job["patch"].items():
-    module, attribute = name.rsplit(".", 1)
-    getattr(importlib.import_module(module), attribute)  # a patch of nothing is an error
-    setattr(sys.modules[module], attribute, value)
+    replace(name, lambda _: value)
+if job["pause_at"]:
+    replace(job["pause_at"][0], pausing)
 sys.argv = [job["script"], *job["argv"]]
 runpy.run_path(job["script"], run_name="__main__")
 """
@@ -117,23 +134,45 @@ class Process:
         self.pid: int = server.ask(job)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> Done:
+        """The end of it; fails the test, and kills it, if that does not come in time."""
         code = self.server.ask({"wait": self.pid, "timeout_s": timeout_s})
         if code is None:
             self.signal(signal.SIGKILL)
             self.server.ask({"wait": self.pid, "timeout_s": 10})
             pytest.fail(f"{self.job['argv']} did not end within {timeout_s} s: {self.err()}")
-        path = Path(self.job["stdout"])
-        out = path.read_text() if path.exists() else ""  # killed before it could be made
-        return Done(code, out, self.err())
+        return Done(code, self.out(), self.err())
+
+    def out(self) -> str:
+        """What it has printed so far."""
+        return self._read("stdout")
 
     def err(self) -> str:
-        path = Path(self.job["stderr"])
-        return path.read_text() if path.exists() else ""
+        """What it has written to stderr so far."""
+        return self._read("stderr")
+
+    def _read(self, stream: str) -> str:
+        path = Path(self.job[stream])
+        return path.read_text() if path.exists() else ""  # killed before it could be made
 
     def signal(self, signum: int) -> None:
+        """Sends it a signal."""
         os.kill(self.pid, signum)  # not reaped before wait(): the pid is still ours
 
-    def wait_until(self, happened: Callable[[], object], timeout_s: float = 30) -> None:
+    def kill(self) -> None:
+        """SIGKILL; returns when it has ended."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait_until_paused(self) -> None:
+        """Until it stands at its pause_at."""
+        self.wait_until(Path(self.job["path"] + ".paused").exists)
+
+    def resume(self) -> None:
+        """Lets it go on from its pause_at. A signal that was sent before comes first."""
+        Path(self.job["path"] + ".resumed").touch()
+
+    def wait_until(self, happened: Callable[[], object], timeout_s: float = 60) -> None:
+        """Fails the test if that does not happen in time."""
         end = time.monotonic() + timeout_s
         while not happened():
             assert time.monotonic() < end, f"not within {timeout_s} s; stderr: {self.err()}"
@@ -169,17 +208,21 @@ class Server:
         *flags: str,
         cwd: Path | None = None,
         patch: dict | None = None,
+        pause_at: tuple[str, int] | None = None,
         env: dict[str, str] | None = None,
         script: Path | None = None,
     ) -> Process:
         """patch: {"module.NAME": value}, set before the script starts; else few or no figures.
+        pause_at: ("module.function" or "module.Class.method", n): before the nth call of it the run
+            waits for Process.resume, so that a test can stop it in a phase and not by luck
         script: a copy of it to run instead, with the modules of the first
         """
         self.n_jobs += 1
         path = str(self.folder / f"job-{self.n_jobs}")
         job = {"argv": [str(f) for f in flags], "cwd": str(cwd or self.folder)}
-        job |= {"stdout": f"{path}.out", "stderr": f"{path}.err"}
+        job |= {"path": path, "stdout": f"{path}.out", "stderr": f"{path}.err"}
         job |= {"patch": self.patch if patch is None else patch, "env": env or {}}
+        job |= {"pause_at": pause_at, "timeout_s": TIMEOUT_S}
         job["script"] = str(script or self.script)
         return Process(self, job)
 
@@ -227,6 +270,12 @@ def table(folder: Path) -> list[dict[str, str]]:
     """results.csv as it stands there."""
     with open(folder / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def assert_done(done: Done) -> None:
+    """Exit code 0, and nothing on stderr but the progress bar."""
+    assert done.code == 0, done.err
+    assert done.err_lines == []
 
 
 def assert_refused(done: Done, *words: str) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +9,12 @@ from builders.lm import (
     CONTEXT,
     KINDS,
     SEPARATOR,
-    demo_subject,
+    demo_target,
     held_out_of,
-    hooked,
     metrics_by_hand,
-    tiny_subject,
+    tiny_target,
 )
+from builders.models import hooked
 
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.model import SITES
@@ -24,11 +23,6 @@ from sparse_coding.sae.saved import SparseAutoencoder
 N_DICT, N_DEAD, N_TOKENS = 24, 5, 20 * CONTEXT
 METRICS = ["fvu", "l0", "mse", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean",
            "ce_recovered"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
 
 
 def random_sae(width: int, seed: int = 0) -> SparseAutoencoder:
@@ -43,50 +37,50 @@ def random_sae(width: int, seed: int = 0) -> SparseAutoencoder:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("site", SITES)
 def test_metrics_equal_an_independent_computation_for_two_batch_sizes(root, kind, site):
-    subject = tiny_subject(root, kind=kind, layer=1, site=site)
-    sae = random_sae(subject.site.width)
-    mean = torch.linspace(-1, 1, subject.site.width)
-    expected = metrics_by_hand(held_out_of(subject, n_tokens=N_TOKENS), kind, sae, mean)
+    target = tiny_target(root, kind=kind, layer=1, site=site)
+    sae = random_sae(target.site.width)
+    mean = torch.linspace(-1, 1, target.site.width)
+    expected = metrics_by_hand(held_out_of(target, n_tokens=N_TOKENS), kind, sae, mean)
     density = expected.pop("density")
     assert N_DEAD / N_DICT <= expected["dead_fraction"] < 1  # the planted ones, not all
     for lm_batch_size in (3, 20):
-        held_out = held_out_of(subject, n_tokens=N_TOKENS, lm_batch_size=lm_batch_size)
-        (found,) = evaluate(held_out, [sae], mean=mean)
-        assert list(found.values) == METRICS
-        assert found.values == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
-        assert torch.allclose(found.density.double(), density, atol=1e-6)
+        held_out = held_out_of(target, n_tokens=N_TOKENS, lm_batch_size=lm_batch_size)
+        (ours,) = evaluate(held_out, [sae], mean=mean)
+        assert list(ours.values) == METRICS
+        assert ours.values == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+        assert torch.allclose(ours.density.double(), density, atol=1e-6)
 
 
 def test_an_autoencoders_values_do_not_depend_on_the_others(root):
-    held_out = held_out_of(tiny_subject(root), n_tokens=N_TOKENS)
+    held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS)
     saes, mean = [random_sae(40, seed) for seed in (0, 1)], torch.ones(40)
     together = evaluate(held_out, saes, mean=mean)
-    for sae, found in zip(saes, together, strict=True):
+    for sae, one in zip(saes, together, strict=True):
         (alone,) = evaluate(held_out, [sae], mean=mean)
-        assert alone.values == pytest.approx(found.values, rel=1e-9, nan_ok=True)
-        assert torch.equal(alone.density, found.density)
+        assert alone.values == pytest.approx(one.values, rel=1e-9, nan_ok=True)
+        assert torch.equal(alone.density, one.density)
     assert together[0].values["fvu"] != pytest.approx(together[1].values["fvu"], rel=1e-3)
 
 
 def test_tokens_are_rounded_up_to_rows_and_never_exceed_the_text(root):
-    subject = tiny_subject(root)
-    held_out = held_out_of(subject, n_tokens=5 * CONTEXT + 1, lm_batch_size=4)
+    target = tiny_target(root)
+    held_out = held_out_of(target, n_tokens=5 * CONTEXT + 1, lm_batch_size=4)
     assert held_out.n_rows == 6
     batches = list(held_out.batches())
     assert [len(ids) for ids, _ in batches] == [4, 2]
     ids, keep = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert torch.equal(ids, torch.from_numpy(subject.held_out.rows(0, 6)))
+    assert torch.equal(ids, torch.from_numpy(target.held_out.rows(0, 6)))
     assert torch.equal(keep[:, 1:], ids[:, 1:] != SEPARATOR)
     assert not keep[:, 0].any()
     assert held_out.n_kept == int(keep.sum())
-    assert held_out_of(subject, n_tokens=10**9).n_rows == subject.held_out.n_rows
+    assert held_out_of(target, n_tokens=10**9).n_rows == target.held_out.n_rows
 
 
 def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):
-    held_out = held_out_of(tiny_subject(root), n_tokens=N_TOKENS, lm_batch_size=6)
+    held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS, lm_batch_size=6)
     sae = random_sae(40)
     ids, keep, codes = (torch.cat(parts) for parts in zip(*held_out.codes(sae), strict=True))
-    x, _ = hooked(held_out.lm, "gpt2", 1, "mlp_act", ids)
+    x, _ = hooked(held_out.lm.model, "gpt2", 1, "mlp_act", ids)
     by_hand = torch.clamp((x - sae.b_dec) @ sae.W_enc + sae.b_enc, min=0)
     assert by_hand[~keep].any()
     assert not codes[~keep].any()
@@ -97,7 +91,7 @@ def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):
 def test_a_model_in_bfloat16_gives_nearly_the_same(root):
     sae, mean = random_sae(40), torch.ones(40)
     exact, rough = (
-        evaluate(held_out_of(tiny_subject(root, dtype=d), n_tokens=N_TOKENS), [sae], mean=mean)[0]
+        evaluate(held_out_of(tiny_target(root, dtype=d), n_tokens=N_TOKENS), [sae], mean=mean)[0]
         for d in ("float32", "bfloat16")
     )
     for name in ("fvu", "l0", "mse", "ce_clean", "ce_spliced", "ce_zero", "ce_mean"):
@@ -110,7 +104,7 @@ def test_a_model_in_bfloat16_gives_nearly_the_same(root):
 
 @pytest.fixture(scope="module")
 def learned(root) -> HeldOut:
-    return held_out_of(demo_subject(root), n_tokens=4000)
+    return held_out_of(demo_target(root), n_tokens=4000)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +112,7 @@ def x(learned) -> torch.Tensor:
     """Activations of the kept tokens."""
     ids = torch.from_numpy(learned.text.rows(0, learned.n_rows))
     keep = torch.from_numpy(learned.text.keep(0, learned.n_rows))
-    return hooked(learned.lm, "gpt2", 1, "mlp_act", ids)[0][keep]
+    return hooked(learned.lm.model, "gpt2", 1, "mlp_act", ids)[0][keep]
 
 
 def dead_sae(b_dec: torch.Tensor) -> SparseAutoencoder:
@@ -133,8 +127,7 @@ def test_the_identity_recovers_everything(learned, x):
     b_enc, b_dec = torch.zeros(2 * width), torch.zeros(width)
     identity = SparseAutoencoder(torch.cat([one, -one], 1), b_enc, torch.cat([one, -one]), b_dec,
                                  metadata={})  # fmt: skip
-    (found,) = evaluate(learned, [identity], mean=b_dec)
-    values = found.values
+    values = evaluate(learned, [identity], mean=b_dec)[0].values
     assert values["ce_recovered"] == pytest.approx(1, abs=1e-6)
     assert values["fvu"] == pytest.approx(0, abs=1e-12)
     assert values["ce_spliced"] == pytest.approx(values["ce_clean"], abs=1e-6)
@@ -144,8 +137,7 @@ def test_the_identity_recovers_everything(learned, x):
 
 def test_the_mean_explains_nothing_and_costs_what_mean_ablation_costs(learned, x):
     mean = x.double().mean(dim=0).float()
-    (found,) = evaluate(learned, [dead_sae(mean)], mean=mean)
-    values = found.values
+    values = evaluate(learned, [dead_sae(mean)], mean=mean)[0].values
     assert values["fvu"] == pytest.approx(1, abs=1e-6)
     assert values["ce_spliced"] == pytest.approx(values["ce_mean"], abs=1e-9)
     assert (values["l0"], values["dead_fraction"]) == (0, 1)
@@ -155,8 +147,7 @@ def test_the_mean_explains_nothing_and_costs_what_mean_ablation_costs(learned, x
 
 def test_zero_recovers_nothing(learned, x):
     width = learned.site.width
-    (found,) = evaluate(learned, [dead_sae(torch.zeros(width))], mean=torch.ones(width))
-    values = found.values
+    values = evaluate(learned, [dead_sae(torch.zeros(width))], mean=torch.ones(width))[0].values
     assert values["ce_recovered"] == pytest.approx(0, abs=1e-9)
     assert values["ce_spliced"] == values["ce_zero"] != values["ce_mean"]
     second_moment = x.double().square().sum().item()
@@ -165,10 +156,10 @@ def test_zero_recovers_nothing(learned, x):
 
 
 def test_where_ablation_costs_nothing_ce_recovered_has_no_value(root):
-    subject = tiny_subject(root)
+    target = tiny_target(root)
     with torch.no_grad():
-        subject.lm.model.transformer.h[1].mlp.c_proj.weight.zero_()
-    held_out = replace(held_out_of(subject), n_tokens=N_TOKENS)
-    (found,) = evaluate(held_out, [random_sae(40)], mean=torch.ones(40))
-    assert math.isnan(found.values["ce_recovered"])
-    assert found.values["ce_zero"] == found.values["ce_clean"]
+        target.lm.model.transformer.h[1].mlp.c_proj.weight.zero_()
+    held_out = replace(held_out_of(target), n_tokens=N_TOKENS)
+    values = evaluate(held_out, [random_sae(40)], mean=torch.ones(40))[0].values
+    assert math.isnan(values["ce_recovered"])
+    assert values["ce_zero"] == values["ce_clean"]

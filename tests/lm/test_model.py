@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from builders.models import (
     WIDTH,
     Bomb,
     D,
+    hooked,
     nanogpt_logits,
     nanogpt_state,
     random_model,
@@ -29,6 +31,7 @@ from transformers import AutoModelForCausalLM, BertConfig
 from sparse_coding.config import UserError
 from sparse_coding.lm.model import (
     SITES,
+    LanguageModel,
     activations,
     direct_logits,
     find_site,
@@ -40,6 +43,11 @@ from sparse_coding.lm.model import (
 CONTEXT = 12
 IDS = torch.randint(VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
 MODELS = list(CONFIGS)
+
+
+def load(path: Path, **options) -> LanguageModel:
+    """The model of a folder or file, on the CPU."""
+    return load_language_model(str(path), device=torch.device("cpu"), **options)
 
 
 @pytest.fixture(scope="session")
@@ -54,50 +62,19 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(folders):
-    return {k: load_language_model(str(folders / k), device=torch.device("cpu")) for k in MODELS}
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-
-
-def whole_pass(kind: str, lm, layer: int) -> dict[str, torch.Tensor]:
-    """All four activations of one full forward pass, by hooks of the test's own."""
-    layers, down, heads, mlp, _ = PATHS[kind]
-    block = lm.model.get_submodule(f"{layers}.{layer}")
-    seen = {}
-
-    def keep(name: str):
-        def hook(module, args, out):
-            value = args[0] if name in ("mlp_act", "attn_concat") else out
-            value = value[0] if isinstance(value, tuple) else value
-            seen[name] = value.clone().reshape(*IDS.shape, -1)
-
-        return hook
-
-    modules = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}
-    handles = [
-        block.get_submodule(path).register_forward_hook(keep(n)) for n, path in modules.items()
-    ]
-    with torch.no_grad():
-        lm.model(IDS)
-    for handle in handles:
-        handle.remove()
-    return seen
+    return {k: load(folders / k) for k in MODELS}
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("layer", [0, N_LAYERS - 1])
 def test_activations_equal_those_of_an_independent_hook(models, kind, layer):
     lm = models[kind]
-    expected = whole_pass(kind, lm, layer)
     for name in SITES:
         site = find_site(lm, layer, name)
         got = activations(lm, site, IDS)
+        expected, _ = hooked(lm.model, kind, layer, name, IDS)
         assert got.shape == (2, CONTEXT, site.width)
-        assert (got - expected[name]).abs().max() < 1e-5, name
+        assert (got - expected).abs().max() < 1e-5, name
         assert got.std() > 1e-2, name
     assert find_site(lm, layer, "mlp_act").width == WIDTH
     heads_width = 24 if kind == "gemma2" else D  # 2 heads of 12
@@ -179,28 +156,9 @@ def test_replacing_by_the_same_leaves_the_logits_bit_for_bit(models, kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_replacing_by_zeros_equals_zeroing_in_an_independent_hook(models, kind):
     lm = models[kind]
-    layers, down, heads, mlp, _ = PATHS[kind]
-    block = lm.model.get_submodule(f"{layers}.1")
-
-    def zero_input(module, args):
-        return (torch.zeros_like(args[0]), *args[1:])
-
-    def zero_output(module, args, out):
-        if isinstance(out, tuple):
-            return (torch.zeros_like(out[0]), *out[1:])
-        return torch.zeros_like(out)
-
-    where = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}
     clean = logits(lm, IDS)
-    for name, path in where.items():
-        module = block.get_submodule(path)
-        if name in ("mlp_act", "attn_concat"):
-            handle = module.register_forward_pre_hook(zero_input)
-        else:
-            handle = module.register_forward_hook(zero_output)
-        with torch.no_grad():
-            expected = lm.model(IDS).logits
-        handle.remove()
+    for name in SITES:
+        _, expected = hooked(lm.model, kind, 1, name, IDS, new=torch.zeros_like)
         got = logits(lm, IDS, site=find_site(lm, 1, name), replace=torch.zeros_like)
         assert torch.equal(got, expected), name
         assert (got - clean).abs().max() > 1e-2, name
@@ -252,7 +210,7 @@ def one_layer(kind: str, tmp_path, **changes):
     n_layers = {"num_layers": 1, "attention_types": [[["global"], 1]]}
     n_layers = n_layers if kind == "gpt_neo" else {"num_hidden_layers": 1, "n_layer": 1}
     random_model(kind, **n_layers, **changes).save_pretrained(tmp_path)
-    return load_language_model(str(tmp_path), device=torch.device("cpu"))
+    return load(tmp_path)
 
 
 def frozen_norm(scale: list[torch.Tensor], gain_offset: float):
@@ -319,12 +277,11 @@ def test_direct_logits_are_refused_where_no_direct_path_is_linear(tmp_path):
 
 
 def test_the_weight_hash_is_that_of_the_weights_in_bfloat16(folders, models):
-    cpu = torch.device("cpu")
     for kind in ("gpt2", "llama", "opt"):
-        half = load_language_model(str(folders / kind), device=cpu, dtype=torch.bfloat16)
+        half = load(folders / kind, dtype=torch.bfloat16)
         assert half.dtype == half.model.dtype == torch.bfloat16
         assert half.weight_hash == models[kind].weight_hash
-    other = load_language_model(str(folders / "other"), device=cpu)
+    other = load(folders / "other")
     of_mistral = models["mistral"].weight_hash  # the same weights as llama's, by its seed
     hashes = [other.weight_hash, *(lm.weight_hash for k, lm in models.items() if k != "mistral")]
     assert len(set(hashes)) == len(hashes)
@@ -338,16 +295,14 @@ def test_the_weight_hash_takes_denormals_for_zeros_as_some_devices_do(folders, t
     for scale in (1e-40, -0.0, 1e-37):
         model.transformer.ln_f.bias.data[:] = scale * torch.arange(1, D + 1)
         model.save_pretrained(tmp_path)
-        hashes.append(load_language_model(str(tmp_path), device=torch.device("cpu")).weight_hash)
+        hashes.append(load(tmp_path).weight_hash)
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_in_bfloat16_the_activations_are_those_of_float32_within_its_precision(folders, models):
     """Rotary frequencies rounded to bfloat16, the usual accident, would be off by more."""
     site = find_site(models["llama"], 2, "attn_concat")
-    half = load_language_model(
-        str(folders / "llama"), device=torch.device("cpu"), dtype=torch.bfloat16
-    )
+    half = load(folders / "llama", dtype=torch.bfloat16)
     assert half.model.model.rotary_emb.inv_freq.dtype == torch.float32
     expected = activations(models["llama"], site, IDS)
     got = activations(half, find_site(half, 2, "attn_concat"), IDS)
@@ -366,13 +321,13 @@ def test_a_model_says_what_it_is(models, folders):
 
 def test_a_nanogpt_checkpoint_is_a_language_model(tmp_path):
     path = save_checkpoint(tmp_path / "ckpt.pt")
-    lm = load_language_model(str(path), device=torch.device("cpu"))
+    lm = load(path)
     ids = torch.arange(24)[None]
     expected = nanogpt_logits(nanogpt_state(ARGS), ARGS, ids)
     assert (logits(lm, ids) - expected).abs().max() < 1e-5
     assert (lm.n_layers, lm.vocab_size, lm.max_context) == (2, 65, 24)
     assert find_site(lm, 1, "mlp_act").width == 64
-    half = load_language_model(str(path), device=torch.device("cpu"), dtype=torch.bfloat16)
+    half = load(path, dtype=torch.bfloat16)
     assert half.model.dtype == torch.bfloat16
     assert half.weight_hash == lm.weight_hash
 
@@ -388,7 +343,7 @@ def test_layers_and_sites_that_are_not_there_are_refused(models):
 
 def refusal(name: object, **options) -> str:
     with pytest.raises(UserError) as error:
-        load_language_model(str(name), device=torch.device("cpu"), **options)
+        load(name, **options)
     assert "\n" not in str(error.value)
     assert str(name) in str(error.value)
     return str(error.value)
@@ -437,14 +392,14 @@ def test_pickled_weights_load_but_a_bomb_in_them_is_refused(folders, tmp_path, m
     folder = changed_copy(folders / "gpt2", tmp_path / "bin")
     (folder / "model.safetensors").unlink()
     torch.save(models["gpt2"].model.state_dict(), folder / "pytorch_model.bin")
-    lm = load_language_model(str(folder), device=torch.device("cpu"))
+    lm = load(folder)
     assert lm.weight_hash == models["gpt2"].weight_hash
     torch.save({"lm_head.weight": Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
     assert "can't be loaded" in refusal(folder)
     assert not (tmp_path / "exploded").exists()
 
 
-def test_names_that_are_not_there_are_refused_with_the_way_to_fetch_them(offline):
+def test_names_that_are_not_there_are_refused_with_the_way_to_fetch_them(hub_cache):
     assert "`hf download openai-community/gpt2`" in refusal("openai-community/gpt2")
     assert "`hf download gpt2 --revision abc`" in refusal("gpt2", revision="abc")
     assert "no hub id" in refusal("no/such/folder")
@@ -460,7 +415,7 @@ def test_names_that_are_not_there_are_refused_with_the_way_to_fetch_them(offline
         (ConnectionError, "out of reach"),
     ],
 )
-def test_what_the_hub_answers_is_said_in_one_line(offline, monkeypatch, error, message):
+def test_what_the_hub_answers_is_said_in_one_line(hub_cache, monkeypatch, error, message):
     def answer(*_, **__):
         if error is ConnectionError:
             raise error("no route")
@@ -470,16 +425,16 @@ def test_what_the_hub_answers_is_said_in_one_line(offline, monkeypatch, error, m
     assert message in refusal("me/mine", revision="abc")
 
 
-def test_a_hub_id_in_the_cache_needs_no_hub(offline, monkeypatch, folders, tmp_path, models):
-    repo = tmp_path / "cache" / "models--me--mine"
+def test_a_hub_id_in_the_cache_needs_no_hub(hub_cache, monkeypatch, folders, models):
+    repo = hub_cache / "models--me--mine"
     shutil.copytree(folders / "gpt2", repo / "snapshots" / "0123")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0123")
     with monkeypatch.context() as online:
         online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         online.setattr(type(get_session()), "send", lambda *_, **__: pytest.fail("a request"))
-        lm = load_language_model("me/mine", device=torch.device("cpu"))
-        pinned = load_language_model("me/mine", device=torch.device("cpu"), revision="0123")
+        lm = load("me/mine")
+        pinned = load("me/mine", revision="0123")
     assert lm.weight_hash == pinned.weight_hash == models["gpt2"].weight_hash
     (repo / "snapshots" / "0123" / "model.safetensors").unlink()
     assert "`hf download me/mine`" in refusal("me/mine")
@@ -490,7 +445,7 @@ def test_loading_shows_no_bar_and_no_report(folders, tmp_path, monkeypatch):
     handler.emit = lambda record: shown.append(record.getMessage())
     logger.addHandler(handler)
     monkeypatch.setattr("tqdm.auto.tqdm", lambda *args, **__: shown.append("bar") or args[0])
-    load_language_model(str(folders / "gpt2"), device=torch.device("cpu"))
+    load(folders / "gpt2")
     refusal(changed_copy(folders / "gpt2", tmp_path / "deep", n_layer=4))
     assert shown == []
     AutoModelForCausalLM.from_pretrained(tmp_path / "deep")  # it would show both

@@ -58,9 +58,9 @@ def test_logits_are_those_of_the_real_nanogpt(tmp_path, monkeypatch, how, bias, 
     model = load_nanogpt(save_checkpoint(tmp_path / "ckpt.pt", args, stored))
     with torch.no_grad():
         expected, _ = gpt.eval()(x, y)
-        found = model(x).logits
+        got = model(x).logits
     assert how == "fresh" or expected.std() > 0.5
-    assert (found - expected).abs().max() < 1e-5
+    assert (got - expected).abs().max() < 1e-5
 
 
 def test_the_tanh_gelu_of_early_checkpoints_can_be_had(tmp_path):

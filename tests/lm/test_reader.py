@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,25 +16,25 @@ BATCH, WIDTH = 16, 3
 
 
 class Numbered:
-    """Shards whose rows are n, n + 1/2, -n for n = 0, 1, 2, ... in the order of the text."""
+    """Chunks whose rows are n, n + 1/2, -n for n = 0, 1, 2, ... in the order of the text."""
 
     def __init__(self, *sizes: int):
         self.rows = list(sizes)
-        self.loaded: list[tuple[int, int]] = []  # shard and thread
+        self.loaded: list[tuple[int, int]] = []  # chunk and thread
 
     def load(self, k: int) -> torch.Tensor:
         self.loaded.append((k, threading.get_ident()))
         n = torch.arange(self.rows[k]) + sum(self.rows[:k])
         return torch.stack([n, n + 0.5, -n], dim=1).half()
 
-    def shard_of(self, number: int) -> int:
+    def chunk_of(self, number: int) -> int:
         ends = torch.tensor(self.rows).cumsum(0)
         return int((number >= ends).sum())
 
 
-def reader(shards, **changes) -> Reader:
+def reader(chunks, **changes) -> Reader:
     options = dict(batch_size=BATCH, n_steps=10**6, scale=1.0, seed=0, device=CPU, buffer_rows=100)
-    return Reader(shards, **options | changes)
+    return Reader(chunks, **options | changes)
 
 
 def numbers(r: Reader, steps) -> list[list[int]]:
@@ -99,26 +100,26 @@ def test_orders_differ_between_epochs_and_seeds():
         assert sum(x == y for x, y in zip(a, b, strict=True)) < 10  # 1 expected by chance
 
 
-def test_epochs_mix_other_shards_with_each_other():
+def test_epochs_mix_other_chunks_with_each_other():
     r = reader(Numbered(*[20] * 12), buffer_rows=60)
     steps = epoch_steps(r)
     r.segment_of(3 * steps)
     of_epochs = [
-        {s.shards for s in r.segments if e * steps <= s.first < (e + 1) * steps} for e in range(3)
+        {s.chunks for s in r.segments if e * steps <= s.first < (e + 1) * steps} for e in range(3)
     ]
     assert all(len(groups) == 4 for groups in of_epochs)
     assert of_epochs[0] != of_epochs[1] != of_epochs[2]
 
 
-def test_a_batch_mixes_the_shards_of_the_buffer():
-    shards = Numbered(*[50] * 8)
-    small, large = (reader(shards, buffer_rows=n) for n in (100, 1000))
-    n_mixed = [len({shards.shard_of(n) for n in batch}) for batch in numbers(small, range(20))]
+def test_a_batch_mixes_the_chunks_of_the_buffer():
+    chunks = Numbered(*[50] * 8)
+    small, large = (reader(chunks, buffer_rows=n) for n in (100, 1000))
+    n_mixed = [len({chunks.chunk_of(n) for n in batch}) for batch in numbers(small, range(20))]
     assert set(n_mixed) == {2}
-    assert min(len({shards.shard_of(n) for n in b}) for b in numbers(large, range(20))) >= 4
+    assert min(len({chunks.chunk_of(n) for n in b}) for b in numbers(large, range(20))) >= 4
 
 
-def test_shards_smaller_than_a_batch_are_put_together():
+def test_chunks_smaller_than_a_batch_are_put_together():
     r = reader(Numbered(*[5] * 10), buffer_rows=1)
     steps = epoch_steps(r)
     assert steps >= 2
@@ -132,84 +133,75 @@ def test_fewer_rows_than_a_batch_are_refused():
     assert reader(Numbered(10, 6)).batch(0).shape == (BATCH, WIDTH)
 
 
-def test_the_next_rows_are_loaded_by_a_thread_each_shard_once_an_epoch():
-    shards = Numbered(*[48] * 4)
-    r = reader(shards, buffer_rows=48)
+def test_the_next_rows_are_loaded_by_a_thread_each_chunk_once_an_epoch():
+    chunks = Numbered(*[48] * 4)
+    r = reader(chunks, buffer_rows=48)
     numbers(r, range(12))
-    here = [k for k, thread in shards.loaded if thread == threading.get_ident()]
+    here = [k for k, thread in chunks.loaded if thread == threading.get_ident()]
     assert len(here) == 1  # the first; all others were asked for ahead
-    assert sorted(k for k, _ in shards.loaded[:4]) == [0, 1, 2, 3]
+    assert sorted(k for k, _ in chunks.loaded[:4]) == [0, 1, 2, 3]
     r.close()
 
 
 def test_nothing_is_loaded_beyond_the_last_step():
-    shards = Numbered(*[48] * 4)
-    r = reader(shards, buffer_rows=48, n_steps=6)
+    chunks = Numbered(*[48] * 4)
+    r = reader(chunks, buffer_rows=48, n_steps=6)
     numbers(r, range(6))
     r.close()
-    assert len(shards.loaded) == 2
+    assert len(chunks.loaded) == 2
     one_more = reader(again := Numbered(*[48] * 4), buffer_rows=48, n_steps=7)
     numbers(one_more, range(7))
     one_more.close()
     assert len(again.loaded) == 3
 
 
-def test_closing_waits_for_one_shard_at_most():
-    shards = Numbered(*[8] * 40)
-    r = reader(shards, buffer_rows=160)  # half of the shards
-    load = shards.load
+def test_closing_waits_for_the_chunk_that_is_being_loaded_and_for_no_other():
+    chunks, begun, running = Numbered(*[8] * 40), threading.Event(), []
+    r = reader(chunks, buffer_rows=160)  # half of the chunks
+    load = chunks.load
 
-    def slow_ahead(k: int) -> torch.Tensor:
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.05)
-        return load(k)
-
-    shards.load = slow_ahead
-    r.batch(0)
-    r.close()
-    assert len(shards.loaded) <= 22  # of 20 + 20
-
-
-def test_what_fits_the_buffer_is_loaded_once():
-    shards = Numbered(48, 48)
-    numbers(reader(shards, buffer_rows=96), range(30))
-    assert sorted(k for k, _ in shards.loaded) == [0, 1]
-
-
-def test_an_error_of_the_loading_thread_reaches_the_caller():
-    shards = Numbered(*[48] * 4)
-    r = reader(shards, buffer_rows=48)
-    bad, load = r.segment_of(3).shards[0], shards.load
-
-    def fail_once(k: int) -> torch.Tensor:
-        if k == bad:
-            raise UserError(f"shard {k} is damaged")
-        return load(k)
-
-    shards.load = fail_once
-    numbers(r, range(3))
-    with pytest.raises(UserError, match=f"shard {bad} is damaged"):
-        r.batch(3)
-
-
-def test_nothing_is_being_loaded_once_it_is_closed():
-    shards, begun, running = Numbered(*[48] * 4), threading.Event(), []
-    r = reader(shards, buffer_rows=48)
-    load = shards.load
-
-    def slow_ahead(k: int) -> torch.Tensor:
+    def load_until_closing(k: int) -> torch.Tensor:
         if threading.current_thread() is not threading.main_thread():
             running.append(k)
             begun.set()
-            time.sleep(0.2)
+            wait_until(lambda: r.closing)
             running.pop()
         return load(k)
 
-    shards.load = slow_ahead
+    chunks.load = load_until_closing
     r.batch(0)
     assert begun.wait(10)
     r.close()
     assert not running
+    assert len(chunks.loaded) == 20 + 1
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def test_what_fits_the_buffer_is_loaded_once():
+    chunks = Numbered(48, 48)
+    numbers(reader(chunks, buffer_rows=96), range(30))
+    assert sorted(k for k, _ in chunks.loaded) == [0, 1]
+
+
+def test_an_error_of_the_loading_thread_reaches_the_caller():
+    chunks = Numbered(*[48] * 4)
+    r = reader(chunks, buffer_rows=48)
+    bad, load = r.segment_of(3).chunks[0], chunks.load
+
+    def fail_once(k: int) -> torch.Tensor:
+        if k == bad:
+            raise UserError(f"chunk {k} is damaged")
+        return load(k)
+
+    chunks.load = fail_once
+    numbers(r, range(3))
+    with pytest.raises(UserError, match=f"chunk {bad} is damaged"):
+        r.batch(3)
 
 
 class Allocated:
@@ -227,14 +219,14 @@ class Allocated:
         return made
 
 
-@pytest.mark.parametrize("n_shards", [8, 64])
-def test_no_more_than_two_buffers_are_held_however_long_the_text(monkeypatch, n_shards):
+@pytest.mark.parametrize("n_chunks", [8, 64])
+def test_no_more_than_two_buffers_are_held_however_long_the_text(monkeypatch, n_chunks):
     allocated = Allocated(monkeypatch)
-    r = reader(Numbered(*[32] * n_shards), buffer_rows=128)
-    for step in range(n_shards * 2 * 2):  # two epochs
+    r = reader(Numbered(*[32] * n_chunks), buffer_rows=128)
+    for step in range(n_chunks * 2 * 2):  # two epochs
         r.batch(step)
     r.close()
-    assert len(allocated.made) >= n_shards // 2  # buffers of four shards each
+    assert len(allocated.made) >= n_chunks // 2  # buffers of four chunks each
     assert allocated.peak == 2 * 128
 
 
@@ -242,9 +234,7 @@ def test_a_jump_holds_no_third_buffer(monkeypatch):
     allocated = Allocated(monkeypatch)
     r = reader(Numbered(*[48] * 4), buffer_rows=48)
     r.batch(0)
-    end = time.monotonic() + 10
-    while len(allocated.made) < 2 and time.monotonic() < end:  # until the next rows are waiting
-        time.sleep(0.001)
+    wait_until(lambda: len(allocated.made) >= 2)  # the next rows are waiting
     r.batch(9)
     r.close()
     assert len(allocated.made) >= 3
@@ -252,9 +242,9 @@ def test_a_jump_holds_no_third_buffer(monkeypatch):
 
 
 def test_rows_in_bfloat16_are_read_as_they_are():
-    shards = Numbered(64)
-    load = shards.load
-    shards.load = lambda k: load(k).bfloat16()
-    x = reader(shards).batch(0)
+    chunks = Numbered(64)
+    load = chunks.load
+    chunks.load = lambda k: load(k).bfloat16()
+    x = reader(chunks).batch(0)
     assert x.dtype == torch.float32
     assert torch.equal(x, x.bfloat16().float())

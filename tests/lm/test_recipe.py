@@ -1,4 +1,4 @@
-"""Cells on a language model become trained, evaluated, saved autoencoders of raw activations."""
+"""The grid of run.py; cells become trained, evaluated, saved autoencoders of raw activations."""
 
 import json
 import threading
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.lm import hooked, metrics_by_hand, recipe_of, tiny_subject
+from builders.lm import metrics_by_hand, recipe_of, tiny_target
+from builders.models import hooked
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,7 @@ from sparse_coding.lm import activations
 from sparse_coding.lm.activations import Harvester, Store
 from sparse_coding.lm.recipe import (
     COLUMNS,
+    Grid,
     LanguageRecipe,
     feature_density,
     sae_folder,
@@ -35,22 +37,70 @@ from sparse_coding.sweep.training import Task
 WIDTH = 40
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
+# --- the grid ---
+
+GRID = dict(l1_exp_low=None, l1_exp_high=None, expansion_exp_low=0, expansion_exp_high=1,
+            target_l0=(), seed=0, n_seeds=1)  # fmt: skip
+
+
+def l1_exps(width: int, **flags) -> list[int]:
+    return [cell.l1_exp for cell in Grid(**GRID | flags).cells(width)]
+
+
+@pytest.mark.parametrize(
+    ("width", "middle"),  # 10^(middle/4) x width is the same within a step: .178 x 256 = 45.5
+    [(64, -13), (256, -15), (2048, -19), (3072, -19), (16384, -22)],
+)
+def test_the_default_l1_alpha_falls_as_the_width_grows(width, middle):
+    assert l1_exps(width) == list(range(middle - 3, middle + 4))
+    assert 10 ** (middle / 4) * width == pytest.approx(10 ** (-15 / 4) * 256, rel=0.34)
+
+
+def test_a_given_range_is_taken_as_it_is():
+    assert l1_exps(64, l1_exp_low=-8, l1_exp_high=-6) == [-8, -7]
+
+
+def test_a_target_l0_takes_the_middle_as_its_start():
+    cells = Grid(**GRID | {"target_l0": (16, 32), "n_seeds": 2}).cells(64)
+    assert [(c.seed, c.l1_exp, c.target_l0, c.n_dict) for c in cells] == [
+        (0, -13, 16, 64),
+        (0, -13, 32, 64),
+        (1, -13, 16, 64),
+        (1, -13, 32, 64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"l1_exp_low": -8}, "--l1-exp-low -8 must be given together with --l1-exp-high"),
+        ({"l1_exp_high": -8}, "--l1-exp-low None must be given together with --l1-exp-high"),
+        ({"l1_exp_low": -8, "l1_exp_high": -8}, "--l1-exp-high -8 must be above the low end -8"),
+        ({"expansion_exp_high": 0}, "--expansion-exp-high 0 must be above"),
+        ({"target_l0": (0,)}, "must be at least 1 each, and all different"),
+        ({"target_l0": (8, 8)}, "must be at least 1 each, and all different"),
+        ({"n_seeds": 0}, "--n-seeds 0 must be between"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(flags, reason):
+    with pytest.raises(UserError, match=reason):
+        Grid(**GRID | flags)
+
+
+# --- from cells to autoencoders ---
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(activations, "SHARD_BYTES", 100 * 16 * WIDTH * 2)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 100 * 16 * WIDTH * 2)
 
 
 def on_disk(root: Path, **changes) -> LanguageRecipe:
     """On stored activations, all of them."""
-    subject = tiny_subject(root)
-    recipe = recipe_of(subject, **changes)
-    everything = replace(recipe, shards=replace(recipe.shards, n_tokens=10**9))
-    return with_activations(everything, subject, folder=root / "run", cells=cells(), max_bytes=1e9)
+    target = tiny_target(root)
+    recipe = recipe_of(target, **changes)
+    everything = replace(recipe, chunks=replace(recipe.chunks, n_tokens=10**9))
+    return with_activations(everything, target, folder=root / "run", cells=cells(), max_bytes=1e9)
 
 
 @pytest.fixture
@@ -71,16 +121,9 @@ def trained(task: Task, steps=range(100)) -> Task:
     return task
 
 
-def raw_rows(recipe: LanguageRecipe) -> torch.Tensor:
-    return recipe.shards.load(0).float()[:200]
-
-
-# --- from cells to autoencoders ---
-
-
 def test_saved_autoencoders_do_on_raw_activations_what_training_did_on_scaled_ones(recipe):
     task = trained(recipe.prepare(cells()))
-    x, scale = raw_rows(recipe), recipe.statistics.scale
+    x, scale = recipe.chunks.load(0).float()[:200], recipe.statistics.scale
     assert not 0.7 < scale < 1.4  # else a forgotten scale would not show
     for i, (_, tensors) in enumerate(task.evaluate()):
         stack, k = task.ensemble.place[i]
@@ -105,7 +148,7 @@ def test_folding_a_power_of_two_is_exact():
 
 def test_training_starts_at_the_scaled_mean_with_projection_and_the_schedule(recipe):
     task = recipe.prepare(cells())
-    x = torch.cat([recipe.shards.load(k) for k in range(len(recipe.shards.rows))]).double()
+    x = torch.cat([recipe.chunks.load(k) for k in range(len(recipe.chunks.rows))]).double()
     scale = (len(x) / x.square().sum()).sqrt()
     for i in range(4):
         start = task.ensemble.dictionary(i)["b_dec"].double()
@@ -123,8 +166,8 @@ def test_batches_are_scaled_activations_in_an_order_of_the_seed(recipe):
     assert torch.equal(batch[:64], again.batch_at(0))
     other_seed = recipe.prepare(cells(seed=4))
     assert not torch.equal(batch[:64], other_seed.batch_at(0))
-    known = {row.numpy().tobytes() for k in range(len(recipe.shards.rows))
-             for row in recipe.shards.load(k).float()}  # fmt: skip
+    known = {row.numpy().tobytes() for k in range(len(recipe.chunks.rows))
+             for row in recipe.chunks.load(k).float()}  # fmt: skip
     raw = (batch / recipe.statistics.scale).half().float()  # undoes the rounding of x · scale
     assert {row.numpy().tobytes() for row in raw[:640]} <= known
 
@@ -149,10 +192,10 @@ def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
 
 
 def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
-    wishes = [replace(cell, target_l0=t) for cell in cells() for t in (0, 4, 8)]
-    specs = specs_of(wishes, "sum", tied=True)
+    targets = [replace(cell, target_l0=t) for cell in cells() for t in (0, 4, 8)]
+    specs = specs_of(targets, "sum", tied=True)
     assert len({m.seed for m in specs}) == 12
-    assert specs_of(wishes[5:6], "sum", tied=True)[0].seed == specs[5].seed
+    assert specs_of(targets[5:6], "sum", tied=True)[0].seed == specs[5].seed
     assert [m.target_l0 for m in specs[:3]] == [0, 4, 8]
 
 
@@ -183,8 +226,8 @@ def test_the_numbers_are_those_of_the_saved_autoencoder_on_held_out_text(recipe,
         sae = load_sae(sae_folder(tmp_path, cell))
         expected = metrics_by_hand(recipe.held_out, "gpt2", sae, recipe.statistics.mean)
         density = expected.pop("density").numpy()
-        found = {name: row[name] for name in expected}
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+        ours = {name: row[name] for name in expected}
+        assert ours == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
         assert np.allclose(feature_density(sae_folder(tmp_path, cell)), density, atol=1e-6)
 
 
@@ -193,19 +236,19 @@ def test_the_mean_of_mean_ablation_is_that_of_the_training_text(recipe):
     held_out = recipe.held_out
     ids = torch.from_numpy(held_out.text.rows(0, held_out.n_rows))
     keep = torch.from_numpy(held_out.text.keep(0, held_out.n_rows))
-    x = torch.cat([recipe.shards.load(k).float() for k in range(len(recipe.shards.rows))])
+    x = torch.cat([recipe.chunks.load(k).float() for k in range(len(recipe.chunks.rows))])
 
     def ablated(activation: torch.Tensor) -> torch.Tensor:
         return torch.where(keep[:, :, None], x.mean(dim=0), activation)
 
-    _, logits = hooked(held_out.lm, "gpt2", 1, "mlp_act", ids, new=ablated)
+    _, logits = hooked(held_out.lm.model, "gpt2", 1, "mlp_act", ids, new=ablated)
     log_p = torch.log_softmax(logits.double(), dim=2)[:, :-1]
     loss = -log_p.gather(2, ids[:, 1:, None]).mean().item()
     assert row["ce_mean"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("normalisation", ["sum", "per_feature"])
-def test_with_a_wished_l0_the_row_has_the_l1_alpha_that_was_found(root, normalisation):
+def test_with_a_target_l0_the_row_has_the_l1_alpha_that_was_found(root, normalisation):
     recipe = on_disk(root, l1_normalisation=normalisation, l1_warmup=0.0)
     group = cells(n_l1=1, target_l0=2)
     task = trained(recipe.prepare(group))
@@ -248,11 +291,11 @@ def saved(recipe: LanguageRecipe, folder: Path, group) -> list[dict]:
 def test_a_saved_autoencoder_knows_where_it_comes_from_and_how_good_it_is(recipe, tmp_path):
     group = cells()
     rows = saved(recipe, tmp_path, group)
-    about = load_sae(sae_folder(tmp_path, group[1])).metadata
-    assert {k: about[k] for k in recipe.about} == recipe.about
-    assert (about["layer"], about["site"], about["seed"]) == (1, "mlp_act", 3)
+    known = load_sae(sae_folder(tmp_path, group[1])).metadata
+    assert {k: known[k] for k in recipe.metadata} == recipe.metadata
+    assert (known["layer"], known["site"], known["seed"]) == (1, "mlp_act", 3)
     for name in ("l1_alpha", "fvu", "l0"):
-        assert about[name] == rows[1][name]
+        assert known[name] == rows[1][name]
     names = {p.name for p in sae_folder(tmp_path, group[1]).iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
 
@@ -263,9 +306,9 @@ def test_densities_come_back_and_what_never_fired_is_zero(recipe, tmp_path):
     row = {"l1_alpha": 1.0, "fvu": 0.1, "l0": 2.0, "ce_recovered": 0.9}
     cell = cells()[0]
     recipe.save(tmp_path, cell, tensors | {"density": density}, row)
-    found = feature_density(sae_folder(tmp_path, cell))
-    assert found.tolist() == pytest.approx([0, 1e-6, 0.25, 1], rel=1e-3)
-    assert found[0] == 0
+    read = feature_density(sae_folder(tmp_path, cell))
+    assert read.tolist() == pytest.approx([0, 1e-6, 0.25, 1], rel=1e-3)
+    assert read[0] == 0
 
 
 def test_the_merge_compares_dictionaries_with_larger_ones(recipe, tmp_path):
@@ -297,7 +340,7 @@ def test_a_diverged_cell_does_not_keep_the_others_from_the_table(recipe, tmp_pat
 
 
 class Busy:
-    """Shards computed by the model, which takes long when they are loaded ahead."""
+    """Chunks computed by the model, which takes long when they are loaded ahead."""
 
     def __init__(self, harvester: Harvester):
         self.harvester, self.rows = harvester, harvester.rows
@@ -310,16 +353,16 @@ class Busy:
 
 
 def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones(root):
-    subject = tiny_subject(root)
-    streamed = recipe_of(subject, shuffle_gb=0.0001)
+    target = tiny_target(root)
+    streamed = recipe_of(target, shuffle_gb=0.0001)
     run = dict(folder=root / "run", cells=cells())
-    stored = with_activations(streamed, subject, **run, max_bytes=1e9)
-    assert isinstance(stored.shards, Store)
-    manifest = json.loads((subject.folder / "manifest.json").read_text())
-    assert manifest["about"] == subject.about
+    stored = with_activations(streamed, target, **run, max_bytes=1e9)
+    assert isinstance(stored.chunks, Store)
+    manifest = json.loads((target.folder / "manifest.json").read_text())
+    assert manifest["metadata"] == target.metadata
     # what is there is used, whatever the limit is now
-    assert isinstance(with_activations(streamed, subject, **run, max_bytes=1).shards, Store)
-    streamed = replace(streamed, shards=Busy(streamed.shards))
+    assert isinstance(with_activations(streamed, target, **run, max_bytes=1).chunks, Store)
+    streamed = replace(streamed, chunks=Busy(streamed.chunks))
     tasks = [trained(r.prepare(cells()), range(30)) for r in (streamed, stored)]
     for name, tensor in tasks[0].ensemble.state().items():
         assert torch.equal(tensor, tasks[1].ensemble.state()[name]), name
@@ -328,15 +371,15 @@ def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones
 
 
 def test_nothing_is_harvested_for_a_run_that_has_all_its_cells(root, tmp_path):
-    subject = tiny_subject(root, held_out=0.25)
-    recipe, group = recipe_of(subject), cells()
+    target = tiny_target(root, held_out=0.25)
+    recipe, group = recipe_of(target), cells()
     for cell in group:
         write_json(tmp_path / row_path(cell), {})
     run = dict(folder=tmp_path, max_bytes=1e9)
-    assert with_activations(recipe, subject, cells=group, **run) is recipe
-    assert not list(subject.folder.glob("shard-*"))
+    assert with_activations(recipe, target, cells=group, **run) is recipe
+    assert not list(target.folder.glob("chunk-*"))
     (tmp_path / row_path(group[2])).unlink()
-    assert isinstance(with_activations(recipe, subject, cells=group, **run).shards, Store)
+    assert isinstance(with_activations(recipe, target, cells=group, **run).chunks, Store)
 
 
 # --- plans ---
@@ -367,7 +410,7 @@ def test_the_memory_plan_covers_training_and_evaluation(root):
     n_dicts = [cell.n_dict for cell in group]  # 320 and 640
     _ = recipe.statistics  # of its own, before training
     o = recipe.optimisation
-    buffer = 2 * WIDTH * min(o.buffer_rows(WIDTH), sum(recipe.shards.rows))
+    buffer = 2 * WIDTH * min(o.buffer_rows(WIDTH), sum(recipe.chunks.rows))
     with PeakMemory() as training:
         task = trained(recipe.prepare(group), range(6))
     with PeakMemory() as evaluation:
@@ -393,14 +436,14 @@ def test_the_disk_plan_covers_autoencoders_and_three_checkpoints(recipe, tmp_pat
 
 
 def test_shares_of_the_steps_become_steps(root):
-    subject = tiny_subject(root)
+    target = tiny_target(root)
 
     def schedule(**changes) -> Schedule:
         options = dict(n_tokens=64 * 200, warmup=0.0, l1_warmup=0.0, decay=0.0) | changes
-        return recipe_of(subject, **options).optimisation.schedule(256)
+        return recipe_of(target, **options).optimisation.schedule(256)
 
     assert schedule() == Schedule(200, 0, 0, None)
-    at_gpt2s_width = recipe_of(subject, n_tokens=64 * 200).optimisation.schedule(3072)
+    at_gpt2s_width = recipe_of(target, n_tokens=64 * 200).optimisation.schedule(3072)
     assert at_gpt2s_width.eps == pytest.approx(1e-8 / 144)
     assert schedule(warmup=0.02, l1_warmup=0.05, decay=0.2) == Schedule(200, 4, 10, 160)
     assert schedule(warmup=1.0, l1_warmup=1.0, decay=1.0) == Schedule(200, 200, 200, 0)
@@ -410,7 +453,7 @@ def test_shares_of_the_steps_become_steps(root):
 
 
 def test_the_buffer_is_of_the_given_size(root):
-    o = recipe_of(tiny_subject(root), shuffle_gb=0.5).optimisation
+    o = recipe_of(tiny_target(root), shuffle_gb=0.5).optimisation
     assert o.buffer_rows(3072) == 81380  # 5e8 / (2 · 3072) = 81380.2
 
 
@@ -431,4 +474,4 @@ def test_the_buffer_is_of_the_given_size(root):
 )
 def test_constants_out_of_range_are_refused_by_their_flag(root, change, message):
     with pytest.raises(UserError, match=message):
-        recipe_of(tiny_subject(root), **change)
+        recipe_of(tiny_target(root), **change)

@@ -1,26 +1,27 @@
 """What a finished sweep shows: the best cell, the verdict, and the files that it names."""
 
 import csv
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from builders.lm import CPU, demo_subject, held_out_of, recipe_of, tiny_subject
+from builders.lm import demo_target, held_out_of, recipe_of, tiny_target
 
 from sparse_coding.config import UserError
 from sparse_coding.files import write_json
 from sparse_coding.lm import activations
-from sparse_coding.lm import show as lm_results
-from sparse_coding.lm.activations import statistics
-from sparse_coding.lm.recipe import feature_density, sae_folder, with_activations
+from sparse_coding.lm import show as show_module
+from sparse_coding.lm.recipe import COLUMNS, feature_density, sae_folder, with_activations
 from sparse_coding.lm.show import (
+    DENSITIES,
+    FIGURES,
+    FRONTIERS,
     ShowChoice,
     best_row,
     check_fit,
-    evaluate_one,
+    draw_figures,
     is_shown,
     show,
     verdict,
@@ -31,11 +32,6 @@ from sparse_coding.sweep.grid import make_grid
 from sparse_coding.sweep.run_folder import row_path
 
 NAN = math.nan
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
 
 
 def row(fvu: float, l0: float, **values) -> dict:
@@ -105,15 +101,10 @@ def test_constants_out_of_range_are_refused_by_their_flag(change, flag):
 # --- an autoencoder from elsewhere ---
 
 
-def sae_of(width: int, **about) -> SparseAutoencoder:
+def sae_of(width: int, **metadata) -> SparseAutoencoder:
     rng = torch.Generator().manual_seed(1)
     W = torch.nn.functional.normalize(torch.randn(12, width, generator=rng), dim=1)
-    return SparseAutoencoder(W.T.clone(), torch.zeros(12), W, torch.zeros(width), about)
-
-
-def test_an_autoencoder_of_another_width_is_refused(root):
-    with pytest.raises(UserError, match=r"width 16, but layer 1 mlp_act of .* has width 40"):
-        check_fit(sae_of(16), tiny_subject(root))
+    return SparseAutoencoder(W.T.clone(), torch.zeros(12), W, torch.zeros(width), metadata)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +119,13 @@ def test_an_autoencoder_of_another_width_is_refused(root):
     ],
 )
 def test_an_autoencoder_trained_elsewhere_is_warned_of_by_what_differs(root, capsys, name, value):
-    subject = tiny_subject(root)
-    ours = subject.about
-    check_fit(sae_of(40, **ours), subject)
-    check_fit(sae_of(40), subject)  # says nothing of where it comes from
+    target = tiny_target(root)
+    ours = target.metadata
+    capsys.readouterr()  # the bars of making it
+    check_fit(sae_of(40, **ours), target)
+    check_fit(sae_of(40), target)  # says nothing of where it comes from
     assert capsys.readouterr().err == ""
-    check_fit(sae_of(40, **(ours | {name: value})), subject)
+    check_fit(sae_of(40, **(ours | {name: value})), target)
     expected = f"warning: trained on {name} {value}, evaluated on {ours[name]}\n"
     assert capsys.readouterr().err == expected
 
@@ -143,15 +135,15 @@ def test_an_autoencoder_trained_elsewhere_is_warned_of_by_what_differs(root, cap
 
 @pytest.fixture(scope="module")
 def shown(root, tmp_path_factory):
-    """(folder, rows, cells, recipe, subject, figures) of a small sweep on the demo model."""
+    """(folder, rows, cells, recipe, target, figures) of a small sweep on the demo model."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparse_coding.figures.heatmap.DPI", 20)
-        patch.setattr(activations, "SHARD_BYTES", 20 * 128 * 256 * 2)
-        subject = demo_subject(root)  # where ce_recovered has values to draw
+        patch.setattr(activations, "CHUNK_BYTES", 20 * 128 * 256 * 2)
+        target = demo_target(root)  # where ce_recovered has values to draw
         cells = make_grid(256, seeds=range(1), l1_exps=range(-12, -9), size_exps=range(-2, 0))
         run = dict(folder=folder, cells=cells)
-        recipe = with_activations(recipe_of(subject), subject, **run, max_bytes=1e9)
+        recipe = with_activations(recipe_of(target), target, **run, max_bytes=1e9)
         task = recipe.prepare(cells)
         for step in range(60):
             task.ensemble.step_(task.batch_at(step))
@@ -160,9 +152,9 @@ def shown(root, tmp_path_factory):
             write_json(folder / row_path(cell), one | {"seconds": 1.0})
         rows = recipe.merged(folder, cells)
         choice = ShowChoice(page_l0=8.0, n_page_tokens=2000, export="dictionary_learning")
-        figures = show(folder, rows, cells=cells, recipe=recipe, subject=subject, choice=choice,
+        figures = show(folder, rows, cells=cells, recipe=recipe, target=target, choice=choice,
                        context={"command": "python run.py --some-flag"})  # fmt: skip
-    return folder, rows, cells, recipe, subject, figures
+    return folder, rows, cells, recipe, target, figures
 
 
 def test_show_writes_every_figure_with_its_data_and_names_them(shown):
@@ -181,7 +173,6 @@ def test_the_report_has_the_verdict_every_cell_and_what_was_run(shown):
     report = (folder / "report.html").read_text()
     assert verdict(rows, most_l0=8.0).replace("<", "&lt;") in report
     assert "python run.py --some-flag" in report
-    assert lm_results.L1_TERMS["sum"] in report or "l1_alpha" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
 
 
@@ -196,26 +187,26 @@ def test_the_page_of_features_is_of_the_best_cell(shown):
 
 
 def test_the_page_looks_at_held_out_text_by_the_raw_autoencoder(shown, tmp_path, monkeypatch):
-    folder, _, cells, recipe, subject, _ = shown
+    folder, _, cells, recipe, target, _ = shown
     seen = {}
 
     def keep(path, data, **more) -> None:
         seen.update(data=data, **more)
 
-    monkeypatch.setattr(lm_results, "write_feature_page", keep)
-    write_page(folder, cells[4], recipe=recipe, subject=subject, n_tokens=2000)
+    monkeypatch.setattr(show_module, "write_feature_page", keep)
+    write_page(folder, cells[4], recipe=recipe, target=target, n_tokens=2000)
     data = seen["data"]
-    held_out = held_out_of(subject, n_tokens=2000)
+    held_out = held_out_of(target, n_tokens=2000)
     assert data.n_tokens == held_out.n_kept
     sae = load_sae(sae_folder(folder, cells[4]))
     codes = torch.cat([codes[keep] for _, keep, codes in held_out.codes(sae)])
     assert data.n_active.tolist() == (codes > 0).sum(dim=0).tolist()
     assert data.max_activation.tolist() == pytest.approx(codes.amax(dim=0).tolist(), rel=1e-5)
-    assert len(seen["token_texts"]) == subject.lm.vocab_size
+    assert len(seen["token_texts"]) == target.lm.vocab_size
     cosine = sae.W_dec @ sae.W_dec.T - 2 * torch.eye(sae.n_dict)
     assert data.nearest.index[:, 0].tolist() == cosine.argmax(dim=1).tolist()
     # the direct path: down projection, final norm's gain, unembedding
-    gpt2 = subject.lm.model
+    gpt2 = target.lm.model
     effect = sae.W_dec @ gpt2.transformer.h[1].mlp.c_proj.weight
     effect = (effect - effect.mean(dim=1, keepdim=True)) * gpt2.transformer.ln_f.weight
     logits = effect @ gpt2.lm_head.weight.T
@@ -224,19 +215,19 @@ def test_the_page_looks_at_held_out_text_by_the_raw_autoencoder(shown, tmp_path,
 
 
 def test_a_page_can_be_made_where_ablation_costs_nothing(root, tmp_path):
-    subject = tiny_subject(root)
-    recipe = recipe_of(subject)
+    target = tiny_target(root)
+    recipe = recipe_of(target)
     (cell,) = make_grid(40, seeds=range(1), l1_exps=range(-9, -8), size_exps=range(1))
     ((one, tensors),) = recipe.prepare([cell]).evaluate()
     assert math.isnan(one["ce_recovered"])
     recipe.save(tmp_path, cell, tensors, one)
-    write_page(tmp_path, cell, recipe=recipe, subject=subject, n_tokens=200)
+    write_page(tmp_path, cell, recipe=recipe, target=target, n_tokens=200)
     assert cell.name in (tmp_path / "features.html").read_text()
 
 
 def test_every_autoencoder_is_exported_with_the_same_output(shown):
     folder, _, cells, recipe, *_ = shown
-    x = recipe.shards.load(0).float()[:50]
+    x = recipe.chunks.load(0).float()[:50]
     for cell in cells:
         state = torch.load(folder / "dictionary_learning" / cell.name / "ae.pt", weights_only=True)
         codes = torch.relu((x - state["bias"]) @ state["encoder.weight"].T + state["encoder.bias"])
@@ -249,7 +240,7 @@ def test_the_density_figures_data_are_counts_of_the_saved_densities(shown):
     folder, _, cells, *_ = shown
     with open(folder / "figures" / "densities.csv", newline="") as file:
         bins = list(csv.DictReader(file))
-    found = 0
+    n_counted = 0
     for cell in cells:
         density = feature_density(sae_folder(folder, cell))
         counts = {one["log10_low"]: int(one["n_features"]) for one in bins
@@ -259,14 +250,14 @@ def test_the_density_figures_data_are_counts_of_the_saved_densities(shown):
         for low in (-2.0, -1.5, -1.25):
             within = (density >= 10**low) & (density < 10 ** (low + 0.25))
             assert counts[str(low)] == within.sum()
-            found += int(within.sum())
-    assert found > 100
+            n_counted += int(within.sum())
+    assert n_counted > 100
 
 
 def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monkeypatch):
     """And what was shown is on record, for a later choice."""
     monkeypatch.setattr("sparse_coding.figures.heatmap.DPI", 20)
-    folder, rows, cells, recipe, subject, _ = shown
+    folder, rows, cells, recipe, target, _ = shown
     best = rows.index(best_row(rows, most_l0=8.0))
     for k, cell in enumerate(cells):
         sae = load_sae(sae_folder(folder, cell))
@@ -276,7 +267,7 @@ def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monke
     bad = dict.fromkeys(("fvu", "mse", "ce_spliced", "ce_recovered"), NAN)
     with_nan = [one | bad if k == best else one for k, one in enumerate(rows)]
     choice = ShowChoice(page_l0=8.0, n_page_tokens=500, export="dictionary_learning")
-    show(tmp_path, with_nan, cells=cells, recipe=recipe, subject=subject, choice=choice,
+    show(tmp_path, with_nan, cells=cells, recipe=recipe, target=target, choice=choice,
          context={})  # fmt: skip
     exported = {path.name for path in (tmp_path / "dictionary_learning").iterdir()}
     assert exported == {cell.name for cell in cells} - {cells[best].name}
@@ -288,10 +279,37 @@ def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monke
     assert not is_shown(tmp_path / "elsewhere", choice)
 
 
-def test_evaluating_a_saved_autoencoder_gives_the_numbers_of_the_table(shown):
-    folder, rows, cells, recipe, *_ = shown
-    for cell, one in zip(cells[:2], rows[:2], strict=True):
-        found = evaluate_one(load_sae(sae_folder(folder, cell)), recipe)
-        assert found == pytest.approx({name: one[name] for name in found}, rel=1e-6, nan_ok=True)
-    assert statistics(recipe.shards).mean.device == CPU
-    assert json.loads((folder / row_path(cells[0])).read_text())["fvu"] == rows[0]["fvu"]
+# --- figures ---
+
+
+def sweep() -> list:
+    return make_grid(16, seeds=range(1), l1_exps=range(-2, 1), size_exps=range(2))
+
+
+def results() -> list[dict]:
+    """Each column and row has a value of its own, so that a mix-up shows."""
+    rows = []
+    for i, cell in enumerate(sweep()):
+        row = {name: (j + 1) / 100 + i / 1000 for j, name in enumerate(COLUMNS)}
+        row |= {"seed": 0, "l1_alpha": cell.l1_alpha, "n_dict": cell.n_dict}
+        row |= {"expansion_factor": cell.size_ratio}
+        rows.append(row | ({"mmcs_with_larger": None} if cell.size_exp else {}))
+    return rows
+
+
+def test_every_figure_is_written_with_its_data_from_the_columns_of_results_csv(tmp_path):
+    rows = results()
+    density = {cell: np.full(cell.n_dict, 0.01) for cell in sweep()}
+    paths = draw_figures(tmp_path, rows, density, n_tokens=1000, l1_note="sum")
+    assert list(paths) == [spec.name for spec in (*FIGURES, *FRONTIERS, DENSITIES)]
+    for spec in (*FIGURES, *FRONTIERS):
+        with open(paths[spec.name].with_suffix(".csv"), newline="") as file:
+            means = {float(line["mean"]) for line in csv.DictReader(file) if line["mean"]}
+        assert means == {row[spec.column] for row in rows if row[spec.column] is not None}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths.values())
+
+
+def test_no_two_figures_share_a_file_and_each_says_what_to_look_for():
+    specs = (*FIGURES, *FRONTIERS, DENSITIES)
+    assert len({spec.name for spec in specs}) == len(specs)
+    assert all(len(spec.explanation.split(". ")) >= 2 for spec in specs)

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders.lm import CONTEXT, SEPARATOR, VOCAB, demo_subject, texts, tiny_subject, write_texts
+from builders.lm import CONTEXT, SEPARATOR, VOCAB, demo_target, texts, tiny_target
+from builders.models import write_parquet
 
 from sparse_coding.config import UserError
-from sparse_coding.lm import target
+from sparse_coding.lm import target as target_module
 from sparse_coding.lm.target import (
     ModelChoice,
     TextChoice,
@@ -32,45 +33,37 @@ TEXT = TextChoice(dataset="NeelNanda/pile-10k", dataset_revision="", text_column
                   max_text_tokens=10**6)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("subjects")
-
-
 # --- what is opened ---
 
 
 def test_all_documents_are_encoded_with_the_models_tokenizer_and_split(root):
-    subject = tiny_subject(root)
+    target = tiny_target(root)
     numbers = [hashlib.sha256(t.encode()).digest()[:8] for t in texts(300)]
     held_out = {i for i, n in enumerate(numbers) if int.from_bytes(n, "little") >> 1 < 0.2 * 2**63}
-    for side, wanted in ((subject.held_out, held_out), (subject.train, set(range(300)) - held_out)):
+    for side, wanted in ((target.held_out, held_out), (target.train, set(range(300)) - held_out)):
         assert set(side.documents.tolist()) == wanted
-    encoded = subject.tokenizer.encode_batch(texts(300))
+    encoded = target.tokenizer.encode_batch(texts(300))
     endless = [SEPARATOR]
-    for i in subject.train.documents:
+    for i in target.train.documents:
         endless += [*encoded[i], SEPARATOR]
-    rows = subject.train.rows(0, subject.train.n_rows)
+    rows = target.train.rows(0, target.train.n_rows)
     assert rows.ravel().tolist() == endless[: rows.size]
     assert len(endless) - rows.size < 2 * CONTEXT
 
 
-def test_no_document_is_on_both_sides(root):
-    subject = tiny_subject(root)
-    ids = [set(s.document_ids(0, s.n_rows).tolist()) for s in (subject.train, subject.held_out)]
-    assert all(ids)
-    assert not ids[0] & ids[1]
-
-
 def test_what_activations_depend_on_is_named(root):
-    subject = tiny_subject(root, layer=2, site="resid_post", packing="documents", held_out=0.3)
-    about = subject.about
-    assert (about["layer"], about["site"], about["packing"]) == (2, "resid_post", "documents")
-    assert (about["model"], about["model_dtype"]) == (str(root / "gpt2"), "float32")
-    assert about["weight_hash"] == subject.lm.weight_hash
-    assert (about["context_length"], about["held_out"]) == (CONTEXT, 0.3)
-    tokens = np.asarray(subject.corpus.tokens).astype(np.uint16).tobytes()
-    assert about["tokens_sha256"] == hashlib.sha256(tokens).hexdigest()
+    target = tiny_target(root, layer=2, site="resid_post", packing="documents", held_out=0.3)
+    known = target.metadata
+    assert (known["layer"], known["site"], known["packing"]) == (
+        2,
+        "resid_post",
+        "documents",
+    )
+    assert (known["model"], known["model_dtype"]) == (str(root / "gpt2"), "float32")
+    assert known["weight_hash"] == target.lm.weight_hash
+    assert (known["context_length"], known["held_out"]) == (CONTEXT, 0.3)
+    tokens = np.asarray(target.corpus.tokens).astype(np.uint16).tobytes()
+    assert known["tokens_sha256"] == hashlib.sha256(tokens).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -90,49 +83,19 @@ def test_what_activations_depend_on_is_named(root):
     ],
 )
 def test_another_choice_shows_in_what_activations_depend_on(root, change, field):
-    ours, other = tiny_subject(root).about, tiny_subject(root, **change).about
+    ours, other = tiny_target(root).metadata, tiny_target(root, **change).metadata
     assert ours[field] != other[field]
-    assert ours == tiny_subject(root).about
-
-
-def test_text_is_encoded_once(root, monkeypatch):
-    tiny_subject(root)
-    monkeypatch.setattr("sparse_coding.lm.corpus._encode", None)  # would be called
-    assert tiny_subject(root).train.n_rows > 0
-
-
-def test_only_so_many_tokens_of_the_text_are_taken(root):
-    assert tiny_subject(root, max_text_tokens=9000).corpus.about["n_tokens"] == 9000
+    assert ours == tiny_target(root).metadata
 
 
 def test_demo_is_the_model_in_assets(root):
-    subject = demo_subject(root)
-    assert subject.about["model"] == "demo"
-    assert (subject.lm.n_layers, subject.site.width) == (2, 256)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layer": 3}, "no such layer: 3"),
-        ({"site": "mlp"}, "no such site: mlp"),
-        ({"context_length": 33}, "--context-length 33 must be at most 32"),
-        ({"text_column": "body"}, "no column 'body'"),
-        ({"dataset": "/nowhere/text.parquet"}, "no such file"),
-        ({"model": "/nowhere/model"}, "nowhere"),
-        ({"tokenizer": "/nowhere/tokenizer.json"}, "nowhere"),
-        ({"held_out": 1e-9}, "none is left for evaluation"),
-        ({"max_text_tokens": 20}, "choose"),
-    ],
-)
-def test_what_does_not_exist_or_fit_is_refused_in_one_line(root, change, message):
-    with pytest.raises(UserError, match=message) as refused:
-        tiny_subject(root, **change)
-    assert "\n" not in str(refused.value)
+    target = demo_target(root)
+    assert target.metadata["model"] == "demo"
+    assert (target.lm.n_layers, target.site.width) == (2, 256)
 
 
 def test_the_longest_context_of_the_model_is_welcome(root):
-    assert tiny_subject(root, context_length=32).train.rows(0, 1).shape == (1, 32)
+    assert tiny_target(root, context_length=32).train.rows(0, 1).shape == (1, 32)
 
 
 @pytest.mark.parametrize(
@@ -154,48 +117,48 @@ def test_constants_out_of_range_are_refused_by_their_flag(change, flag):
 
 
 def test_losses_are_those_of_the_model_and_of_token_frequencies(root):
-    subject = tiny_subject(root)
-    ids = torch.from_numpy(subject.held_out.rows(0, subject.held_out.n_rows))
+    target = tiny_target(root)
+    ids = torch.from_numpy(target.held_out.rows(0, target.held_out.n_rows))
     with torch.no_grad():
-        log_p = torch.log_softmax(subject.lm.model(ids).logits.double(), dim=2)
+        log_p = torch.log_softmax(target.lm.model(ids).logits.double(), dim=2)
     of_model = -log_p[:, :-1].gather(2, ids[:, 1:, None]).mean().item()
-    counts = Counter(np.asarray(subject.corpus.tokens).tolist())
+    counts = Counter(np.asarray(target.corpus.tokens).tolist())
     n = sum(counts.values()) + VOCAB
     predicted = ids[:, 1:].flatten().tolist()
     unigram = -sum(math.log((counts[i] + 1) / n) for i in predicted) / len(predicted)
-    assert losses(subject) == pytest.approx((of_model, unigram), rel=1e-5)
+    assert losses(target) == pytest.approx((of_model, unigram), rel=1e-5)
 
 
 def test_losses_are_of_a_sample_and_frequencies_of_the_first_tokens(root, monkeypatch):
-    subject = tiny_subject(root)
-    monkeypatch.setattr(target, "SANITY_TOKENS", 2 * CONTEXT + 1)  # 3 rows
-    monkeypatch.setattr(target, "UNIGRAM_TOKENS", 4)
-    ids = subject.held_out.rows(0, 3)[:, 1:].ravel().tolist()
-    counts = Counter(np.asarray(subject.corpus.tokens[:4]).tolist())
+    target = tiny_target(root)
+    monkeypatch.setattr(target_module, "SANITY_TOKENS", 2 * CONTEXT + 1)  # 3 rows
+    monkeypatch.setattr(target_module, "UNIGRAM_TOKENS", 4)
+    ids = target.held_out.rows(0, 3)[:, 1:].ravel().tolist()
+    counts = Counter(np.asarray(target.corpus.tokens[:4]).tolist())
     unigram = -sum(math.log((counts[i] + 1) / (4 + VOCAB)) for i in ids) / len(ids)
-    assert losses(subject)[1] == pytest.approx(unigram, rel=1e-5)
+    assert losses(target)[1] == pytest.approx(unigram, rel=1e-5)
 
 
 def test_a_model_worse_than_token_frequencies_is_warned_of_and_a_good_one_is_not(root):
-    random, learned = tiny_subject(root), demo_subject(root)
-    for subject, warned in ((random, True), (learned, False)):
-        of_model, unigram = losses(subject)
+    random, learned = tiny_target(root), demo_target(root)
+    for target, warned in ((random, True), (learned, False)):
+        of_model, unigram = losses(target)
         assert (of_model > unigram) is warned
-        line = subject.introduction().splitlines()[1]
+        line = target.introduction().splitlines()[1]
         assert f"{of_model:.3f} nats" in line
         assert f"{unigram:.3f}" in line
         assert ("WARNING: wrong tokenizer, or wrong weights?" in line) is warned
 
 
 def test_the_introduction_counts_documents_tokens_and_what_is_held_out(root):
-    subject = tiny_subject(root)
-    line = subject.introduction().splitlines()[0]
-    n_tokens, n_out = len(subject.corpus.tokens), len(subject.held_out.documents)
+    target = tiny_target(root)
+    line = target.introduction().splitlines()[0]
+    n_tokens, n_out = len(target.corpus.tokens), len(target.held_out.documents)
     assert f"300 documents, {n_tokens:,} tokens; {n_out} documents held out" in line
 
 
 def test_a_wrong_tokenizer_shows_as_a_loss_worse_than_token_frequencies(root):
-    of_model, unigram = losses(demo_subject(root, tokenizer="bytes"))
+    of_model, unigram = losses(demo_target(root, tokenizer="bytes"))
     assert of_model > unigram
 
 
@@ -227,15 +190,15 @@ def test_the_default_folder_has_a_name_to_recognise():
 
 
 def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
-    write_texts(tmp_path / "t.parquet", texts(40, seed=1))
-    tiny_subject(root)  # writes the model
+    write_parquet(tmp_path / "t.parquet", texts(40, seed=1))
+    tiny_target(root)  # writes the model
     shutil.copytree(root / "gpt2", tmp_path / "model")
     model = replace(MODEL, model=str(tmp_path / "model"))
     text = replace(TEXT, dataset=str(tmp_path / "t.parquet"))
     before = default_folder(model, text, CPU)
     assert stamps(model, text).keys() == {"model_files", "dataset_files"}
     assert default_folder(model, text, CPU) == before
-    write_texts(tmp_path / "t.parquet", texts(40, seed=2))
+    write_parquet(tmp_path / "t.parquet", texts(40, seed=2))
     after = default_folder(model, text, CPU)
     assert after != before
     weights = tmp_path / "model" / "model.safetensors"
@@ -244,25 +207,13 @@ def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
     assert stamps(MODEL, TEXT) == {}  # of the hub: their revisions count
 
 
-def test_a_saved_autoencoder_names_the_flags_that_find_its_subject(root, monkeypatch):
-    subject = tiny_subject(root, layer=2, packing="documents")
-    loaded = lambda metadata: SimpleNamespace(metadata=metadata)  # noqa: E731
-    monkeypatch.setattr(target, "load_sae", loaded)
-    flags = flags_of(subject.provenance | {"n_eval_tokens": 77})
+def test_a_saved_autoencoder_names_the_flags_that_find_its_target(root, monkeypatch):
+    target = tiny_target(root, layer=2, packing="documents")
+    loaded = lambda known: SimpleNamespace(metadata=known)  # noqa: E731
+    monkeypatch.setattr(target_module, "load_sae", loaded)
+    flags = flags_of(target.provenance | {"n_eval_tokens": 77})
     names = {f.name for choice in (ModelChoice, TextChoice) for f in fields(choice)}
     assert flags.keys() == names | {"n_eval_tokens"}
     assert (flags["layer"], flags["packing"], flags["n_eval_tokens"]) == (2, "documents", 77)
     foreign = {"model": "gpt2", "layer": 3, "hook_name": "x"}
     assert flags_of(foreign) == {"model": "gpt2", "layer": 3}
-
-
-def test_a_folder_of_another_text_is_refused(root, tmp_path):
-    other = write_texts(tmp_path / "other.parquet", texts(40, seed=1))
-    model = replace(MODEL, model=str(root / "gpt2"), layer=1)
-    text = replace(TEXT, dataset=other, context_length=CONTEXT, held_out=0.2)
-    tiny_subject(root)  # writes the model
-    open_subject = target.open_subject
-    open_subject(model, text, str(tmp_path / "folder"), device=torch.device("cpu"))
-    changed = replace(text, dataset=write_texts(tmp_path / "third.parquet", texts(41, seed=2)))
-    with pytest.raises(UserError, match=r"holds a corpus with dataset"):
-        open_subject(model, changed, str(tmp_path / "folder"), device=torch.device("cpu"))

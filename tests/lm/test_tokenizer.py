@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from builders.models import byte_level_bpe, save_tokenizer, small_gpt2
+from builders.models import Bomb, byte_level_bpe, save_tokenizer, small_gpt2
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.tokenizer import PROBE, Tokenizer, load_tokenizer, read_meta_pickle
@@ -17,8 +17,7 @@ TEXT = "def f(x):\n\treturn naïve — <|endoftext|>  你好\x00\u00ad\u2028"
 
 @pytest.fixture
 def gpt2_like(tmp_path) -> str:
-    return save_tokenizer(tmp_path / "tok", byte_level_bpe(special=["<|endoftext|>"]),
-                eos_token="<|endoftext|>", bos_token="<|endoftext|>")  # fmt: skip
+    return save_tokenizer(tmp_path / "tok", byte_level_bpe(special=["<|endoftext|>"]))
 
 
 def joined(tokenizer: Tokenizer, text: str) -> str:
@@ -121,7 +120,7 @@ def test_special_ids_beyond_the_models_do_no_harm(tmp_path):
     bpe = byte_level_bpe(special=["<|endoftext|>"])
     n_ids = bpe.get_vocab_size()
     bpe.add_special_tokens(["<image>"])
-    folder = save_tokenizer(tmp_path / "tok", bpe, eos_token="<|endoftext|>")
+    folder = save_tokenizer(tmp_path / "tok", bpe)
     assert load_tokenizer(folder, vocab_size=n_ids).special_ids == {0}
     assert load_tokenizer(folder, vocab_size=n_ids + 1).special_ids == {0, n_ids}
 
@@ -243,14 +242,6 @@ def test_a_choice_that_is_a_missing_file_is_not_sought_on_the_hub():
     for choice in ("./nothing", "vocab.json", "/nothing/here"):
         with pytest.raises(UserError, match=f"no tokenizer {choice}: choose gpt2, bytes"):
             load_tokenizer("x", choice=choice, vocab_size=9)
-
-
-class Bomb:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_bomb_never_runs(tmp_path):

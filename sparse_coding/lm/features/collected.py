@@ -6,7 +6,7 @@
     data = replace(collector.result(), nearest=nearest_features(W_dec))
 
 One pass over the text; memory does not grow with it. Nothing depends on how the rows were cut into
-batches. `feature_page` shows the result.
+batches. page.py shows the result.
 """
 
 from collections.abc import Callable
@@ -55,11 +55,6 @@ class FeatureData:
     nearest: Ranked | None = None  # features, by cosine similarity of decoder rows
     promoted: Ranked | None = None  # tokens and their logits
     suppressed: Ranked | None = None
-
-    @property
-    def density(self) -> np.ndarray:
-        """(n_dict,) fraction of the tokens on which the feature is active."""
-        return self.n_active / max(self.n_tokens, 1)
 
 
 class _Best:
@@ -174,8 +169,8 @@ class FeatureCollector:
         position = position[:, None] + self.offsets
         inside = (position >= 0) & (position < self.length)
         index = (row[:, None], position.clip(0, self.length - 1), feature[:, None])
-        found = codes[tuple(torch.from_numpy(i).to(codes.device) for i in index)]
-        return found.float().cpu().numpy() * inside
+        around = codes[tuple(torch.from_numpy(i).to(codes.device) for i in index)]
+        return around.float().cpu().numpy() * inside
 
     def _prune(self) -> np.ndarray:
         """Forgets the rows without a context; returns the others' numbers, ascending."""
@@ -185,7 +180,7 @@ class FeatureCollector:
         return needed
 
     def result(self) -> FeatureData:
-        """What was found. `nearest`, `promoted` and `suppressed` are left to the caller."""
+        """Of all that was added. `nearest`, `promoted` and `suppressed` are left to the caller."""
         rows = self._prune()
         top, drawn = self.top, self.sampled
         pair = drawn.feature * max(self.n_rows, 1) + drawn.token // self.length

@@ -15,9 +15,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sparse_coding.config import require
+from sparse_coding.figures.report import environment
 from sparse_coding.files import write_atomic
 from sparse_coding.lm.features.collected import FeatureData
 
@@ -39,7 +39,7 @@ def write_feature_page(
     *,
     token_texts: list[str],
     title: str,
-    facts: dict[str, object],
+    facts: dict[str, str | float],
 ) -> None:
     """Writes the page atomically.
 
@@ -48,8 +48,8 @@ def write_feature_page(
     Raises:
         UserError: a token of the data has no text.
     """
-    template = _environment().get_template("page_template.html")
-    html = template.render(
+    templates = environment(Path(__file__).parent, short=_short, grouped=_grouped)
+    html = templates.get_template("page_template.html").render(
         title=title,
         facts=facts,
         n_dict=len(data.n_active),
@@ -106,6 +106,7 @@ def _payload(data: FeatureData, token_texts: list[str]) -> bytes:
 
 
 def _arrays(data: FeatureData) -> dict[str, np.ndarray]:
+    """All numbers of the page, by the names that its script has for them."""
     arrays = {
         "n_active": _compact(data.n_active),
         "max": data.max_activation.astype("<f4"),
@@ -155,7 +156,7 @@ def _texts(arrays: dict[str, np.ndarray], token_texts: list[str]) -> list[str]:
     return texts
 
 
-def _short(value: object) -> str:
+def _short(value: str | float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
 
@@ -165,16 +166,3 @@ def _grouped(number: int) -> str:
     '60\u202f000'
     """
     return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(short=_short, grouped=_grouped)
-    return environment

@@ -43,14 +43,14 @@ def collect(tokens: Tensor, codes: Tensor, *, cuts: tuple[int, ...] = (), **opti
 
 def arrays_of(data: FeatureData) -> dict[str, np.ndarray]:
     """Every array by a name, for comparisons."""
-    found = {}
+    arrays = {}
     for field in dataclasses.fields(data):
         value = getattr(data, field.name)
         if isinstance(value, Contexts):
-            found |= {f"{field.name}.{name}": array for name, array in value._asdict().items()}
+            arrays |= {f"{field.name}.{name}": array for name, array in value._asdict().items()}
         elif value is not None:
-            found[field.name] = np.asarray(value)
-    return found
+            arrays[field.name] = np.asarray(value)
+    return arrays
 
 
 def places(contexts: Contexts, data: FeatureData, feature: int, tokens: Tensor) -> list[tuple]:
@@ -67,7 +67,7 @@ def test_counts_and_maxima_equal_a_naive_computation():
     assert data.n_tokens == N_ROWS * LENGTH
     assert data.n_active.tolist() == (codes > 0).sum(dim=(0, 1)).tolist()
     assert data.max_activation.tolist() == codes.amax(dim=(0, 1)).tolist()
-    assert data.density[DENSE] == (LENGTH - 1) / LENGTH
+    assert data.n_active[DENSE] / data.n_tokens == (LENGTH - 1) / LENGTH
     assert data.n_active[DEAD] == data.max_activation[DEAD] == 0
 
 
@@ -75,7 +75,8 @@ def test_tokens_that_do_not_count_are_left_out_of_the_density():
     tokens, codes = make_text()
     collector = FeatureCollector(N_DICT, LENGTH, **OPTIONS)
     collector.add(tokens, codes, torch.arange(LENGTH).expand(N_ROWS, -1) > 0)
-    assert collector.result().density[DENSE] == 1
+    data = collector.result()
+    assert data.n_active[DENSE] == data.n_tokens
 
 
 def test_the_histogram_counts_every_code_in_its_bin():
