@@ -38,12 +38,14 @@ TINY = (
 ).split()
 SMALL_MEMORY = ("--max-memory-gb", "0.0007")  # two or more groups of cells per seed
 # figures take most of a tiny run: smaller here, and left out by most runs
+TRAINING = "sparse_coding.sae.ensemble.Ensemble.steps_"  # a call takes up to 16 steps
+N_CALLS = N_STEPS // 20 * 2  # of it per seed, as records are 20 steps apart
 COARSE = {"sparse_coding.figures.heatmap.DPI": 20}
 # a checkpoint every few steps, no figures
 OFTEN = {
     "sparse_coding.toy.replication.FIGURES": [],
-    "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.01,
-    "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1.0,
+    "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.0,
+    "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1e9,
 }
 HEADER = (
     "seed,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,mmcs_with_larger,"
@@ -84,12 +86,6 @@ def assert_same_numbers(folder: Path, finished: Path, *, figures: bool = False) 
         ours = {name: ours[name] for name in ours if not name.startswith("figures/")}
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
-
-
-def in_training(folder: Path):
-    """Whether the run in that folder has logged, so that it is inside its training loop."""
-    metrics = folder / "metrics.jsonl"
-    return lambda: metrics.exists() and metrics.stat().st_size > 0
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -202,13 +198,14 @@ def test_a_disk_that_fills_up_while_training_is_one_line_and_the_same_command_go
 ):
     folder, filler = tmp_path / "disk/run", tmp_path / "disk/filler"
     with mounted_tmpfs(tmp_path / "disk", "size=80m"):
-        process = toy_server.start(*TINY, "--output-dir", folder, patch=OFTEN)
-        process.wait_until(lambda: any(folder.glob("checkpoints/*/step-*.safetensors")))
-        process.signal(signal.SIGSTOP)
+        process = toy_server.start(
+            *TINY, "--output-dir", folder, patch=OFTEN, pause_at=(TRAINING, 5)
+        )
+        process.wait_until_paused()
         with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while file.write(bytes(4096)):
                 pass
-        process.signal(signal.SIGCONT)
+        process.resume()
         done = process.wait()
         assert list(folder.rglob("*.tmp")) == []
         assert not (folder / "DONE").exists()
@@ -279,10 +276,9 @@ def test_auto_is_quick_without_cuda_and_the_first_line_says_so_and_where_the_pri
     toy_server: Server, tmp_path: Path
 ):
     process = toy_server.start("--wandb-mode", "disabled", cwd=tmp_path)
-    out = Path(process.job["stdout"])
-    process.wait_until(lambda: out.exists() and "results go to" in out.read_text())
-    process.signal(signal.SIGKILL)
-    first_line = process.wait().out.splitlines()[0]
+    process.wait_until(lambda: "results go to" in process.out())
+    process.kill()
+    first_line = process.out().splitlines()[0]
     assert re.match(r"quick: 102 SAEs .*--preset full: 153 SAEs.* README.md", first_line)
     assert next((tmp_path / "outputs").iterdir()).name.startswith("replicate_toy_models-quick-")
 
@@ -517,19 +513,15 @@ def test_runs_killed_at_random_moments_end_with_the_same_bits_and_leave_no_litte
     finished: Path, toy_server: Server, tmp_path: Path
 ):
     rng, folder = random.Random(0), tmp_path / "run"
-    flags, killed_in_training = [*TINY, *SMALL_MEMORY, "--output-dir", folder], 0
-    for _ in range(10):
-        series = folder / "metrics.jsonl"
-        seen = series.stat().st_size if series.exists() else 0
-        process = toy_server.start(*flags, patch=OFTEN)
-        if rng.random() < 0.8:  # else anywhere, start-up included
-            process.wait_until(lambda size=seen: _size(folder) != size or _done(folder))
+    flags = [*TINY, *SMALL_MEMORY, "--output-dir", folder]
+    for call in (2, 30, 5, 9, 40, 3):  # of this start: in the first group, or in a later one
+        process = toy_server.start(*flags, patch=OFTEN, pause_at=(TRAINING, call))
+        process.wait_until_paused()
+        process.kill()
+        assert any(folder.glob("checkpoints/*/step-*"))
+    for _ in range(4):  # anywhere, start-up included
         with contextlib.suppress(pytest.fail.Exception):
-            process.wait(rng.uniform(0, 0.15))  # kills it
-        if _done(folder):
-            break
-        killed_in_training += any(folder.glob("checkpoints/*/step-*"))
-    assert killed_in_training >= 3
+            toy_server.start(*flags, patch=OFTEN).wait(rng.uniform(0, 0.3))  # kills it
     last = toy_server.run(*flags, patch=OFTEN)
     assert last.code == 0, last.err
     assert last.err_lines == []
@@ -539,15 +531,6 @@ def test_runs_killed_at_random_moments_end_with_the_same_bits_and_leave_no_litte
     litter = [p.name for p in folder.rglob("*") if p.name.endswith(".tmp")]
     assert litter == []
     assert not (folder / "checkpoints").exists()
-
-
-def _size(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.stat().st_size if metrics.exists() else 0
-
-
-def _done(folder: Path) -> bool:
-    return (folder / "DONE").exists()
 
 
 def test_a_kill_while_the_very_first_file_is_written_does_not_lock_the_folder_up(
@@ -563,10 +546,11 @@ def test_a_kill_while_the_very_first_file_is_written_does_not_lock_the_folder_up
 
 def interrupted(toy_server: Server, folder: Path, signum: int) -> Done:
     """A run in the folder, stopped by the signal in its second seed, two checkpoints written."""
-    process = toy_server.start(*TINY, "--output-dir", folder, patch=OFTEN)
-    process.wait_until(lambda: len(list(folder.glob("checkpoints/*/step-*.safetensors"))) == 2)
-    process.wait_until(in_training(folder))
+    point = (TRAINING, N_CALLS + 10)
+    process = toy_server.start(*TINY, "--output-dir", folder, patch=OFTEN, pause_at=point)
+    process.wait_until_paused()
     process.signal(signum)
+    process.resume()
     return process.wait()
 
 
@@ -588,17 +572,17 @@ def test_a_signal_while_training_saves_and_says_how_to_go_on(
     assert_same_numbers(folder, finished)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
 def test_a_signal_before_training_leaves_a_folder_that_the_same_command_finishes(
-    signum: int, toy_server: Server, tmp_path: Path
+    signum: int, code: int, toy_server: Server, tmp_path: Path
 ):
     flags = [*TINY, "--n-steps", "1", "--output-dir", tmp_path / "run"]
-    process = toy_server.start(*flags)
-    process.wait_until((tmp_path / "run").exists)
+    process = toy_server.start(*flags, pause_at=("sparse_coding.sweep.training.groups_to_train", 1))
+    process.wait_until_paused()
     process.signal(signum)
+    process.resume()
     done = process.wait()
-    # so short a run may also be over before the signal arrives
-    assert done.code in (128 + signum, -signum) or (tmp_path / "run/DONE").exists(), done.err
+    assert done.code == code, done.err
     assert "Traceback" not in done.err
     assert len(done.err_lines) <= 1
     assert toy_server.run(*flags).code == 0
@@ -629,12 +613,11 @@ def test_a_second_process_in_the_folder_is_refused_and_harms_nothing(
     finished: Path, toy_server: Server, tmp_path: Path
 ):
     flags = [*TINY, "--output-dir", "run"]
-    first = toy_server.start(*flags, cwd=tmp_path)
-    first.wait_until(in_training(tmp_path / "run"))
-    os.kill(first.pid, signal.SIGSTOP)  # so that it is surely still there
+    first = toy_server.start(*flags, cwd=tmp_path, pause_at=(TRAINING, 3))
+    first.wait_until_paused()
     second = toy_server.run(*flags, cwd=tmp_path)
     fresh = toy_server.run(*flags, "--fresh", cwd=tmp_path)
-    os.kill(first.pid, signal.SIGCONT)
+    first.resume()
     done = first.wait()
     assert_refused(second, "another process", "run")
     assert_refused(fresh, "another process", "run")
@@ -647,11 +630,10 @@ def test_the_merging_command_is_refused_while_a_shard_is_running(
     toy_server: Server, tmp_path: Path
 ):
     flags = [*TINY, "--output-dir", "run"]
-    shard = toy_server.start(*flags, "--shard", "1/2", cwd=tmp_path)
-    shard.wait_until(lambda: list((tmp_path / "run").glob("metrics-shard*.jsonl")))
-    os.kill(shard.pid, signal.SIGSTOP)
+    shard = toy_server.start(*flags, "--shard", "1/2", cwd=tmp_path, pause_at=(TRAINING, 3))
+    shard.wait_until_paused()
     merging = toy_server.run(*flags, cwd=tmp_path)
-    os.kill(shard.pid, signal.SIGCONT)
+    shard.resume()
     assert_refused(merging, "another process", "run")
     assert shard.wait().code == 0
 
