@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
-from sparse_coding.files import read_csv, require_free_disk
+from sparse_coding.files import read_csv
 from sparse_coding.sae.saved import load_sae
-from sparse_coding.sweep.grid import Cell, Shard, check_grid, find_shard, make_grid, plan_groups
-from sparse_coding.sweep.hardware import describe, memory_budget, pick_device, set_precision
+from sparse_coding.sweep.grid import Cell, Shard, check_grid, find_shard, make_grid
+from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.run_folder import locked
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy import replication
@@ -115,10 +115,7 @@ def main(argv: list[str]) -> int:
         suffix=shard.suffix,
     )
     folder = planned.folder
-    # what can't fit is refused before anything is written or deleted
-    if cfg.fresh or not planned.exists:
-        plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
-        require_free_disk(folder, recipe.disk([cell.n_dict for cell in cells]))
+    planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     planned.open(cells, fresh=cfg.fresh)
     with locked(folder, shard.suffix):
         if planned.done:

@@ -22,15 +22,15 @@ from typing import Literal
 import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
-from sparse_coding.files import read_csv, require_free_disk
+from sparse_coding.files import read_csv
 from sparse_coding.lm import show
 from sparse_coding.lm.activations import Harvester
 from sparse_coding.lm.evaluation import HeldOut
 from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, with_activations
 from sparse_coding.lm.target import ModelChoice, Target, TextChoice, flags_of, open_target, stamps
 from sparse_coding.sae.saved import load_sae
-from sparse_coding.sweep.grid import Cell, Shard, find_shard, plan_groups
-from sparse_coding.sweep.hardware import describe, memory_budget, pick_device, set_precision
+from sparse_coding.sweep.grid import Cell, Shard, find_shard
+from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.run_folder import locked
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 
@@ -45,7 +45,7 @@ class Config:
     preset: Literal["auto", "demo", "full"] = "auto"
 
     # the model: hub id, local folder, nanoGPT's ckpt.pt, or demo. Known to work: gpt2,
-    # EleutherAI/pythia-14m -70m -160m, roneneldan/TinyStories-1M -33M; families in the README
+    # EleutherAI/pythia-14m -70m -160m, roneneldan/TinyStories-1M -33M; families in docs/language_models.md
     model: str = "openai-community/gpt2"
     model_revision: str = ""  # commit, tag or branch of a hub id
     tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, or a file or folder with one
@@ -146,9 +146,8 @@ def main(argv: list[str]) -> int:
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     target, recipe = open_target_of(cfg, device)
     cells = pick(Grid, cfg).cells(target.site.width)
-    if cfg.fresh or not planned.exists:  # refused before the harvest, or a deletion
-        plan_groups(cells, memory_budget(cfg.max_memory_gb, device), recipe.memory)
-        require_free_disk(planned.folder, recipe.disk([cell.n_dict for cell in cells]))
+    # what can never fit is refused before the harvest
+    planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     planned.open(cells, fresh=cfg.fresh)
     with locked(planned.folder, shard.suffix):
         options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)

@@ -20,7 +20,7 @@ from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sae.spec import Schedule
 from sparse_coding.sweep.grid import Cell, check_grid, l1_divisor, make_grid, specs_of
 from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched, reconstruction
-from sparse_coding.sweep.run_folder import merged_rows, missing_cells, sae_folder
+from sparse_coding.sweep.run_folder import merged_rows, missing_cells, run_folder_bytes, sae_folder
 from sparse_coding.sweep.training import Task
 
 COLUMNS = (
@@ -177,11 +177,6 @@ class LanguageRecipe:
         ensemble = ensemble_bytes(n_dicts, self.width, o.batch_size, self.device)
         return ensemble + rows + one_evaluated + saved
 
-    def disk(self, n_dicts: list[int]) -> int:
-        """Bytes of a run folder at its largest: autoencoders and three checkpoints (one half
-        written), each with Adam's two moments beside every parameter."""
-        return sum(4 * (2 * n * self.width + n + self.width) * (1 + 3 * 3) for n in n_dicts)
-
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one seed, the batches they train on and their evaluation."""
         o, seed, scale = self.optimisation, group[0].seed, self.statistics.scale
@@ -272,7 +267,7 @@ def with_activations(
         target.folder,
         target.metadata,
         max_bytes=max_bytes,
-        reserve=recipe.disk([cell.n_dict for cell in missing]),
+        reserve=run_folder_bytes([cell.n_dict for cell in missing], recipe.width),
     )
     return replace(recipe, chunks=chunks)
 

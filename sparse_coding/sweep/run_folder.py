@@ -238,6 +238,12 @@ def git_state(root: Path = Path(__file__).parents[2]) -> dict:
     }
 
 
+def run_folder_bytes(n_dicts: list[int], width: int) -> int:
+    """Bytes of a run folder at its largest: autoencoders of these sizes and three checkpoints (one
+    half written), each with Adam's two moments beside every parameter."""
+    return sum(4 * (2 * n * width + n + width) * (1 + 3 * 3) for n in n_dicts)
+
+
 def row_path(cell: Cell) -> str:
     """Where the row of a cell is, below the run folder: the cell is done when it is there."""
     return f"cells/{cell.name}.json"

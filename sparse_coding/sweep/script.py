@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_coding.config import fingerprint, require_flag
-from sparse_coding.files import write_csv
-from sparse_coding.sweep.grid import Cell, Shard, split_by_cost
+from sparse_coding.files import require_free_disk, write_csv
+from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost
 from sparse_coding.sweep.hardware import memory_budget
 from sparse_coding.sweep.run_folder import (
     close_run_folder,
@@ -17,6 +17,7 @@ from sparse_coding.sweep.run_folder import (
     missing_cells,
     open_run_folder,
     provenance,
+    run_folder_bytes,
 )
 from sparse_coding.sweep.tracking import Tracker
 from sparse_coding.sweep.training import Recipe, train_missing_cells
@@ -68,6 +69,16 @@ class PlannedRun:
         open_run_folder(
             self.folder, constants=constants, origin=origin, fresh=fresh, complete=complete
         )
+
+    def require_room(
+        self, recipe: Recipe, cells: list[Cell], *, fresh: bool, max_memory_gb: float
+    ) -> None:
+        """Refuses what can't fit into memory or onto the disk, before anything is written or
+        deleted. Raises UserError."""
+        if fresh or not self.exists:
+            plan_groups(cells, memory_budget(max_memory_gb, recipe.device), recipe.memory)
+            n_dicts = [cell.n_dict for cell in cells]
+            require_free_disk(self.folder, run_folder_bytes(n_dicts, recipe.width))
 
     def tracker(self, mode: str, config: dict, shard: Shard) -> Tracker:
         """What writes the shard's time series. config: all constants, for W&B."""

@@ -54,11 +54,13 @@ class Recipe(Protocol):
     """What a script brings to the training of its cells.
 
     device: that they are trained on
+    width: of the activations
     n_steps: of every cell
     headline: (key of Task.measure, max or min) whose best value the progress bar shows
     """
 
     device: torch.device
+    width: int
     n_steps: int
     headline: tuple[str, Callable]
 

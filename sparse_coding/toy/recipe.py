@@ -54,17 +54,16 @@ class ToyRecipe:
         require_flag(self, "n_steps", self.n_steps >= 1, "at least 1")
         require_flag(self, "lr", 0 < self.lr < float("inf"), "above 0 and finite")
 
+    @property
+    def width(self) -> int:
+        """activation_dim."""
+        return self.data.activation_dim
+
     def memory(self, n_dicts: list[int]) -> int:
         """Bytes of the world and of an ensemble of these widths."""
         world = 3 * 8 * self.data.n_true_features**2  # A, Σ and one more while they are made
         batch_size = max(self.data.batch_size, EVALUATION["batch_size"])
-        return world + ensemble_bytes(n_dicts, self.data.activation_dim, batch_size, self.device)
-
-    def disk(self, n_dicts: list[int]) -> int:
-        """Bytes of a run folder at its largest: dictionaries and three checkpoints (one half
-        written), each with Adam's two moments beside every parameter."""
-        parameters = sum(2 * n * self.data.activation_dim + n for n in n_dicts)
-        return 4 * parameters * (1 + 3 * 3)
+        return world + ensemble_bytes(n_dicts, self.width, batch_size, self.device)
 
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one seed with the stream they train on and their evaluation."""
@@ -75,7 +74,7 @@ class ToyRecipe:
         )
         ensemble = Ensemble(
             specs_of(group, self.l1_normalisation, tied=False),
-            self.data.activation_dim,
+            self.width,
             lr=self.lr,
             device=self.device,
         )

@@ -82,7 +82,7 @@ def test_numbers_that_differ_from_dense_ones_are_not_measured(script, monkeypatc
             super().steps_(-xs, **options)
 
     monkeypatch.setattr(script.gpu, "GpuEngine", Off)
-    monkeypatch.setattr(script, "about", lambda *arguments: None)
+    monkeypatch.setattr(script, "print_conditions", lambda *arguments: None)
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
     assert script.main(flags) == 1
     assert "DISAGREE" in capsys.readouterr().out

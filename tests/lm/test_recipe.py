@@ -31,7 +31,7 @@ from sparse_coding.sae.ensemble import ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sae.spec import Schedule
 from sparse_coding.sweep.grid import make_grid
-from sparse_coding.sweep.run_folder import row_path
+from sparse_coding.sweep.run_folder import row_path, run_folder_bytes
 from sparse_coding.sweep.training import Task
 
 WIDTH = 40
@@ -430,7 +430,7 @@ def test_the_disk_plan_covers_autoencoders_and_three_checkpoints(recipe, tmp_pat
     checkpoint = sum(t.numel() * t.element_size() for t in task.ensemble.state().values())
     saes = sum(p.stat().st_size for p in tmp_path.rglob("sae_weights.safetensors"))
     headers = 1000 * len(group)
-    planned = recipe.disk([cell.n_dict for cell in group])
+    planned = run_folder_bytes([cell.n_dict for cell in group], recipe.width)
     assert saes - headers + 3 * checkpoint <= planned * 1.01
     assert planned < 1.3 * (saes + 3 * checkpoint)
 
