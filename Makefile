@@ -1,6 +1,7 @@
 # make replicate    installs into .venv, then draws the toy figures (minutes on a CPU)
 # make demo         installs into .venv, then trains autoencoders on a small language model
-# make test         installs into .venv, then runs the tests
+# make test         installs into .venv, then runs the tests that take minutes at most
+# make test-all     runs all of them: the schedules of faults of rented machines, older Tritons
 # make test-peers   installs SAELens and dictionary_learning beside it, loads our files with them
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PY = .venv/bin/python
 PASSIVE = OMP_WAIT_POLICY=PASSIVE
 QUIET = OMP_NUM_THREADS=1 $(PASSIVE)
 
-.PHONY: replicate demo test test-peers lint
+.PHONY: replicate demo test test-all test-peers lint
 
 replicate: .venv/installed
 	$(PASSIVE) $(PY) replicate_toy_models.py $(ARGS)
@@ -19,6 +20,9 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	$(QUIET) $(PY) -m pytest $(ARGS)
+
+test-all: .venv/installed-tests
+	$(QUIET) $(PY) -m pytest --long $(ARGS)
 
 test-peers: .venv-peers/installed
 	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers.py $(ARGS)

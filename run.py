@@ -44,8 +44,8 @@ class Config:
     # auto: full on CUDA or with --model, else demo (a small model of ours on the Python library)
     preset: Literal["auto", "demo", "full"] = "auto"
 
-    # the model: hub id, local folder, nanoGPT's ckpt.pt, or demo. Known to work: gpt2,
-    # EleutherAI/pythia-14m -70m -160m, roneneldan/TinyStories-1M -33M; families in docs/language_models.md
+    # the model: hub id (EleutherAI/pythia-70m, roneneldan/TinyStories-33M, ...), local folder,
+    # nanoGPT's ckpt.pt, or demo; of ten families, see docs/language_models.md
     model: str = "openai-community/gpt2"
     model_revision: str = ""  # commit, tag or branch of a hub id
     tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, or a file or folder with one
