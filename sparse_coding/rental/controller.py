@@ -211,10 +211,10 @@ class Controller:
         self.ledger.save(self.record)
 
     def give_up(self, why: RentalError) -> None:
-        """Ends the machine, and avoids it if it was at fault."""
+        """Ends the machine, if one came of the order, and avoids it if it was at fault."""
         attempt = self.record.attempts[-1]
         self.say(f"gives up {f'instance {attempt.id}' if attempt.id else 'its order'}: {why}")
-        if not isinstance(why, Outbid):
+        if attempt.id is not None and not isinstance(why, Outbid):
             self.record.avoid.append(attempt.machine_id)
         if self.remote is not None:
             self.remote.config.unlink(missing_ok=True)

@@ -354,7 +354,7 @@ class Market:
 
     def attach_key(self, id: int, public_key: str) -> None:
         """Lets the ssh key into a running instance."""
-        self._ask("ssh", lambda: self.sdk.attach_ssh(id, public_key))
+        self._ask("ssh", lambda: _dict(self.sdk.attach_ssh(id, public_key)))
 
     # --- how it is asked ---
 

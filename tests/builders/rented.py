@@ -211,9 +211,10 @@ def watched_commands(seen: set[str]) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(0.1):
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
+            for name in filter(str.isdigit, os.listdir("/proc")):
                 with contextlib.suppress(OSError):
-                    seen.add(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                    line = Path("/proc", name, "cmdline").read_bytes()
+                    seen.add(line.replace(b"\0", b" ").decode(errors="replace"))
 
     thread = threading.Thread(target=watch)
     thread.start()

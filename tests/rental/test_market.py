@@ -137,6 +137,13 @@ def test_a_destroy_is_repeated_until_it_is_taken_and_twice_is_no_error(lab, mark
     market.destroy(4711)
 
 
+def test_an_odd_answer_does_not_mean_that_the_ssh_key_is_attached(lab, market):
+    number = buy(market)
+    lab.fault(path="/ssh/", action="null", first=2)
+    market.attach_key(number, "ssh-ed25519 AAAA us")
+    assert lab.market.contracts[number].keys == ["ssh-ed25519 AAAA us"]
+
+
 def test_a_key_that_is_refused_does_not_mean_that_instances_are_gone(lab, market):
     number = buy(market)
     market.sdk.client.api_key = "wrong"

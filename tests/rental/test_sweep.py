@@ -104,6 +104,7 @@ def test_a_lost_answer_to_an_order_buys_nothing_twice(user, action):
     done = user.sweep(instances=1)
     assert_whole(user, done, machines=1)
     assert ("answer to the order was lost; it is instance" in done.out) == action.startswith("act+")
+    assert user.records()[0]["avoid"] == []
 
 
 @long

@@ -175,8 +175,9 @@ def test_rules_choose_requests_by_number_caller_and_chance(api, which, expected)
 
 
 CALLER = """
-import sys
+import signal, sys
 from vastai import VastAI
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 vast = VastAI(api_key=sys.argv[2], server_url=sys.argv[1], retry=1)
 try:
     vast.show_user()
@@ -324,9 +325,9 @@ wait
 def running(text: str) -> list[str]:
     """Command lines on this machine in which the text occurs."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            line = Path("/proc", name, "cmdline").read_text(errors="replace").replace("\0", " ")
         except OSError:
             continue
         if text in line:

@@ -135,8 +135,8 @@ def client_process(port: int) -> int | None:
         cells = line.split()
         if int(cells[1].rpartition(":")[2], 16) == port and cells[3] == "01":
             inodes.add(f"socket:[{cells[9]}]")
-    for folder in Path("/proc").glob("[0-9]*/fd"):
+    for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            if any(os.readlink(fd.path) in inodes for fd in os.scandir(folder)):
-                return int(folder.parent.name)
+            if any(os.readlink(fd.path) in inodes for fd in os.scandir(f"/proc/{name}/fd")):
+                return int(name)
     return None
