@@ -5,6 +5,8 @@ of them, for half an hour, with --long.
 """
 
 import contextlib
+import json
+import os
 import random
 import shutil
 import signal
@@ -97,7 +99,7 @@ def test_a_dry_run_says_the_price_and_buys_nothing(user):
 
 
 @pytest.mark.parametrize(
-    "action", some(["act+drop"], ["act+504", "act+hang", "act+short", "504", "drop"])
+    "action", some(["act+drop"], ["act+504", "act+hang", "act+short", "504", "drop", "410"])
 )
 def test_a_lost_answer_to_an_order_buys_nothing_twice(user, action):
     user.lab.fault(method="PUT", path="/asks/", action=action, nth=1)
@@ -280,6 +282,17 @@ def test_a_job_that_fails_is_reported_with_its_last_lines_and_not_tried_again(us
 
 
 @long
+def test_a_job_that_is_killed_there_is_started_again_on_the_same_machine(user):
+    process = user.start_sweep(instances=1, job=user.held())
+    user.until_running(process)
+    home = user.lab.home(user.lab.live()[0])
+    os.kill(json.loads((home / ".sae" / "status.json").read_text())["pid"], signal.SIGKILL)
+    user.let_go()
+    assert_whole(user, process.wait(), machines=1)
+    assert user.trained() == 6
+
+
+@long
 def test_a_time_that_is_up_saves_the_state_and_the_same_command_goes_on(user):
     flags = ["--max-hours", "0.006", "--pull-minutes", "1"]
     done = user.sweep(*flags, instances=1, job=user.held())
@@ -330,7 +343,9 @@ def test_killed_in_a_phase_the_same_command_goes_on_with_the_same_machine(user, 
     assert "done before" in user.sweep(instances=1).out
 
 
-@pytest.mark.parametrize("signum", some([signal.SIGKILL], [signal.SIGHUP, signal.SIGINT]))
+@pytest.mark.parametrize(
+    "signum", some([signal.SIGKILL], [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+)
 def test_while_the_job_runs_a_second_command_is_refused_and_a_killed_one_goes_on(user, signum):
     process = user.start_sweep(instances=1, job=user.held())
     user.until_running(process)
