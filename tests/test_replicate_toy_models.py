@@ -429,6 +429,7 @@ def test_shards_of_two_machines_merge_when_their_folders_are_copied_together(
     assert_same_numbers(tmp_path / "both", finished)
 
 
+@pytest.mark.long
 def test_torchrun_gives_the_single_runs_table(finished: Path, tmp_path: Path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = run_script([*torchrun, SCRIPT, *TINY, "--output-dir", "run"], cwd=tmp_path)

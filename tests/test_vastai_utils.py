@@ -41,7 +41,8 @@ def user(server, tmp_path):
 # --- the real script ---
 
 
-@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kernels", [False, True])
 def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(user, tmp_path, kernels):
     here = {}
     if not kernels:  # whose compilation on each machine takes most of this test

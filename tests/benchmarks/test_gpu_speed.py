@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparse_coding.sae.cpu import has_kernels, kernels_compile
+
 pytest.importorskip("triton", reason="Triton is for Linux only")
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
@@ -49,10 +51,14 @@ def test_what_a_step_needs_is_counted_by_what_fired_and_moved(script):
     assert flop == 2 * 32 * 32 * (192 + 4 * 8)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels")
 @pytest.mark.usefixtures("quick_interpreter")
 def test_a_tiny_run_measures_everything_and_writes_it(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "TILES", ({"list_f": 16},))
+    assert has_kernels()
+    assert kernels_compile()
+    capsys.readouterr()  # it may have been said that they are compiled
     say = script.Report(str(tmp_path / "results" / "speed.txt"))
     cfg = script.Config(**TINY)
     assert script.check(cfg, CPU, "float32", say)

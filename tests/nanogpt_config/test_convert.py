@@ -145,6 +145,7 @@ if not (out / "once").exists():
 """
 
 
+@pytest.mark.long
 def test_train_sh_prepares_trains_resumes_and_leaves_a_checkpoint_that_opens(tmp_path):
     """With a train.py that only notes how it is called: nanoGPT is not part of the project. Of the
     standard library one package is read: all of it would take 20 to 30 s more."""

@@ -357,6 +357,7 @@ print(hashlib.sha256(values.detach().numpy().tobytes()).hexdigest())
 """
 
 
+@pytest.mark.long
 def test_a_run_that_compiles_has_the_bits_of_those_that_load(tmp_path):
     """Two at once, of which one compiles, and one after them."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
