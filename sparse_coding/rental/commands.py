@@ -51,13 +51,13 @@ def doctor(cfg: Settings, command: list[str], root: Path) -> int:
 def search(cfg: Settings, command: list[str], root: Path) -> int:
     """Suitable offers, the cheapest first, with what they cost for --hours."""
     market, terms = open_market(cfg), terms_of(cfg)
-    found = market.offers(terms.query(), disk_gb=cfg.disk_gb, interruptible=cfg.interruptible)
-    found = [offer for offer in found if offer.rates.hourly <= terms.max_dph]
-    if not found:
+    offers = market.offers(terms.query(), disk_gb=cfg.disk_gb, interruptible=cfg.interruptible)
+    offers = [offer for offer in offers if offer.rates.hourly <= terms.max_dph]
+    if not offers:
         raise UserError(nearest_offers(market, terms))
     print(f"in all: {cfg.hours:g} h with {cfg.disk_gb:g} GB of disk, traffic of {cfg.image_gb:g} "
           f"GB down and {cfg.results_gb:g} GB up")  # fmt: skip
-    for offer in found[:20]:
+    for offer in offers[:20]:
         total = offer.rates.hourly * cfg.hours + terms.traffic(offer.rates)
         print(f"  ${total:.3f} in all: {offer}")
     return 0
@@ -216,14 +216,14 @@ def ssh(cfg: Settings, command: list[str], root: Path) -> int:
 def _reached(cfg: Settings, opened: Run) -> list[Controller]:
     """Those of --shard whose machines live, with ssh to them. Raises RentalError if one can't be
     reached, UserError if none lives."""
-    found = []
+    reached = []
     for shard in opened.shards:
         instances = opened.provisioner.instances(shard.record.shard)
         if cfg.shard in (0, shard.record.shard) and instances:
             _reach(shard, instances[0])
-            found.append(shard)
-    require(bool(found), f"no machine of {opened.name} lives: see status")
-    return found
+            reached.append(shard)
+    require(bool(reached), f"no machine of {opened.name} lives: see status")
+    return reached
 
 
 def _reach(shard: Controller, instance: Instance) -> None:

@@ -192,15 +192,15 @@ class Controller:
         self.phase = "set-up"
         self.remote.push(self.job.root, self.job.files)
         check = f"check {NEEDED_GB:g} {'gpu' if self.job.need_gpu else 'any'}"
-        found = self.remote.ask(check)
-        if not found["problems"] and found["missing"]:
-            self.say(f"installs {', '.join(found['missing'])}")
+        report = self.remote.ask(check)
+        if not report["problems"] and report["missing"]:
+            self.say(f"installs {', '.join(report['missing'])}")
             self.remote.ask("install", timeout=1800)
-            found = self.remote.ask(check)
-        if found["problems"]:
-            raise MachineLost("; ".join(found["problems"]))
-        self.say(f"instance {self.record.current.id} is set up: {found['gpu'] or 'no GPU'}, Python "
-                 f"{found['python']}, {found['free_gb']:.0f} GB free")  # fmt: skip
+            report = self.remote.ask(check)
+        if report["problems"]:
+            raise MachineLost("; ".join(report["problems"]))
+        self.say(f"instance {self.record.current.id} is set up: {report['gpu'] or 'no GPU'}, Python "
+                 f"{report['python']}, {report['free_gb']:.0f} GB free")  # fmt: skip
 
     def note_traffic(self) -> None:
         """Moves the bytes counted over to the attempt, from the machine's side."""

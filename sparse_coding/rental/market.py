@@ -203,13 +203,13 @@ class Instance:
 
 def _endpoints(row: dict) -> tuple[tuple[str, int], ...]:
     """Direct first: the proxy is slow. Neither is known before the instance runs."""
-    found = []
+    endpoints = []
     mapped = (row.get("ports") or {}).get("22/tcp") or []
     if row.get("public_ipaddr") and mapped:
-        found.append((row["public_ipaddr"].strip(), int(mapped[0]["HostPort"])))
+        endpoints.append((row["public_ipaddr"].strip(), int(mapped[0]["HostPort"])))
     if row.get("ssh_host") and row.get("ssh_port"):
-        found.append((row["ssh_host"].strip(), int(row["ssh_port"])))
-    return tuple(dict.fromkeys(found))
+        endpoints.append((row["ssh_host"].strip(), int(row["ssh_port"])))
+    return tuple(dict.fromkeys(endpoints))
 
 
 # --- the service ---
@@ -276,12 +276,12 @@ class Market:
             options = dict(disk_gb=disk_gb, interruptible=interruptible)
             return [Offer.of_row(row, **options) for row in _rows(rows)]
 
-        found = self._ask("search", search)
-        return sorted(found, key=lambda offer: (offer.rates.hourly, offer.id))
+        offers = self._ask("search", search)
+        return sorted(offers, key=lambda offer: (offer.rates.hourly, offer.id))
 
     def instances(self) -> list[Instance]:
         """All of ours on the account: those with a label of ours."""
-        found: list[Instance] = []
+        instances: list[Instance] = []
         params: dict = {"select_filters": {}, "limit": PAGE}
         params["order_by"] = [{"col": "id", "dir": "asc"}]
 
@@ -293,9 +293,9 @@ class Market:
 
         while True:
             more, token = self._ask("list", page)
-            found += more
+            instances += more
             if not token:
-                return found
+                return instances
             params["after_token"] = token
 
     def exists(self, id: int) -> bool:

@@ -153,18 +153,18 @@ class Provisioner:
 
     def _sort_out(self, record: ShardRecord, listed: list[Instance]) -> Instance | None:
         """The current attempt's machine of those listed for the shard; ends the others."""
-        attempt, found = record.current, None
+        attempt, current = record.current, None
         for instance in listed:
             if attempt.id is None and instance.label.attempt == attempt.number:
                 attempt.id = instance.id
                 self.ledger.save(record)
                 say(f"the answer to the order was lost; it is instance {instance.id}", record.shard)
             if instance.id == attempt.id:
-                found = instance
+                current = instance
             else:
                 say(f"ends the stray instance {instance.id}", record.shard)
                 self._end_stray(record, instance)
-        return found
+        return current
 
     def _check_price(self, record: ShardRecord, instance: Instance) -> None:
         """Raises MachineLost if the machine costs more than the caps allow."""

@@ -264,9 +264,9 @@ def wrong_files(folder: Path) -> list[Path]:
         return [sums]
     lines = [line.split("  ", 1) for line in sums.read_text().splitlines()]
     named = {folder / name: digest for digest, name in lines}
-    found = {path for path in folder.rglob("*") if path.is_file()} - {sums}
+    present = {path for path in folder.rglob("*") if path.is_file()} - {sums}
     wrong = [p for p, digest in named.items() if not p.is_file() or sha256(p) != digest]
-    return wrong + sorted(found - named.keys())
+    return wrong + sorted(present - named.keys())
 
 
 def make_key(path: Path) -> None:

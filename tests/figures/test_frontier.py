@@ -213,7 +213,7 @@ def test_a_large_grid_shows_at_most_six_by_six_with_both_ends():
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_missing_cell_is_a_grey_panel_and_wished_l0s_are_columns_too():
+def test_a_missing_cell_is_a_grey_panel_and_target_l0s_are_columns_too():
     cells = {Cell(0, -4, size, 64 * 2**size, target_l0=l0): np.full(64 * 2**size, 0.01)
              for size, l0 in ((0, 16), (1, 16), (0, 32))}  # fmt: skip
     figure = draw_density_histograms(cells, DENSITIES, n_tokens=1000)

@@ -237,7 +237,7 @@ def test_b_dec_projection_and_schedule_equal_autograd(dtype):
             ), name
 
 
-def test_the_controller_brings_l0_to_the_wished_one_and_resumes_with_the_same_bits():
+def test_the_controller_brings_l0_to_its_target_and_resumes_with_the_same_bits():
     stream = ToyStream(DATA, make_world(DATA, 0), batch_seed=1, device=CPU)
     schedule = Schedule(n_steps=1500, l1_warmup=50, decay_start=1200)
     specs = [SAESpec(64, 1e-3, seed=3, tied=True, target_l0=t) for t in (4.0, 0.0, 12.0)]
