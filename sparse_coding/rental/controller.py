@@ -199,8 +199,10 @@ class Controller:
             report = self.remote.ask(check)
         if report["problems"]:
             raise MachineLost("; ".join(report["problems"]))
-        self.say(f"instance {self.record.current.id} is set up: {report['gpu'] or 'no GPU'}, Python "
-                 f"{report['python']}, {report['free_gb']:.0f} GB free")  # fmt: skip
+        self.say(
+            f"instance {self.record.current.id} is set up: {report['gpu'] or 'no GPU'}, "
+            f"Python {report['python']}, {report['free_gb']:.0f} GB free"
+        )
 
     def note_traffic(self) -> None:
         """Moves the bytes counted over to the attempt, from the machine's side."""
