@@ -9,6 +9,8 @@ PY = .venv/bin/python
 # waiting threads sleep: on a busy machine spinning ones slow small GEMMs tenfold (LOG.md)
 PASSIVE = OMP_WAIT_POLICY=PASSIVE
 QUIET = OMP_NUM_THREADS=1 $(PASSIVE)
+# most of the tests' time is waiting, for processes and for rented machines: three share two cores
+PYTEST = $(QUIET) $(PY) -m pytest --numprocesses 3 --dist worksteal
 
 .PHONY: replicate demo test test-all test-peers lint
 
@@ -19,10 +21,10 @@ demo: .venv/installed
 	$(PASSIVE) $(PY) run.py --preset demo $(ARGS)
 
 test: .venv/installed-tests
-	$(QUIET) $(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: .venv/installed-tests
-	$(QUIET) $(PY) -m pytest --long $(ARGS)
+	$(PYTEST) --long $(ARGS)
 
 test-peers: .venv-peers/installed
 	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers.py $(ARGS)

@@ -127,7 +127,7 @@ def killed(user: User, *flags: str, until) -> None:
 
 
 def test_destroy_fetches_first_and_refuses_to_lose_what_it_can_not_fetch(user):
-    killed(user, until=user.until_running)
+    killed(user, until=user.until_held)
     (number,) = user.lab.live()
     shutil.rmtree(user.lab.home(number) / ".sae")
     assert_refused(user.call("destroy", *FAST), "add --discard to lose them")

@@ -51,6 +51,7 @@ for cell in range(index - 1, 6, count):
     if not cfg.shard and "SPARSE_CODING_GIT_STATE" not in os.environ:
         sys.exit("cells are missing")  # here nothing is trained: all must have come from there
     while cell >= 3 and cfg.hold and os.path.exists(cfg.hold):
+        open(cfg.hold + ".reached", "w").close()
         time.sleep(0.02)
     value = b""
     for step in range(5):  # a checkpoint per step, from which a resume goes on
@@ -80,7 +81,8 @@ if not cfg.shard:
 JOB = ["--", "python", "tiny_job.py"]
 FAST = ["--yes", "--no-need-gpu", "--poll-seconds", "0.2", "--api-spacing", "0.02",
         "--max-dph", "0.5", "--max-total", "1", "--max-hours", "0.05", "--pull-minutes", "0.005",
-        "--image-gb", "0", "--start-minutes", "0.05", "--lost-minutes", "0.1"]  # fmt: skip
+        "--image-gb", "0", "--start-minutes", "0.5", "--lost-minutes", "0.5"]  # fmt: skip
+HASTY = ["--start-minutes", "0.05", "--lost-minutes", "0.1"]  # where a machine is to be given up
 QUICK = {"sparse_coding.rental.market.TIMEOUT": 1.5, "sparse_coding.rental.remote.PAUSE": 0.2,
          "sparse_coding.rental.remote.USER": ssh_user()}  # fmt: skip
 SECRETS = {"HF_TOKEN": "hf_" + 6 * "Canary", "OTHER": "other-canary-1d6b"}
@@ -161,10 +163,9 @@ class User:
     def let_go(self) -> None:
         self.hold.unlink()
 
-    def until_running(self, process: Process) -> None:
-        """Waits until a job works on its cells on a machine."""
-        pattern = "home/sparse_coding/outputs/*/cells/*"
-        process.wait_until(lambda: any(self.lab.root.glob(f"i*/{pattern}")))
+    def until_held(self, process: Process) -> None:
+        """Waits until the job on a machine waits before its cell 3."""
+        process.wait_until(self.hold.with_name("hold.reached").exists)
 
     def until_fetched(self, process: Process) -> None:
         """Waits until the cells before the hold have been fetched, verified."""

@@ -15,6 +15,7 @@ import time
 import pytest
 from builders.rented import (
     FAST,
+    HASTY,
     JOB,
     assert_no_secret_shows,
     assert_nothing_lives,
@@ -136,7 +137,7 @@ def test_an_odd_list_is_an_error_and_never_no_instances(user, answer):
 @long
 def test_a_list_that_never_answers_soundly_stops_with_the_way_on(user):
     process = user.start_sweep(instances=1, job=user.held())
-    user.until_running(process)
+    user.until_held(process)
     user.lab.fault(path="/api/v1/instances/", action="null")
     process.signal(signal.SIGINT)
     done = process.wait()
@@ -179,7 +180,7 @@ FATES = [{"stuck": "loading"}, {"stuck": "created"}, {"ssh": "silent"}, {"ssh": 
 @pytest.mark.parametrize("fate", FATES, ids=str)
 def test_a_machine_that_does_not_come_up_is_replaced_and_avoided(user, fate):
     user.lab.behave(times=1, **fate)
-    assert_whole(user, user.sweep(instances=1), machines=2)
+    assert_whole(user, user.sweep(*HASTY, instances=1), machines=2)
     first, second = user.lab.ledger()
     assert first["offer"] != second["offer"]
     assert user.records()[0]["avoid"] == [10]
@@ -212,8 +213,8 @@ def test_a_machine_that_is_taken_away_is_replaced_and_what_was_fetched_is_not_do
 
 @long
 def test_a_machine_that_comes_back_at_another_address_goes_on(user):
-    process = user.start_sweep("--lost-minutes", "0.5", instances=1, job=user.held())
-    user.until_running(process)
+    process = user.start_sweep(instances=1, job=user.held())
+    user.until_held(process)
     (number,) = user.lab.live()
     user.lab.act(number, "offline")
     asked = len(user.lab.requests())
@@ -261,8 +262,8 @@ def test_a_full_disk_here_keeps_the_machine_and_the_same_command_fetches(user):
 @long
 def test_a_clock_that_is_an_hour_wrong_ends_a_machine_by_its_lifetime_at_the_latest(user):
     user.lab.behave(times=1, clock_skew_s=-3600)
-    process = user.start_sweep("--max-hours", "0.003", instances=1, job=user.held())
-    user.until_running(process)
+    process = user.start_sweep("--max-hours", "0.006", instances=1, job=user.held())
+    user.until_held(process)
     process.signal(signal.SIGKILL)
     process.wait_until(lambda: not user.lab.live())
     process.wait()
@@ -284,7 +285,7 @@ def test_a_job_that_fails_is_reported_with_its_last_lines_and_not_tried_again(us
 @long
 def test_a_job_that_is_killed_there_is_started_again_on_the_same_machine(user):
     process = user.start_sweep(instances=1, job=user.held())
-    user.until_running(process)
+    user.until_held(process)
     home = user.lab.home(user.lab.live()[0])
     os.kill(json.loads((home / ".sae" / "status.json").read_text())["pid"], signal.SIGKILL)
     user.let_go()
@@ -348,7 +349,7 @@ def test_killed_in_a_phase_the_same_command_goes_on_with_the_same_machine(user, 
 )
 def test_while_the_job_runs_a_second_command_is_refused_and_a_killed_one_goes_on(user, signum):
     process = user.start_sweep(instances=1, job=user.held())
-    user.until_running(process)
+    user.until_held(process)
     job = [*JOB, "--hold", user.hold]
     for words in (["sweep", *job], ["destroy"], ["fetch"]):
         assert_refused(user.call(words[0], *FAST, *words[1:]), "another process")
@@ -388,7 +389,7 @@ def test_a_random_schedule_of_faults_ends_with_the_same_table(user, seed):
     for attempt in range(4):
         if attempt == 2:
             user.lab.clear_faults()
-        done = user.sweep(*flags, "--send-env", "HF_TOKEN", timeout_s=120)
+        done = user.sweep(*HASTY, *flags, "--send-env", "HF_TOKEN", timeout_s=120)
         outputs += [done.out, done.err]
         if done.code != -signal.SIGKILL and attempt >= 2:
             assert_nothing_lives(user)
@@ -427,7 +428,7 @@ def test_reap_ends_what_is_overdue_and_never_started_without_any_file_of_ours(us
 @long
 def test_a_machine_of_this_run_that_no_record_knows_is_ended_as_a_stray(user):
     process = user.start_sweep(instances=1, job=user.held())
-    user.until_running(process)
+    user.until_held(process)
     process.signal(signal.SIGKILL)
     process.wait()
     shutil.rmtree(user.folder)
