@@ -99,11 +99,6 @@ def rates_of(run: Callable[[int], None], seconds: float) -> tuple[float, float]:
     return n / watch.clock, n / watch.cores
 
 
-def medians_of(measured: list[tuple]) -> list[float]:
-    """Of each column."""
-    return [statistics.median(column) for column in zip(*measured, strict=True)]
-
-
 def contestants(n_dict: int, warm_steps: int, installed: list[str]) -> dict:
     """name -> (run n steps, autoencoders that it steps), all of them warm."""
     task = row_of(n_dict, warm_steps)
