@@ -1,7 +1,7 @@
 """Figures of a sweep on a real model: frontiers over L0, histograms of feature density.
 
-Like plotting.py: numbers in, a Figure out, its numbers as csv text beside it, no pyplot, the same
-data gives the same PNG bytes. Which figures are drawn, and what they say, is in run_figures.py.
+Like heatmap.py: numbers in, a Figure out, its numbers as csv text beside it, no pyplot, the same
+data gives the same PNG bytes. Which figures are drawn, and what they say, is in lm/show.py.
 """
 
 import math

@@ -49,7 +49,7 @@ class Ensemble:
         self.scratch = Scratch(device, dtype)
         order = sorted(range(len(specs)), key=lambda i: specs[i].n_dict)  # stable
         self.stacks: list[Stack] = []
-        self.place: dict[int, tuple[int, int]] = {}  # member -> (stack, position in it)
+        self.place: dict[int, tuple[int, int]] = {}  # of each spec: (stack, position in it)
         for _, group in groupby(order, key=lambda i: specs[i].n_dict):
             indices = list(group)
             self.place |= {i: (len(self.stacks), k) for k, i in enumerate(indices)}

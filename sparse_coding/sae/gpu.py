@@ -278,7 +278,7 @@ def trial_error(shape: "Shape", device: torch.device) -> float:
         options = dict(lr=shape.h / 4, eps=1.0, project=shape.project)
         options |= dict(b_dec=xs[0, 0] / 4 if shape.b_dec else None)
         scratch = Scratch(device, dtype)
-        stacks = [Stack([member], shape.h, scratch=scratch, **options) for member in specs]
+        stacks = [Stack([spec], shape.h, scratch=scratch, **options) for spec in specs]
         parameters = [p for stack in stacks for p in stack.parameters.values()]
         before = [p.clone() for p in parameters]
         factors = [Factors(1.0, 1.0, False)] * len(xs)

@@ -9,7 +9,7 @@ One autoencoder (b_dec is fixed at 0 in the toy replication, and left out of its
 Inside, everything is feature-major (features in rows, samples in columns): a feature's weights,
 moments and codes are contiguous.
 
-Gradients are derived by hand (autograd agrees to 1e-9 in float64, see tests/test_ensemble.py):
+Gradients are derived by hand (autograd agrees to 1e-9 in float64, see tests/sae/test_ensemble.py):
 
     g       = 2/(batch · activation_dim) · (x_hat − x)         = ∂loss/∂x_hat
     ∂W_dec  = codesᵀ g

@@ -21,7 +21,7 @@ def batches(n: int, dtype=torch.float32) -> list[torch.Tensor]:
     return [stream.batch(step).to(dtype) for step in range(n)]
 
 
-def member(n_dict: int, alpha: float) -> SAESpec:
+def spec(n_dict: int, alpha: float) -> SAESpec:
     return SAESpec(n_dict, alpha / n_dict, named_seed("test", n_dict, alpha))
 
 
@@ -69,7 +69,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def specs() -> list[SAESpec]:
-    return [member(n, alpha) for alpha in ALPHAS for n in SIZES]  # sizes interleaved on purpose
+    return [spec(n, alpha) for alpha in ALPHAS for n in SIZES]  # sizes interleaved on purpose
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_state_loaded_into_a_new_ensemble_continues_with_the_same_bits(specs):
 def test_memory_plan_covers_what_the_ensemble_allocates(n_dicts, engine, monkeypatch):
     if engine == "dense":
         monkeypatch.setattr("sparse_coding.sae.ensemble.has_kernels", lambda: False)
-    ensemble = Ensemble([member(n, 0.3) for n in n_dicts], H, lr=LR, device=CPU)
+    ensemble = Ensemble([spec(n, 0.3) for n in n_dicts], H, lr=LR, device=CPU)
     x = batches(1)[0]
     ensemble.step_(x)
     for stack in ensemble.stacks:  # as evaluations do
