@@ -37,7 +37,7 @@ SMALL = {  # for run.py: several chunks and checkpoints, no figure but small den
 LOADED_LATE = ("safetensors.torch", "torch._dynamo")
 # Loaded once, forked per job. Jobs are JSON lines on stdin, answers JSON lines on stdout.
 SERVER = """
-import contextlib, gc, importlib, itertools, json, os, pkgutil, runpy, sys, time
+import contextlib, gc, importlib, itertools, json, os, pkgutil, runpy, signal, sys, time
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)  # as for `python script`
 import tyro  # the script loads this, and the modules, when it needs them
@@ -66,6 +66,7 @@ while line := sys.stdin.readline():
     print(pid, flush=True)
 else:
     sys.exit()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 os.chdir(job["cwd"])
 os.environ.update(job["env"])
 for fd, path in ((1, job["stdout"]), (2, job["stderr"])):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SYSTEM_PLACES = ("/usr/sbin", "/usr/local/sbin", "/usr/lib/openssh", "/usr/libexec")
-START_S = 10  # a supervisor that takes longer to come up is a broken lab
+START_S = 60  # a supervisor that takes longer to come up is a broken lab
 
 # The key exchange is a quick one: a login in half the time. SHLVL and HOME keep the bash that sshd
 # starts from running the developer's own .bashrc.
