@@ -1,6 +1,7 @@
 """The order of the folders, and the sizes of the code, counted."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted((ROOT / "sparse_coding").rglob("*.py"))
 BESIDE = sorted(p for name in ("benchmarks", "nanogpt_config") for p in (ROOT / name).glob("*.py"))
 FILES = [*SCRIPTS, *MODULES, *BESIDE]
+TEXTS = sorted(p for p in ROOT.rglob("*.md") if not p.relative_to(ROOT).parts[0].startswith("."))
 # room -> the rooms that it may import; all may import config and files
 MAY_IMPORT = {"sae": "sae", "sweep": "sae sweep", "figures": "sae sweep figures",
               "toy": "sae sweep figures toy", "lm": "sae sweep figures lm",
@@ -70,3 +72,16 @@ def test_what_is_public_says_what_it_is_for_and_no_exception_is_hidden(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{path.name}:{node.lineno} bare except"
+
+
+def test_files_that_are_named_are_there():
+    """Links of the READMEs, and paths below the root wherever they stand."""
+    path = re.compile(
+        r"\b(?:tests|docs|sparse_coding|benchmarks|results/20\d\d)[\w./-]*/[\w.-]+\.\w+"
+    )
+    link = re.compile(r"\]\((?!http)([^)#\s]+)")
+    for file in [*TEXTS, *FILES]:
+        text = file.read_text()
+        named = path.findall(text) + (link.findall(text) if file in TEXTS else [])
+        for name in named:
+            assert (ROOT / name).exists() or (file.parent / name).exists(), f"{file}: {name}"
