@@ -27,6 +27,7 @@ from builders.models import (
 from huggingface_hub import errors, get_session
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, BertConfig
+from transformers.utils.logging import enable_progress_bar
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.model import (
@@ -445,6 +446,7 @@ def test_loading_shows_no_bar_and_no_report(folders, tmp_path, monkeypatch):
     handler.emit = lambda record: shown.append(record.getMessage())
     logger.addHandler(handler)
     monkeypatch.setattr("tqdm.auto.tqdm", lambda *args, **__: shown.append("bar") or args[0])
+    enable_progress_bar()  # convert.py, run by another test in this process, disables it
     load(folders / "gpt2")
     refusal(changed_copy(folders / "gpt2", tmp_path / "deep", n_layer=4))
     assert shown == []
