@@ -11,7 +11,8 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted((ROOT / "sparse_coding").rglob("*.py"))
 BESIDE = sorted(p for name in ("benchmarks", "nanogpt_config") for p in (ROOT / name).glob("*.py"))
 FILES = [*SCRIPTS, *MODULES, *BESIDE]
-TEXTS = sorted(p for p in ROOT.rglob("*.md") if not p.relative_to(ROOT).parts[0].startswith("."))
+OF_TEXTS = ("docs", "assets", "benchmarks", "nanogpt_config", "results", "sparse_coding")
+TEXTS = sorted([*ROOT.glob("*.md"), *(p for name in OF_TEXTS for p in (ROOT / name).rglob("*.md"))])
 # room -> the rooms that it may import; all may import config and files
 MAY_IMPORT = {"sae": "sae", "sweep": "sae sweep", "figures": "sae sweep figures",
               "toy": "sae sweep figures toy", "lm": "sae sweep figures lm",
