@@ -22,11 +22,10 @@ from typing import Literal
 import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
-from sparse_coding.files import read_csv
+from sparse_coding.sae.saelens import saved_flags
 from sparse_coding.sae.saved import load_sae
 from sparse_coding.sweep.grid import Cell, Shard, check_grid, find_shard, make_grid
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
-from sparse_coding.sweep.run_folder import locked
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy import replication
 from sparse_coding.toy.data import ToyData
@@ -73,7 +72,7 @@ class Config:
 
     # output
     output_dir: str = ""  # default: outputs/replicate_toy_models-<preset>-<hash of the constants>
-    fresh: bool = False  # delete what --output-dir holds and start again
+    fresh: bool = False  # delete what runs wrote into --output-dir and start again
     log_every: int = 500  # steps between records in metrics.jsonl
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key
     verify: bool = False  # only train the June-2023 cells and compare them with the record
@@ -92,6 +91,8 @@ PRESETS = {
 # change no number beyond rounding, so a run folder is the same with other values of these
 NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "shard", "output_dir", "fresh",
                 "log_every", "wandb_mode", "evaluate"}  # fmt: skip
+# flags that a saved autoencoder brings along for --evaluate
+OF_WORLD = ("seed", "data_law", *(f.name for f in dataclasses.fields(ToyData) if f.name != "law"))
 
 
 def main(argv: list[str]) -> int:
@@ -114,12 +115,10 @@ def main(argv: list[str]) -> int:
         device=describe(device),
         suffix=shard.suffix,
     )
-    folder = planned.folder
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
-    planned.open(cells, fresh=cfg.fresh)
-    with locked(folder, shard.suffix):
-        if planned.done:
-            return last_lines(cfg, read_csv(folder / "results.csv"), folder)
+    with planned.opened(cells, shard, fresh=cfg.fresh):
+        if rows := planned.finished_rows():
+            return last_lines(cfg, rows, planned.folder)
         return run(cfg, recipe, cells, planned=planned, shard=shard)
 
 
@@ -161,8 +160,10 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
     preset = "verify" if cfg.verify else auto if cfg.preset == "auto" else cfg.preset
     default = Config(**PRESETS[preset])
     if cfg.evaluate:
-        flags = load_sae(Path(cfg.evaluate)).metadata.get("flags", {})
-        default = dataclasses.replace(default, **flags if "data_law" in flags else {})
+        folder = Path(cfg.evaluate)
+        saved = saved_flags(folder, load_sae(folder).metadata.get("flags"), OF_WORLD)
+        source = f"{folder}/cfg.json"
+        default = parse_flags(default, saved, description=DESCRIPTION, source=source)
     cfg = parse_flags(default, argv, description=DESCRIPTION)
     check(cfg)
     if cfg.verify:

@@ -22,16 +22,23 @@ from typing import Literal
 import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
-from sparse_coding.files import read_csv
 from sparse_coding.lm import show
 from sparse_coding.lm.activations import Harvester
 from sparse_coding.lm.evaluation import HeldOut
 from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, with_activations
-from sparse_coding.lm.target import ModelChoice, Target, TextChoice, flags_of, open_target, stamps
+from sparse_coding.lm.target import (
+    ModelChoice,
+    Target,
+    TextChoice,
+    commits,
+    flags_of,
+    open_target,
+    stamps,
+)
+from sparse_coding.sae.saelens import wanted_of_model
 from sparse_coding.sae.saved import load_sae
 from sparse_coding.sweep.grid import Cell, Shard, find_shard
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
-from sparse_coding.sweep.run_folder import locked
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 
 DESCRIPTION = __doc__.split("\n\n")[0]
@@ -85,6 +92,8 @@ class Config:
     warmup: float = 0.02  # share of the steps in which the learning rate rises from 0
     l1_warmup: float = 0.05  # share of the steps in which l1_alpha rises from 0
     decay: float = 0.2  # share of the steps at the end in which the learning rate falls to 0
+    # activations longer than this x the median are left out of training and fvu, and left as they
+    max_norm_multiple: float = 10.0  # are in spliced losses (some models have a few); 0: no limit
 
     # the machine: rounding only, but for the device
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
@@ -100,7 +109,7 @@ class Config:
 
     # output
     output_dir: str = ""  # default: outputs/run-<preset>-<hash of the constants>
-    fresh: bool = False  # delete what --output-dir holds and start again
+    fresh: bool = False  # delete what runs wrote into --output-dir and start again
     page_l0: float = 32.0  # features.html shows the autoencoder of lowest fvu with at most this l0
     export: Literal["none", "dictionary_learning"] = "none"  # write each autoencoder like this too
     evaluate: str = ""  # only evaluate this saved autoencoder, on --model and --dataset
@@ -127,6 +136,7 @@ def main(argv: list[str]) -> int:
     device = pick_device(cfg.device)
     precision = set_precision(cfg.precision, device)
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
+    cfg = dataclasses.replace(cfg, **commits(pick(ModelChoice, cfg), pick(TextChoice, cfg)))
     if cfg.evaluate:
         return evaluate_saved(cfg, device)
 
@@ -139,31 +149,27 @@ def main(argv: list[str]) -> int:
         device=describe(device),
         suffix=shard.suffix,
     )
-    choice = pick(show.ShowChoice, cfg)
-    if planned.done and not cfg.fresh and show.is_shown(planned.folder, choice):
-        planned.open([], fresh=False)  # refuses other constants
-        return last_lines(cfg, read_csv(planned.folder / "results.csv"), planned.folder)
+    if not cfg.fresh and show.is_shown(planned.folder, pick(show.ShowChoice, cfg)):
+        with planned.opened([], shard):  # refuses other constants
+            if rows := planned.finished_rows():
+                return last_lines(cfg, rows, planned.folder)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     target, recipe = open_target_of(cfg, device)
+    target.require_same_files(files)
     cells = pick(Grid, cfg).cells(target.site.width)
     # what can never fit is refused before the harvest
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
-    planned.open(cells, fresh=cfg.fresh)
-    with locked(planned.folder, shard.suffix):
+    planned = dataclasses.replace(planned, origin=planned.origin | {"activations": target.metadata})
+    with planned.opened(cells, shard, fresh=cfg.fresh):
         options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)
         recipe = with_activations(recipe, target, **options)
         return run(cfg, recipe, target, cells=cells, planned=planned, shard=shard)
 
 
 def run(
-    cfg: Config,
-    recipe: LanguageRecipe,
-    target: Target,
-    *,
-    cells: list[Cell],
-    planned: PlannedRun,
+    cfg: Config, recipe: LanguageRecipe, target: Target, *, cells: list[Cell], planned: PlannedRun,
     shard: Shard,
-) -> int:
+) -> int:  # fmt: skip
     """Trains what is missing of this shard; merges if nothing is missing of the others."""
     config, options = dataclasses.asdict(cfg), pick(RunOptions, cfg)
     present = partial(
@@ -183,15 +189,15 @@ def run(
 
 def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
     """Prints what came out and where it is; the exit code."""
-    print(show.verdict(rows, most_l0=cfg.page_l0))
-    print(f"done: {folder}: report.html, features.html (--fresh starts again)")
+    verdict = show.verdict(rows, most_l0=cfg.page_l0)
+    print(f"{verdict}\ndone: {folder}: report.html, features.html (--fresh starts again)")
     return 0
 
 
 def evaluate_saved(cfg: Config, device: torch.device) -> int:
     """Prints the metrics of a saved autoencoder on --model and --dataset."""
     sae = load_sae(Path(cfg.evaluate)).to(device)
-    target, recipe = open_target_of(cfg, device)
+    target, recipe = open_target_of(cfg, device, **wanted_of_model(sae.metadata))
     show.check_fit(sae, target)
     for name, value in show.evaluate_one(sae, recipe).items():
         print(f"{name:14} {value:.6g}")
@@ -204,7 +210,9 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
     preset = auto if cfg.preset == "auto" else cfg.preset
     default = Config(**PRESETS[preset])
     if cfg.evaluate:
-        default = dataclasses.replace(default, batch_size=1, **flags_of(Path(cfg.evaluate)))
+        saved = flags_of(Path(cfg.evaluate), argv)
+        default = dataclasses.replace(default, batch_size=1)
+        default = parse_flags(default, saved, description="", source=f"{cfg.evaluate}/cfg.json")
     cfg = dataclasses.replace(parse_flags(default, argv, description=DESCRIPTION), preset=preset)
     check(cfg)
     return cfg
@@ -219,17 +227,19 @@ def check(cfg: Config) -> None:
     require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
 
 
-def open_target_of(cfg: Config, device: torch.device) -> tuple[Target, LanguageRecipe]:
-    """The target, whose introduction is printed, and how cells are trained on its activations."""
+def open_target_of(
+    cfg: Config, device: torch.device, **options: bool
+) -> tuple[Target, LanguageRecipe]:
+    """The target, whose introduction is printed, and how cells are trained on its activations.
+    options: of open_target"""
     model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
-    target = open_target(model, text, cfg.activations_dir, device=device)
-    print(target.introduction(), flush=True)
+    target = open_target(model, text, cfg.activations_dir, device=device, **options)
     of = dict(lm=target.lm, site=target.site, lm_batch_size=cfg.lm_batch_size)
     store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
     harvester = Harvester(**of, text=target.train, **store)
     held_out = HeldOut(**of, text=target.held_out, n_tokens=cfg.n_eval_tokens)
-    optimisation = pick(Optimisation, cfg)
-    return target, LanguageRecipe(harvester, held_out, optimisation, target.provenance)
+    print(f"{target.introduction()}\n{held_out.shortage()}", end="", flush=True)
+    return target, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), target.provenance)
 
 
 if __name__ == "__main__":

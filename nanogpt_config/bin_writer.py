@@ -5,7 +5,6 @@ says how much of the bins counts: a killed run loses what it wrote after it, and
 """
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -17,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sparse_coding.config import require
-from sparse_coding.files import write_json
+from sparse_coding.files import read_json, write_json
 from sparse_coding.lm.documents import (
     Documents,
     document_id,
@@ -26,11 +25,12 @@ from sparse_coding.lm.documents import (
     local_files,
     stdlib_files,
 )
-from sparse_coding.lm.tokenizer import Tokenizer
+from sparse_coding.lm.tokenizer import MANIFEST, SPLIT, Tokenizer, check_fields
 
 BATCH_CHARACTERS = 1_000_000  # tokenised at once: bounds the memory
 SAVE_SECONDS = 5.0  # between saves of the progress, and lines about it
 SPLITS = ("train", "val")
+PROGRESS = {"constants": dict, "splits": dict.fromkeys(SPLITS, dict)}  # types of progress.json
 # bytes of text, from the dataset's card on the hub
 ON_THE_HUB = {"Skylion007/openwebtext": 39_769_491_688}
 SAMPLE = 1000  # documents from which the tokens of all are estimated
@@ -69,8 +69,8 @@ def write_bins(
         limit: writing stops with the document that gives train.bin so many tokens
         expected: tokens that train.bin will have, for the time left; infinite: not known
     """
-    progress = json.loads((folder / "progress.json").read_text())
-    splits = {name: Split(**sizes) for name, sizes in progress["splits"].items()}
+    progress = read_made(folder / "progress.json")
+    splits = {s: Split(**{k: progress["splits"][s][k] for k in SPLIT}) for s in SPLITS}
     files = {name: open_at(folder / f"{name}.bin", 2 * splits[name].tokens) for name in SPLITS}
     n_before, started = splits["train"].tokens, time.monotonic()
     saved = started
@@ -103,7 +103,7 @@ def is_written(folder: Path, constants: dict, *, limit: float) -> bool:
     remedy = "choose another --output-dir, or --fresh"
     for name in ("progress.json", "manifest.json"):
         if (folder / name).exists():
-            made = json.loads((folder / name).read_text())
+            made = read_made(folder / name)
             theirs = made["constants"]
             other = [k for k in constants | theirs if constants.get(k) != theirs.get(k)]
             require(not other, f"{folder} was made with another {', '.join(other)}: {remedy}")
@@ -115,6 +115,18 @@ def is_written(folder: Path, constants: dict, *, limit: float) -> bool:
     return False
 
 
+def read_made(path: Path) -> dict:
+    """manifest.json or progress.json of a folder of bins. Raises UserError if it is damaged."""
+    fields = MANIFEST if path.name == "manifest.json" else PROGRESS
+    remedy = "choose another --output-dir, or --fresh"
+    made = check_fields(read_json(path, remedy=remedy), fields, path, remedy)
+    if path.name == "progress.json":
+        for name, sizes in made["splits"].items():
+            known = dataclasses.asdict(Split()) | sizes
+            made["splits"][name] = check_fields(known, SPLIT, path, remedy)
+    return made
+
+
 def claim(folder: Path, constants: dict, *, fresh: bool) -> None:
     """Makes the folder ready for write_bins: with progress.json, which for bins that are finished,
     but to be added to, takes the place of their manifest. fresh: deletes what is there."""
@@ -124,15 +136,18 @@ def claim(folder: Path, constants: dict, *, fresh: bool) -> None:
             path.unlink(missing_ok=True)
     splits = {split: {} for split in SPLITS}
     if manifest.exists() and not progress.exists():
-        made = json.loads(manifest.read_text())
-        splits = {s: {k: v for k, v in made[s].items() if k != "sha256"} for s in SPLITS}
+        made = read_made(manifest)
+        splits = {s: {k: made[s][k] for k in SPLIT} for s in SPLITS}
     if not progress.exists():
         write_json(progress, {"constants": constants, "splits": splits})
     manifest.unlink(missing_ok=True)
 
 
 def open_at(path: Path, n_bytes: int) -> BinaryIO:
-    """The file, opened for writing after its first n_bytes; what a killed run wrote more is cut."""
+    """The file, opened for writing after its first n_bytes; what a killed run wrote more is cut.
+    Raises UserError if it has fewer."""
+    there = path.stat().st_size if path.exists() else 0
+    require(there >= n_bytes, f"{path} is damaged: {there:,} bytes, not {n_bytes:,}: use --fresh")
     file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
     file.truncate(n_bytes)
     file.seek(n_bytes)

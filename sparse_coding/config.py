@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 C = TypeVar("C")
+# what the system may answer to a write at any moment: what it means, what to do
+DISK_ERRORS = {
+    errno.ENOSPC: ("disk full", "free some space"),
+    errno.EDQUOT: ("disk quota exceeded", "free some space"),
+    errno.EFBIG: ("file larger than the system allows", "raise the limit (ulimit -f)"),
+    errno.EIO: ("input/output error", "see what ails the disk"),
+    errno.EROFS: ("read-only disk", "make it writable"),
+}
 
 
 class UserError(Exception):
@@ -46,11 +54,20 @@ def require_flag(config: object, name: str, holds: bool, rule: str) -> None:
     require(holds, f"{flag} {getattr(config, name)} must be {rule}")
 
 
+def one_line(text: object) -> str:
+    """The text with line breaks and control characters spelt out: it may be out of any file."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def run_as_script(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs main(argv) and exits: 0 or its result, 2 for bad input, 128 + signal if interrupted.
 
-    A full disk is bad input too; every other exception keeps its traceback, being our fault.
+    A disk that takes no more is bad input too; every other exception keeps its traceback, being our
+    fault.
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):  # names of files may be no UTF-8, a terminal ASCII
+            stream.reconfigure(errors="backslashreplace")
     name = os.path.basename(sys.argv[0])
     try:
         code = main(sys.argv[1:])
@@ -64,24 +81,27 @@ def run_as_script(main: Callable[[list[str]], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails again
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_ERRORS:
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        code = _fail(f"{name}: error: disk full{where}: free some space, then run it again", 2)
+        where = f" at {os.fsdecode(error.filename)}" if error.filename else ""
+        problem, remedy = DISK_ERRORS[error.errno]
+        code = _fail(f"{name}: error: {problem}{where}: {remedy}, then run it again", 2)
     sys.exit(code)
 
 
 def _fail(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
     return code
 
 
-def parse_flags(default: C, argv: list[str], *, description: str) -> C:
+def parse_flags(default: C, argv: list[str], *, description: str, source: str = "") -> C:
     """The dataclass `default` with the flags of argv over it; --help prints its comments.
 
+    source: the file that the flags are from, if they are of no command line
     Raises:
         UserError: an unknown flag (with the nearest name), a bad value or choice.
     """
+    where = source and f"{source}: "
     import tyro  # here, so that a module that needs UserError alone needs no tyro
 
     errors = io.StringIO()
@@ -97,10 +117,16 @@ def parse_flags(default: C, argv: list[str], *, description: str) -> C:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise UserError(_one_line(errors.getvalue())) from None
+        raise UserError(where + _of_box(errors.getvalue())) from None
     if unknown:
-        raise UserError(_unknown_flag(unknown[0], default))
+        raise UserError(where + _unknown_flag(unknown[0], default))
     return config
+
+
+def given_flags(argv: list[str]) -> set[str]:
+    """Names of the flags on the command line, as fields are spelt."""
+    flags = (arg.split("=")[0] for arg in argv if arg.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
 def _unknown_flag(flag: str, default: object) -> str:
@@ -115,7 +141,7 @@ def nearest(name: str, names: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def _one_line(message: str) -> str:
+def _of_box(message: str) -> str:
     """tyro's error box without its frame, its title and the help text below the message."""
     lines = [line.strip(" │╭╰╮╯─-") for line in message.splitlines()]
     body = [line for line in lines[1:] if line]

@@ -1,9 +1,13 @@
 """Flags, one-line errors, exit codes, seeds."""
 
 import errno
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from builders.scripts import ROOT
 
 from sparse_coding.config import (
     Interrupted,
@@ -73,10 +77,14 @@ def raising(error: BaseException):
     ("error", "code", "text"),
     [
         (UserError("x must be 1"), 2, "error: x must be 1"),
+        (UserError("no a\nb\x1b[2J"), 2, r"error: no a\nb\x1b[2J"),
         (Interrupted(15, "saved"), 143, "saved"),
         (Interrupted(2, "saved"), 130, "saved"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "f"), 2, "disk full at f"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "quota exceeded: free some space"),
+        (OSError(errno.EIO, "Input/output error", "f"), 2, "input/output error at f: see what"),
+        (OSError(errno.EFBIG, "File too large", b"f"), 2, "at f: raise the limit (ulimit -f), th"),
     ],
 )
 def test_a_script_ends_with_one_line_and_the_right_code(capsys, error, code, text):
@@ -86,6 +94,22 @@ def test_a_script_ends_with_one_line_and_the_right_code(capsys, error, code, tex
     err = capsys.readouterr().err
     assert text in err
     assert err.count("\n") == 1
+
+
+def test_output_that_is_no_utf_8_shows_something_and_the_script_runs_on():
+    code = (
+        "from sparse_coding.config import UserError, run_as_script\n"
+        "def main(argv):\n"
+        "    print('zw\\xf6lf \\u2588')\n"
+        "    raise UserError('na\\xefve \\udcff')\n"
+        "run_as_script(main)"
+    )
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ascii_only, capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (2, "zw\\xf6lf \\u2588\n")
+    assert done.stderr == "-c: error: na\\xefve \\udcff\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

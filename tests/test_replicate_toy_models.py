@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.faults import KINDS as FAULTS
 from builders.scripts import (
     ROOT,
     Done,
@@ -27,6 +28,7 @@ from builders.scripts import (
     mounted_tmpfs,
     run_script,
     table,
+    temporaries,
 )
 
 SCRIPT = ROOT / "replicate_toy_models.py"
@@ -218,6 +220,78 @@ def test_a_disk_that_fills_up_while_training_is_one_line_and_the_same_command_go
     assert len(done.err_lines) == 1, done.err
     assert "error: disk full" in done.err_lines[0]
     assert "free some space" in done.err_lines[0]
+
+
+MINIMAL = ("--n-seeds", "1", "--n-steps", "40", "--l1-exp-low", "0", "--dict-ratio-exp-low", "0",
+           "--dict-ratio-exp-high", "2", "--output-dir", "run")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def minimal(toy_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two cells, with figures. Nobody may write to it."""
+    cwd = tmp_path_factory.mktemp("minimal")
+    assert toy_server.run(*TINY, *MINIMAL, cwd=cwd, patch=OFTEN | COARSE).code == 0
+    return cwd / "run"
+
+
+def fails_once(server: Server, cwd: Path, kind: str, k: int) -> tuple[Done, int]:
+    """A run of the two cells in which the k-th operation of the kind fails (0: none fails), and how
+    many there were."""
+    fault = {"kind": kind, "k": k, "below": str(cwd), "counts": f"{cwd}.counts"}
+    before = ("inject", fault)
+    done = server.run(*TINY, *MINIMAL, cwd=cwd, patch=OFTEN | COARSE, before=before)
+    return done, os.stat(fault["counts"]).st_size
+
+
+def assert_fails_and_goes_on(server: Server, cwd: Path, kind: str, k: int, minimal: Path) -> None:
+    cwd.mkdir()
+    done, n_happened = fails_once(server, cwd, kind, k)
+    if n_happened < k:  # checkpoints go by the clock: there were fewer of them this time
+        assert done.code == 0, done.err
+        return
+    assert_refused(done, "then run it again")
+    assert temporaries(cwd) == []
+    again = server.run(*TINY, *MINIMAL, cwd=cwd, patch=COARSE)
+    assert again.code == 0, again.err
+    assert again.err_lines == []
+    assert_same_numbers(cwd / "run", minimal)
+    shutil.rmtree(cwd)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_write_that_fails_is_one_line_and_the_same_command_goes_on(
+    kind: str, minimal: Path, toy_server: Server, tmp_path: Path
+):
+    (tmp_path / "none").mkdir()
+    done, n = fails_once(toy_server, tmp_path / "none", kind, 0)
+    assert done.code == 0, done.err
+    for k in (1, 2, n // 2, n):
+        assert_fails_and_goes_on(toy_server, tmp_path / f"{kind}{k}", kind, k, minimal)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", FAULTS)
+def test_whichever_write_fails_the_same_command_ends_with_the_same_bits(
+    kind: str, minimal: Path, toy_server: Server, tmp_path: Path
+):
+    (tmp_path / "none").mkdir()
+    _, n = fails_once(toy_server, tmp_path / "none", kind, 0)
+    assert n > 10
+    for k in range(1, n + 1):
+        assert_fails_and_goes_on(toy_server, tmp_path / f"{kind}{k}", kind, k, minimal)
+
+
+@pytest.mark.parametrize("n_bytes", [1500, 6000])
+def test_a_limit_on_the_size_of_files_is_one_line_and_the_same_command_goes_on(
+    n_bytes: int, minimal: Path, toy_server: Server, tmp_path: Path
+):
+    """6 000 bytes are enough for an autoencoder, but not for a checkpoint."""
+    limit = ("limit_file_size", {"n_bytes": n_bytes})
+    done = toy_server.run(*TINY, *MINIMAL, cwd=tmp_path, patch=OFTEN | COARSE, before=limit)
+    assert_refused(done, "file larger than the system allows", "ulimit -f")
+    assert temporaries(tmp_path) == []
+    assert toy_server.run(*TINY, *MINIMAL, cwd=tmp_path, patch=COARSE).code == 0
+    assert_same_numbers(tmp_path / "run", minimal)
 
 
 def test_a_folder_that_is_not_ours_is_refused_and_not_even_fresh_deletes_it(
@@ -486,6 +560,35 @@ def test_evaluation_of_what_is_no_autoencoder_of_this_width_is_refused(
     assert_refused(toy_server.run("--evaluate", "nowhere", cwd=tmp_path), "no such folder: nowhere")
 
 
+def test_what_a_stranger_writes_into_cfg_json_chooses_the_world_and_nothing_else(
+    finished: Path, toy_server: Server, tmp_path: Path
+):
+    folder = next((finished / "saes").iterdir())
+    shutil.copytree(folder, tmp_path / "sae")
+    path = tmp_path / "sae/cfg.json"
+    config = json.loads(path.read_text())
+    own = config["metadata"]["sparse_coding"]["flags"]
+
+    def evaluated(flags: object) -> Done:
+        config["metadata"]["sparse_coding"]["flags"] = flags
+        path.write_text(json.dumps(config))
+        return toy_server.run("--evaluate", "sae", cwd=tmp_path)
+
+    plain = evaluated(own)
+    evil = {"output_dir": "evil", "fresh": True, "preset": "full", "no_such_flag": 3}
+    assert evaluated(own | evil) == plain
+    assert plain.code == 0, plain.err
+    for flags, named in (
+        (own | {"n_active": "many"}, ["--n-active", "many"]),
+        (own | {"n_active": [3]}, ["n_active [3] is no number or text"]),
+        (own | {"data_law": "theirs"}, ["--data-law", "theirs"]),
+        ([1, 2], ["flags is no object"]),
+        (own | {"n_true_features": 10**7}, ["--n-true-features 10000000 needs"]),
+    ):
+        assert_refused(evaluated(flags), *named)
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
 def test_a_folder_from_before_november_2026_is_merged(
     finished: Path, toy_server: Server, tmp_path: Path
 ):
@@ -498,6 +601,7 @@ def test_a_folder_from_before_november_2026_is_merged(
     shutil.rmtree(old / "saes")
     config = json.loads((old / "config.json").read_text())
     config["constants"]["learning_rate"] = config["constants"].pop("lr")
+    del config["checksum"]
     (old / "config.json").write_text(json.dumps(config))
     for name in ("results.csv", "DONE"):
         (old / name).unlink()
@@ -589,16 +693,19 @@ def test_a_signal_before_training_leaves_a_folder_that_the_same_command_finishes
     assert toy_server.run(*flags).code == 0
 
 
+@pytest.mark.parametrize("harm", ["truncated", "one bit"])
 @pytest.mark.parametrize("n_damaged", [1, 2])
-def test_a_truncated_checkpoint_falls_back_to_the_previous_or_to_the_start(
-    n_damaged: int, finished: Path, toy_server: Server, tmp_path: Path
+def test_a_damaged_checkpoint_falls_back_to_the_previous_or_to_the_start(
+    n_damaged: int, harm: str, finished: Path, toy_server: Server, tmp_path: Path
 ):
     folder = tmp_path / "run"
     interrupted(toy_server, folder, signal.SIGTERM)
     checkpoints = sorted(folder.glob("checkpoints/*/step-*.safetensors"), reverse=True)
     assert len(checkpoints) == 2
     for i, path in enumerate(checkpoints[:n_damaged]):
-        path.write_bytes(path.read_bytes()[: 1000 if i == 0 else 0])
+        content = path.read_bytes()
+        harmed = content[: 1000 if i == 0 else 0] if harm == "truncated" else flipped(content, -40)
+        path.write_bytes(harmed)
     done = toy_server.run(*TINY, "--output-dir", folder)
     assert done.code == 0, done.err
     warnings = [line for line in done.err.replace("\r", "\n").split("\n") if "warning" in line]
@@ -608,6 +715,88 @@ def test_a_truncated_checkpoint_falls_back_to_the_previous_or_to_the_start(
     assert_same_numbers(folder, finished)
     steps = [(r["seed"], r["group"], r["step"]) for r in records(folder)]
     assert len(set(steps)) == len(steps) == len(SEEDS) * N_STEPS // 20
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    """With one bit changed."""
+    changed = bytearray(data)
+    changed[place] ^= 64
+    return bytes(changed)
+
+
+WRITTEN = ["cells/{}.json", "saes/{}/sae_weights.safetensors", "saes/{}/cfg.json", "results.csv",
+           "DONE", "metrics.jsonl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", ["one bit", "torn", "empty", "missing"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_whatever_is_damaged_in_a_finished_run_is_said_and_made_again(
+    name: str, harm: str, minimal: Path, toy_server: Server, tmp_path: Path
+):
+    shutil.copytree(minimal, tmp_path / "run")
+    cell = min(path.stem for path in (minimal / "cells").iterdir())
+    path = tmp_path / "run" / name.format(cell)
+    content = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    else:
+        place = content.index(b":") + 4 if name.startswith("cells") else len(content) // 2
+        path.write_bytes({"one bit": flipped(content, place), "torn": content[:-5]}.get(harm, b""))
+    done = toy_server.run(*TINY, *MINIMAL, cwd=tmp_path, patch=COARSE)
+    assert done.code == 0, done.err
+    assert_same_numbers(tmp_path / "run", minimal)
+    # an empty DONE is that of an older version, a row that is missing is one that is not done yet
+    silent = name == "metrics.jsonl" or (name == "DONE" and harm in ("empty", "missing"))
+    silent |= name.startswith("cells") and harm == "missing"
+    assert len(done.err_lines) == (not silent), done.err
+    assert all("is damaged (" in line and "again" in line for line in done.err_lines)
+
+
+def test_of_two_fresh_starts_at_once_one_is_refused_at_every_moment(
+    minimal: Path, toy_server: Server, tmp_path: Path
+):
+    shutil.copytree(minimal, tmp_path / "run")
+    for place in ("_forget_all", "write_record"):  # before all is deleted, and after
+        pause_at = (f"sparse_coding.sweep.run_folder.{place}", 1)
+        flags = [*TINY, *MINIMAL, "--fresh"]
+        first = toy_server.start(*flags, cwd=tmp_path, patch=COARSE, pause_at=pause_at)
+        first.wait_until_paused()
+        second = toy_server.run(*flags, cwd=tmp_path, patch=COARSE)
+        first.resume()
+        assert first.wait().code == 0
+        assert_refused(second, "another process", "run")
+        assert_same_numbers(tmp_path / "run", minimal)
+
+
+def test_fresh_leaves_what_no_run_wrote_and_says_so(
+    minimal: Path, toy_server: Server, tmp_path: Path
+):
+    shutil.copytree(minimal, tmp_path / "run")
+    (tmp_path / "run/notes.txt").write_text("years of work")
+    (tmp_path / "run/other").mkdir()
+    (tmp_path / "run/other/results.csv").write_text("mine")
+    done = toy_server.run(*TINY, *MINIMAL, "--fresh", cwd=tmp_path, patch=COARSE)
+    assert done.code == 0, done.err
+    assert "left in run, since no run wrote it: notes.txt, other/results.csv" in done.out
+    assert (tmp_path / "run/notes.txt").read_text() == "years of work"
+    assert (tmp_path / "run/other/results.csv").read_text() == "mine"
+    assert_same_numbers(tmp_path / "run", minimal)
+
+
+def test_a_directory_whose_name_is_no_utf8_is_written_and_named(
+    minimal: Path, toy_server: Server, tmp_path: Path
+):
+    folder = os.fsdecode(b"caf\xe9 \xff")
+    for _ in range(2):
+        done = toy_server.run(
+            *TINY, *MINIMAL, "--output-dir", folder, cwd=tmp_path, patch=OFTEN | COARSE
+        )
+        assert done.code == 0, done.err
+        assert done.err_lines == []
+        assert "caf\\udce9 \\udcff" in done.out
+    assert_same_numbers(tmp_path / folder, minimal)
+    refused = toy_server.run(*TINY, "--output-dir", folder, cwd=tmp_path)
+    assert_refused(refused, "caf\\udce9", "n_steps 40 there")
 
 
 def test_a_second_process_in_the_folder_is_refused_and_harms_nothing(

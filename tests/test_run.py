@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from builders.faults import KINDS as FAULTS
 from builders.models import (
     ARGS,
     byte_level_bpe,
@@ -41,6 +43,7 @@ from builders.scripts import (
     mounted_tmpfs,
     run_script,
     table,
+    temporaries,
 )
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -451,7 +454,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 DAMAGES = {
-    "truncated": lambda data: data[:1000],
+    "truncated": lambda data: data[: min(1000, len(data) - 9)],
     "empty": lambda data: b"",
     "header": lambda data: flipped(data, 4),
     "flipped": lambda data: flipped(data, -100),
@@ -459,17 +462,35 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_chunk_is_refused_by_name_and_harvested_again_once_deleted(
-    damage, finished, world, tmp_path
+@pytest.mark.parametrize(
+    "name", ["chunk-00002.safetensors", "text/tokens.bin", "text/documents.npy", "text/corpus.json"]
+)
+def test_what_is_damaged_of_text_and_activations_is_said_and_made_again(
+    name, damage, finished, world, tmp_path
 ):
     shutil.copytree(finished / "acts", tmp_path / "acts")
-    path = tmp_path / "acts/chunk-00002.safetensors"
+    path = tmp_path / "acts" / name
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    assert_refused(world.run(cwd=tmp_path), path.name, "delete it")
-    path.unlink()
-    if damage == "flipped":  # once is enough
-        world.finish(cwd=tmp_path)
-        assert_same_numbers(tmp_path, finished)
+    done = world.run(cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert len(done.err_lines) == 1, done.err
+    (line,) = done.err_lines
+    assert f"{name} is damaged (" in line
+    assert "again" in line
+    assert_same_numbers(tmp_path, finished)
+
+
+@pytest.mark.parametrize("name", ["run/config.json", "acts/manifest.json"])
+def test_a_damaged_record_of_what_all_depends_on_is_refused_by_name(
+    name, finished, world, tmp_path
+):
+    """What the numbers there depend on is not known any more."""
+    for folder in ("acts", "run"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes().replace(b'"held_out": 0.2', b'"held_out": 0.3'))
+    (tmp_path / "run/DONE").unlink()
+    assert_refused(world.run(cwd=tmp_path), f"{name} is damaged", "choose another")
 
 
 # --- other models and texts --------------------------------------------------------------------
@@ -542,6 +563,46 @@ def test_a_target_l0_is_reached_without_heat_maps_and_the_epochs_are_said_once(w
     assert (tmp_path / "run/figures/frontier_fvu.png").exists()
     assert [p.name for p in (tmp_path / "run/saes").iterdir()] == ["seed0_dict000064_l0-0004"]
     assert "heat" not in (tmp_path / "run/report.html").read_text().split("<script")[0].lower()
+
+
+def test_massive_activations_are_left_out_and_that_is_said(world, tmp_path):
+    """The same when streamed and killed; --evaluate leaves out the same."""
+    bpe = Tokenizer.from_file(str(world.root / "gpt2/tokenizer.json"))
+    counts = np.bincount([i for text in documents() for i in bpe.encode(text).ids], minlength=320)
+    token = int(np.abs(counts - 60).argmin())  # of some 30 000 tokens
+    for place in ("stored", "streamed"):
+        shutil.copytree(world.root / "gpt2", tmp_path / place / "model")
+        path = tmp_path / place / "model/model.safetensors"
+        weights = load_file(path)
+        weights["transformer.wte.weight"][token] *= 300
+        save_file(weights, path, metadata={"format": "pt"})
+    flags = ["--model", "model", "--site", "resid_post", "--layer", "0"]
+    done = world.finish(*flags, cwd=tmp_path / "stored")
+    assert re.search(
+        r"^left out: \d+ of the first [\d,]+ activations, of norms above", done.out, re.M
+    )
+    assert re.search(r"activations, [1-9]\d* held-out tokens$", done.out, re.M)
+    assert "held-out tokens" in (tmp_path / "stored/run/report.html").read_text()
+    streamed = dict(cwd=tmp_path / "streamed", patch=OFTEN)
+    more = [*flags, "--max-disk-gb", "0"]
+    process = world.start(*more, **streamed, pause_at=(TRAINING, 6))
+    process.wait_until_paused()
+    process.kill()
+    world.finish(*more, **streamed)
+    assert_same_numbers(tmp_path / "streamed", tmp_path / "stored", store=False)
+
+    cell, row = cells_of(8, 16)[0], table(tmp_path / "stored/run")[0]
+    sae = tmp_path / "stored/run/saes" / cell
+    again = world.server.run("--evaluate", sae, "--device", "cpu", cwd=tmp_path / "stored")
+    assert printed(again.out) == {name: f"{float(row[name]):.6g}" for name in METRICS}
+    unlimited = world.run(*flags, "--max-norm-multiple", "0", cwd=tmp_path / "stored")
+    assert_refused(unlimited, "max_norm_multiple 10.0 there, 0.0 here")
+    unlimited = ["--max-norm-multiple", "0", "--output-dir", "all"]
+    all_of_them = world.finish(*flags, *unlimited, cwd=tmp_path / "stored")
+    assert "left out" not in all_of_them.out
+    other = table(tmp_path / "stored/all")[0]
+    assert other["ce_clean"] == row["ce_clean"]
+    assert float(other["mse"]) > 2 * float(row["mse"])
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -663,6 +724,154 @@ def test_weights_that_changed_between_two_starts_are_refused_when_streaming(worl
     assert not (tmp_path / "run/results.csv").exists()
 
 
+SMALLEST = ("--n-tokens", "4000", "--expansion-exp-high", "0", "--l1-exp-high", "-7")
+
+
+@pytest.fixture(scope="session")
+def smallest(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one cell was trained. Nobody may write to it."""
+    cwd = tmp_path_factory.mktemp("smallest")
+    world.finish(*SMALLEST, cwd=cwd)
+    return cwd
+
+
+def fails_once(world, cwd: Path, kind: str, k: int) -> tuple[Done, int]:
+    """A run of one cell in which the k-th operation of the kind fails (0: none fails), and how many
+    there were."""
+    fault = {"kind": kind, "k": k, "below": str(cwd), "counts": f"{cwd}.counts"}
+    done = world.run(*SMALLEST, cwd=cwd, before=("inject", fault))
+    return done, Path(fault["counts"]).stat().st_size
+
+
+def assert_fails_and_goes_on(world, cwd: Path, kind: str, k: int, smallest: Path) -> None:
+    cwd.mkdir()
+    done, n_happened = fails_once(world, cwd, kind, k)
+    if n_happened < k:  # checkpoints go by the clock: there were fewer of them this time
+        assert done.code == 0, done.err
+        return
+    assert_refused(done, "then run it again")
+    assert temporaries(cwd) == []
+    world.finish(*SMALLEST, cwd=cwd)
+    assert_same_numbers(cwd, smallest)
+    shutil.rmtree(cwd)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_write_that_fails_is_one_line_and_the_same_command_goes_on(
+    kind, smallest, world, tmp_path
+):
+    (tmp_path / "none").mkdir()
+    done, n = fails_once(world, tmp_path / "none", kind, 0)
+    assert done.code == 0, done.err
+    for k in (n // 3, n):
+        assert_fails_and_goes_on(world, tmp_path / f"{kind}{k}", kind, k, smallest)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", FAULTS)
+def test_whichever_write_fails_the_same_command_ends_with_the_same_bits(
+    kind, smallest, world, tmp_path
+):
+    (tmp_path / "none").mkdir()
+    _, n = fails_once(world, tmp_path / "none", kind, 0)
+    assert n > 10
+    for k in range(1, n + 1):
+        assert_fails_and_goes_on(world, tmp_path / f"{kind}{k}", kind, k, smallest)
+
+
+def test_names_that_are_no_utf8_are_read_and_written(smallest, world, tmp_path):
+    text, run, acts = (os.fsdecode(name + b"\xe9") for name in (b"text", b"run", b"acts"))
+    (tmp_path / text).mkdir()
+    for n, document in enumerate(documents()):
+        (tmp_path / text / os.fsdecode(b"%03d\xff.txt" % n)).write_text(document)
+    flags = ["--dataset", text, "--output-dir", run, "--activations-dir", acts]
+    for _ in range(2):
+        world.finish(*SMALLEST, *flags, cwd=tmp_path)
+    (sae,) = (tmp_path / run / "saes").iterdir()
+    done = world.server.run("--evaluate", sae, "--device", "cpu", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert (
+        bytes_under(tmp_path / acts / "text")["tokens.bin"]
+        == (smallest / "acts/text/tokens.bin").read_bytes()
+    )
+
+
+def change_a_weight(folder: Path) -> None:
+    """By less than bfloat16 can tell."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["transformer.h.0.mlp.c_fc.weight"].view(torch.int32)[3, 5] ^= 1
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_the_config(folder: Path) -> None:
+    """In a way that no weight shows."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_epsilon": 1e-3}))
+
+
+@pytest.mark.parametrize("change", [change_a_weight, change_the_config])
+def test_what_another_model_gave_is_never_reported_nor_used_again(change, world, tmp_path):
+    shutil.copytree(world.root / "gpt2", tmp_path / "model")
+    few = ["--model", "model", "--n-tokens", "640", "--expansion-exp-high", "0"]
+    world.finish(*few, cwd=tmp_path)
+    (tmp_path / "model/notes.txt").write_text("retrained tomorrow")
+    assert "done: run: report.html" in world.finish(*few, cwd=tmp_path).out
+    before = bytes_under(tmp_path / "run")
+    change(tmp_path / "model")
+    assert_refused(world.run(*few, cwd=tmp_path), "--output-dir run", "model_files", "--fresh")
+    refused = world.run(*few, "--fresh", cwd=tmp_path)
+    assert_refused(refused, "--activations-dir acts holds other activations", "model_files")
+    assert bytes_under(tmp_path / "run") == before
+    shutil.rmtree(tmp_path / "acts")
+    world.finish(*few, "--fresh", cwd=tmp_path)
+
+
+def test_a_hub_id_means_its_commit_and_another_commit_is_another_run(world, tmp_path):
+    repo, commits = tmp_path / "hub/models--me--mine", ("a" * 40, "b" * 40)
+    for commit, kind in zip(commits, ("gpt2", "gpt_neox"), strict=True):
+        shutil.copytree(world.root / kind, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    cached = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": True}
+    patch = SMALL | {f"huggingface_hub.constants.{k}": value for k, value in cached.items()}
+    few = ["--model", "me/mine", "--n-tokens", "640", "--expansion-exp-high", "0"]
+    (repo / "refs/main").write_text(commits[0])
+    world.finish(*few, cwd=tmp_path, patch=patch)
+    constants = json.loads((tmp_path / "run/config.json").read_text())["constants"]
+    manifest = json.loads((tmp_path / "acts/manifest.json").read_text())["metadata"]
+    assert constants["model_revision"] == manifest["model_revision"] == commits[0]
+    assert "done: run" in world.finish(*few, cwd=tmp_path, patch=patch).out
+    (repo / "refs/main").write_text(commits[1])
+    refused = world.run(*few, cwd=tmp_path, patch=patch)
+    assert_refused(refused, f"model_revision {commits[0]} there, {commits[1]} here")
+    pinned = [*few, "--model-revision", commits[0]]
+    assert "done: run" in world.finish(*pinned, cwd=tmp_path, patch=patch).out
+
+
+def test_a_resume_without_a_store_checks_the_model_that_it_resumes_on(world, tmp_path):
+    """Here the cache of the hub was changed, which no constant shows."""
+    repo, commit = tmp_path / "hub/models--me--mine", "a" * 40
+    folder = repo / "snapshots" / commit
+    shutil.copytree(world.root / "gpt2", folder)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    cached = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": True}
+    patch = OFTEN | {f"huggingface_hub.constants.{k}": value for k, value in cached.items()}
+    flags = ["--model", "me/mine", "--max-disk-gb", "0"]
+    process = world.start(*flags, cwd=tmp_path, patch=patch, pause_at=(TRAINING, 3))
+    process.wait_until_paused()
+    process.kill()
+    before, weights = bytes_under(tmp_path / "run"), load_file(folder / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.weight"] *= 1.1
+    original = (folder / "model.safetensors").read_bytes()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused = world.run(*flags, cwd=tmp_path, patch=patch)
+    assert_refused(refused, "--output-dir run was begun on other activations", "weight_hash")
+    assert bytes_under(tmp_path / "run") == before
+    (folder / "model.safetensors").write_bytes(original)
+    world.finish(*flags, cwd=tmp_path, patch=patch)
+
+
 def test_a_full_disk_is_refused_before_the_harvest(world, tmp_path):
     with mounted_tmpfs(tmp_path / "disk", "size=1m"):
         done = world.run("--activations-dir", tmp_path / "disk/acts", cwd=tmp_path)
@@ -702,6 +911,46 @@ def test_evaluate_refuses_another_width_and_warns_of_another_model(finished, wor
     assert set(printed(other.out)) == set(METRICS)
     layer = world.server.run(*flags, "--layer", "0", cwd=tmp_path)
     assert layer.err_lines == ["warning: trained on layer 1, evaluated on 0"]
+
+
+def foreign(folder: Path, finished: Path, **metadata: object) -> Path:
+    """One of the finished run's autoencoders as SAELens would have saved it."""
+    shutil.copytree(finished / "run/saes" / CELLS[0], folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    told = {"hook_name": "blocks.1.mlp.hook_post", "context_size": CONTEXT}
+    config["metadata"] = told | metadata
+    del config["checksum"]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_a_strangers_autoencoder_wants_is_honoured_or_refused(finished, world, tmp_path):
+    gpt2 = {"model_name": str(world.root / "gpt2"), "dataset_path": str(world.text)}
+    flags = ["--device", "cpu", "--held-out", "0.2", "--n-eval-tokens", "1000000"]
+
+    def evaluated(name: str, *more: str, **metadata: object) -> Done:
+        sae = foreign(tmp_path / name, finished, **gpt2 | metadata)
+        return world.server.run("--evaluate", sae, *flags, *more, cwd=tmp_path)
+
+    plain = evaluated("plain")
+    assert plain.code == 0, plain.err
+    assert re.search(r"^1,000,000 held-out tokens requested, [\d,]+ available$", plain.out, re.M)
+    bos = evaluated("bos", prepend_bos=True)
+    assert "rows begin with bos" in bos.out
+    assert printed(bos.out)["ce_clean"] != printed(plain.out)["ce_clean"]
+    unknown = evaluated("unknown", hook_name="blocks.1.hook_mlp_in")
+    assert_refused(unknown, "blocks.1.hook_mlp_in", "--layer", "--site")
+    given = evaluated("given", "--layer", "1", "--site", "mlp_act", hook_name="blocks.1.hook_x")
+    assert printed(given.out) == printed(plain.out)
+    options = {"first_n_layers": 1}
+    assert_refused(evaluated("cut", model_from_pretrained_kwargs=options), "first_n_layers 1")
+    own = {"flags": {"output_dir": "evil", "activations_dir": "evil", "layer": "one"}}
+    assert_refused(evaluated("typed", sparse_coding=own), "does not say model, site")
+    own["flags"] |= {"model": gpt2["model_name"], "site": "mlp_act"}
+    assert_refused(evaluated("typed2", sparse_coding=own), "typed2/cfg.json: ", "--layer", "one")
+    own["flags"] |= {"layer": 1, "dataset": gpt2["dataset_path"], "context_length": CONTEXT}
+    assert printed(evaluated("own", sparse_coding=own).out) == printed(plain.out)
+    assert not (tmp_path / "evil").exists()
 
 
 def test_evaluate_of_a_folder_that_is_torn_is_refused(finished, world, tmp_path):

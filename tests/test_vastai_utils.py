@@ -2,6 +2,8 @@
 hand, and what is refused before anything is bought."""
 
 import json
+import math
+import os
 import shutil
 import signal
 import subprocess
@@ -18,9 +20,11 @@ from builders.rented import (
     rental_server,
     renting,
 )
-from builders.scripts import ROOT, assert_refused, run_script, table
+from builders.scripts import ROOT, Done, assert_refused, run_script, table
 
+from sparse_coding.config import UserError
 from sparse_coding.rental.preflight import tracked_files
+from sparse_coding.rental.records import Attempt, Ledger, Rates
 
 TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "60",
        "--dict-ratio-exp-high", "1", "--l1-exp-high", "0"]  # fmt: skip
@@ -109,7 +113,12 @@ def test_a_sweep_by_hand(user):
     status = call("status")
     assert status.count("running, RTX 3090, $0.1") == 2
     assert "mine: 0 of 2 shards done" in status
-    assert "cell 5" in call("logs")
+    with (user.lab.home(user.lab.live()[0]) / ".sae" / "job.log").open("ab") as log:
+        log.write(b"\x1b]0;title\x07 \xff\n" + 5000 * b"x" + b"\n")
+    told = call("logs")
+    assert "cell 5" in told
+    assert "]0;title \N{REPLACEMENT CHARACTER}" in told
+    assert not any(c in told for c in "\x1b\x07")
     assert call("ssh", "--shard", "1", "--", "echo", "hello") == "hello\n"
     assert "fetched: outputs/mine" in call("copy-recent")
     cells = sorted(p.name for p in (user.output / "cells").iterdir())
@@ -169,6 +178,53 @@ def test_search_lists_the_cheapest_first_with_traffic(user):
     assert max(prices) <= 0.13
 
 
+# --- ending ---
+
+
+def never_ends(user: User, number: int) -> None:
+    """The service fails, for ever, to end this machine."""
+    user.lab.fault(method="DELETE", path=f"/instances/{number}/", caller="account", action="500")
+
+
+def assert_named(user: User, done: Done, number: int) -> None:
+    """All machines are ended but this one, which is named."""
+    assert done.code == 1, done.out + done.err
+    assert user.lab.live() == [number]
+    (line,) = done.err_lines
+    assert f"no usable answer to destroy instance {number} (500" in line
+
+
+@pytest.mark.parametrize("words", [["reap"], ["reap", "--all"]])
+def test_reap_ends_all_that_can_be_ended_and_names_what_is_left(user, words):
+    first, *_ = [user.rent(f"sae1/old/{i}/a1/exp=9") for i in (1, 2, 3)]
+    never_ends(user, first)
+    assert_named(user, user.call(*words, *FAST), first)
+
+
+def test_destroy_ends_all_that_can_be_ended_and_names_what_is_left(user):
+    launched = user.call("launch", "--run", "mine", "--instances", "2", *FAST)
+    assert launched.code == 0, launched.err
+    first, _ = user.lab.live()
+    stray = user.rent(user.lab.ledger()[0]["label"].replace("/a1/", "/a7/"))
+    never_ends(user, first)
+    done = user.call("destroy", "--discard", *FAST)
+    assert stray not in user.lab.live()
+    assert_named(user, done, first)
+    user.lab.clear_faults()
+    assert user.call("destroy", "--discard", *FAST).code == 0
+    assert_nothing_lives(user)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_launch_that_is_stopped_leaves_no_machine(user, signum):
+    user.lab.behave(stuck="loading")
+    process = user.start("launch", "--instances", "2", *FAST)
+    process.wait_until(lambda: len(user.lab.live()) == 2)
+    process.signal(signum)
+    assert process.wait().code == 128 + signum
+    assert_nothing_lives(user)
+
+
 # --- refused before anything is bought ---
 
 
@@ -195,6 +251,93 @@ def test_a_key_that_is_missing_open_to_others_or_wrong_is_refused_with_what_to_d
     assert "wrong-canary" not in line
 
 
+@pytest.mark.parametrize("key", [b"", b"\xff\xfe", "5 €".encode(), b"two words", b"a\0b", None])
+def test_a_key_file_that_holds_no_key_is_refused(user, key):
+    path = user.checkout.parent / ".vast_api_key"
+    path.mkdir() if key is None else path.write_bytes(key)
+    path.chmod(0o700)
+    for words in (["doctor"], ["reap"]):
+        line = refused(user, *words, *FAST, env={"VAST_API_KEY": ""})
+        assert f"{path} is no file" in line or f"{path} holds no key" in line
+    assert "VAST_API_KEY holds no key" in refused(user, *words, *FAST, env={"VAST_API_KEY": "€"})
+
+
+TORN = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff",
+    b'{"a": 1}',
+    9999 * b"[",
+    b'{"x": ' + 5000 * b"9" + b"}",
+]
+
+
+@pytest.mark.parametrize(
+    "torn", [TORN[1], *(pytest.param(t, marks=pytest.mark.long) for t in TORN)], ids=str
+)
+def test_a_plan_a_record_or_secrets_that_are_torn_or_foreign_are_one_line(user, torn):
+    assert user.call("launch", "--run", "mine", *FAST).code == 0
+    folder = user.folder / "mine"
+    for name in ("shard-1.json", "plan.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(torn)
+        for words in (["destroy"], ["status"]):
+            assert_refused(user.call(*words, *FAST), name)
+        (folder / name).write_bytes(whole)
+    (user.checkout / "secrets.json").write_bytes(torn)
+    done = user.call("run", "--send-env", "OTHER", *FAST, *JOB)
+    assert_refused(done)
+    assert "secrets.json" in done.err
+    (folder / "shard-1.json").write_bytes(torn)
+    assert user.call("reap", "--all", *FAST).code == 0  # which needs none of these
+    assert_nothing_lives(user)
+
+
+@pytest.mark.parametrize("change", [
+    {"shard": 2}, {"done": 1}, {"avoid": 7}, {"avoid": ["x"]}, {"attempts": {"x": 1}},
+    {"attempts": [7]}, {"more": 1}, {"attempts": [{}]}, *[{"attempts": odd} for odd in (
+        {"expires": "x"}, {"ordered": None}, {"id": "5"}, {"gone": []}, {"running": [7]},
+        {"gb_up": math.nan}, {"rates": {"gpu": "x"}}, {"rates": []}, {"number": None})],
+], ids=str)  # fmt: skip
+def test_a_record_with_odd_fields_is_refused(tmp_path, change):
+    ledger = Ledger(tmp_path, 1)
+    rates = Rates(gpu=0.4, disk=0.1, up=0.02, down=0.01)
+    attempt = Attempt(1, 7, "RTX 3090", rates, 1000.0, 8200.0, id=5)
+    ledger.enter(ledger.shards[0], attempt)
+    path = tmp_path / "shard-1.json"
+    row = json.loads(path.read_text())
+    if isinstance(change.get("attempts"), dict):
+        change = {"attempts": [row["attempts"][0] | change["attempts"]]}
+    path.write_text(json.dumps(row | change))
+    with pytest.raises(UserError, match=r"shard-1\.json is no record of a shard"):
+        Ledger(tmp_path, 1)
+
+
+def look(user: User, *words: str) -> None:
+    """A command that only looks gives up, with one line, in 20 s."""
+    began = time.monotonic()
+    env = {"VAST_URL": user.lab.url}
+    line = refused(user, *words, env=env)
+    assert "vast.ai gives no usable answer to " in line
+    assert time.monotonic() - began < 20
+
+
+def test_commands_that_only_look_say_soon_that_the_service_is_not_there(user):
+    user.lab.fault(path="", action="drop")
+    for words in (["status"], ["search"], ["doctor"]):
+        look(user, *words, "--api-spacing", "0.02")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("action", ["hang", "drop", "500"])
+@pytest.mark.parametrize("words", ["status", "search", "doctor"])
+def test_they_say_so_within_twenty_seconds(user, action, words):
+    user.lab.fault(path="", action=action)
+    look(user, words)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -209,11 +352,17 @@ def test_a_key_that_is_missing_open_to_others_or_wrong_is_refused_with_what_to_d
         (["--instances", "0"], "--instances 0 must be at least 1"),
         (["--gpus", "x"], "did you mean --n-gpus?"),
         (["--run", "a/b"], "--run a/b must be letters, digits"),
+        (["--run", ".."], "--run .. must be letters, digits"),
+        (["--run", "."], "--run . must be letters, digits"),
+        (["--run", "a\nb"], "must be letters, digits"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_sweep_that_can_not_be_is_refused_with_what_to_do(user, flags, words):
+    mode = user.checkout.stat().st_mode
     assert words in refused(user, "sweep", *FAST, *flags, *JOB)
+    assert user.checkout.stat().st_mode == mode
+    assert not (user.checkout / "plan.json").exists()
 
 
 def test_the_caps_have_no_default_and_the_price_wants_a_yes(user):
@@ -301,4 +450,22 @@ def test_without_the_package_the_command_that_installs_it_is_named(tmp_path):
 
 
 def test_our_own_repository_may_be_pushed():
-    assert "vastai_utils.py" in tracked_files(ROOT)
+    assert "vastai_utils.py" in tracked_files(ROOT, 64 * "0")
+
+
+@pytest.mark.parametrize("text", [
+    f"key = {API_KEY!r}", "VAST_API_KEY=" + 32 * "0a", '"wandb_api_key": "' + 20 * "0a" + '"',
+    "ghp_" + 36 * "a", 10**6 * " " + "sk-" + 32 * "a",
+])  # fmt: skip
+@pytest.mark.parametrize("large", [0, 1e9])
+def test_a_token_is_found_in_any_tracked_file(tmp_path, monkeypatch, text, large):
+    monkeypatch.setattr("sparse_coding.rental.preflight.LARGE", large)
+    (tmp_path / "sums.txt").write_text(32 * "0a" + "  file\n" + 20 * "0b" + " a commit\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / os.fsdecode(b"\xff.txt")).touch()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    assert len(tracked_files(tmp_path, API_KEY)) == 3
+    (tmp_path / "empty").write_text(text)
+    with pytest.raises(UserError, match="empty seems to hold a token"):
+        tracked_files(tmp_path, API_KEY)

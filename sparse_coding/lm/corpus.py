@@ -5,25 +5,36 @@ the text but for 24 bytes a document. A folder of a corpus holds
 
     tokens.bin      ids of all documents, one after another: uint16, or uint32 above 65 536 ids
     documents.npy   (n_documents, 3) int64: offset and length in tokens, id of the document
-    corpus.json     what it is made of, counts and the sha256 of the tokens; written last
+    corpus.json     what it is made of, counts and the sha256 of both; written last
 
-nanoGPT's .bin files of token ids are a corpus too, and are used where they lie.
+A corpus that is damaged is made again. nanoGPT's .bin files of token ids are a corpus too, and are
+used where they lie.
 """
 
 import array
 import contextlib
 import hashlib
-import json
 import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from sparse_coding.config import UserError, hash63, progress_bar, require
-from sparse_coding.files import held, is_temporary, require_free_disk, write_json, written_whole
+from sparse_coding.config import hash63, progress_bar, require
+from sparse_coding.files import (
+    Damaged,
+    held,
+    is_temporary,
+    kept_sha256,
+    read_record,
+    require_free_disk,
+    sha256,
+    write_record,
+    written_whole,
+)
 from sparse_coding.lm.documents import Documents, document_id, in_batches, in_pieces
 from sparse_coding.lm.tokenizer import Tokenizer, read_bin_manifest
 
@@ -32,6 +43,7 @@ RECENT = 2**16  # document ids kept in a set before they are sorted in
 CHECK_BYTES = 2**24  # written between two looks at the free space
 PIECE = 8192  # tokens of a document of a .bin where no separator occurs; ours, not tuned
 SCAN = 2**22  # tokens of a .bin read at once
+T = TypeVar("T")
 
 
 class Corpus:
@@ -73,12 +85,14 @@ def build_corpus(
         "dataset": documents.name,
         "revision": documents.revision,
         "fingerprint": tokenizer.fingerprint,
+        "tokenizer_state": tokenizer.state,
         "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
         "max_tokens": max_tokens,
     }
     path = folder / "tokens.bin"
     with alone(folder):
-        if (corpus := _open_folder(folder, path, must_match)) is not None:
+        there = partial(_open_folder, folder, path, must_match)
+        if corpus := _unless_damaged(there, "the text is encoded again"):
             return corpus
         writer = _Writer(must_match["dtype"], max_tokens)
         with written_whole(path) as temporary, open(temporary, "wb") as file:
@@ -118,24 +132,73 @@ def alone(
         yield
 
 
-def _open_folder(folder: Path, tokens_path: Path, must_match: dict) -> Corpus | None:
-    """The corpus of the folder; None without one. Raises UserError if it is another or damaged."""
-    remedy = f"delete {folder} or choose another folder"
-    if not (folder / "corpus.json").exists():
-        return None
+def _unless_damaged(open_it: Callable[[], T], consequence: str) -> T | None:
+    """What it gives; None where a file is damaged, which is said."""
     try:
-        metadata = json.loads((folder / "corpus.json").read_text())
-        documents = np.load(folder / "documents.npy", allow_pickle=False)
-        n_bytes = metadata["n_tokens"] * np.dtype(metadata["dtype"]).itemsize
-        whole = tokens_path.stat().st_size == n_bytes
-        whole &= documents.shape == (metadata["n_documents"], 3)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the corpus in {folder} is damaged ({error}): {remedy}") from None
+        return open_it()
+    except Damaged as error:
+        error.warn(consequence)
+        return None
+
+
+def _open_folder(folder: Path, tokens_path: Path, must_match: dict) -> Corpus | None:
+    """The corpus of the folder; None without one. Raises Damaged, UserError if it is another."""
+    metadata, index_path = _stored(folder), folder / "documents.npy"
+    if not metadata:
+        return None
+    _require_same(folder, metadata, must_match)
+    if tokens_path.parent == folder:  # else it is known by its date: see open_bin
+        _check(tokens_path, metadata.get("sha256"))
+    _check(index_path, metadata.get("documents_sha256"))
+    try:
+        documents = np.load(index_path, allow_pickle=False)
+        tokens = np.memmap(tokens_path, metadata["dtype"], mode="r")
+        offsets, lengths, _ = documents.T
+        sound = len(tokens) == metadata["n_tokens"] and len(offsets) == metadata["n_documents"]
+        # that no document lies elsewhere matters where an older version left no checksum
+        sound &= bool((offsets >= 0).all() and (lengths > 0).all())
+        sound &= bool((offsets <= len(tokens) - lengths).all())
+    except (EOFError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(index_path, error) from None
+    if not sound:
+        raise Damaged(index_path, "it does not fit the tokens")
+    return Corpus(tokens, documents, metadata)
+
+
+def _stored(folder: Path) -> dict:
+    """The folder's corpus.json, {} if there is none. Raises Damaged."""
+    path = folder / "corpus.json"
+    return read_record(path) if path.exists() else {}
+
+
+def _require_same(folder: Path, metadata: dict, must_match: dict) -> None:
+    """Raises UserError if the corpus with the metadata is another."""
     for name, value in must_match.items():
-        message = f"{folder} holds a corpus with {name} {metadata.get(name)!r}, not {value!r}"
-        require(metadata.get(name) == value, f"{message}: {remedy}")
-    require(whole, f"the corpus in {folder} is damaged (a file is too short or long): {remedy}")
-    return Corpus(np.memmap(tokens_path, metadata["dtype"], mode="r"), documents, metadata)
+        require(
+            metadata.get(name) == value,
+            f"{folder} holds a corpus with {name} {metadata.get(name)!r}, not {value!r}: "
+            f"delete {folder} or choose another folder",
+        )
+
+
+def _check(path: Path, checksum: str | None) -> None:
+    """Raises Damaged if the file is missing or has another sha256; None: it is not known."""
+    if not path.exists():
+        raise Damaged(path, "it is missing")
+    if checksum not in (None, sha256(path)):
+        raise Damaged(path, "its sha256 differs")
+
+
+class _Hashing:
+    """A file that is written, and its sha256. (No file to numpy, whose own way of writing to one
+    does not say that the disk is full.)"""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
 
 
 def _write_index(folder: Path, index: array.array, metadata: dict) -> None:
@@ -146,21 +209,25 @@ def _write_index(folder: Path, index: array.array, metadata: dict) -> None:
     """
     documents = np.array(index, dtype=np.int64).reshape(-1, 3)
     with written_whole(folder / "documents.npy") as path, open(path, "wb") as file:
-        np.save(file, documents, allow_pickle=False)
-    write_json(folder / "corpus.json", {**metadata, "n_documents": len(documents)})
+        hashing = _Hashing(file)
+        np.save(hashing, documents, allow_pickle=False)
+    known = {"n_documents": len(documents), "documents_sha256": hashing.sha256.hexdigest()}
+    write_record(folder / "corpus.json", metadata | known)
 
 
 # --- text to tokens ---
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> list[np.ndarray]:
-    """Ids of each text of a batch. A long text is cut before spaces and encoded piece by piece:
-    some tokenizers, those of sentencepiece, make one token more at each cut."""
+def _encode(texts: list[str], tokenizer: Tokenizer, dtype: str) -> Iterator[Iterable[np.ndarray]]:
+    """Ids of each text of a batch, in pieces. A long text is cut before spaces and encoded piece by
+    piece, when they are asked for: some tokenizers, those of sentencepiece, make one token more at
+    each cut."""
     if len(texts) == 1:
         pieces = in_pieces(texts[0], BATCH, longest=2 * BATCH, ends=((" ", 0),))
-        encoded = (tokenizer.encode_batch([piece])[0] for piece in pieces)
-        return [np.concatenate([np.array(ids, dtype) for ids in encoded])]
-    return [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts)]
+        yield (np.array(tokenizer.encode_batch([piece])[0], dtype) for piece in pieces)
+        return
+    for ids in tokenizer.encode_batch(texts):
+        yield [np.array(ids, dtype)]
 
 
 class Seen:
@@ -197,20 +264,23 @@ class _Writer:
         new = {number: text for text in texts if self.seen.add(number := document_id(text))}
         self.n_duplicates += len(texts) - len(new)
         encoded = _encode(list(new.values()), tokenizer, self.dtype)
-        for number, ids in zip(new, encoded, strict=True):
-            ids = ids[: min(len(ids), self.max_tokens - self.n_tokens)]
-            if len(ids):
-                self._write(number, ids, file)
+        for number, pieces in zip(new, encoded, strict=True):
+            start = self.n_tokens
+            for ids in pieces:
+                self._write(ids[: min(len(ids), self.max_tokens - self.n_tokens)], file)
+                if self.n_tokens == self.max_tokens:  # no more of a text that may be very long
+                    break
+            if self.n_tokens > start:
+                self.index.extend((start, self.n_tokens - start, number))
         return self.n_tokens < self.max_tokens
 
-    def _write(self, number: int, ids: np.ndarray, file: BinaryIO) -> None:
+    def _write(self, ids: np.ndarray, file: BinaryIO) -> None:
         if self.n_unchecked <= 0:
             require_free_disk(Path(file.name).parent, ids.nbytes + CHECK_BYTES)
             self.n_unchecked = CHECK_BYTES
         self.n_unchecked -= ids.nbytes
         file.write(ids.data)
         self.sha256.update(ids.data)
-        self.index.extend((self.n_tokens, len(ids), number))
         self.n_tokens += len(ids)
 
 
@@ -219,7 +289,7 @@ class _Writer:
 
 def open_bin(path: Path, tokenizer: Tokenizer, folder: Path) -> Corpus:
     """The corpus of a .bin (uint16 ids without a header); where its documents lie is kept in
-    `folder`. It is scanned once, and again when its size or date has changed.
+    `folder`. It is scanned once, and again when its contents have changed.
 
     Documents are the stretches between separators, or pieces of PIECE tokens if none occurs. Equal
     ones are kept once. The id of a document is a hash of its tokens.
@@ -229,23 +299,27 @@ def open_bin(path: Path, tokenizer: Tokenizer, folder: Path) -> Corpus:
             another corpus.
     """
     require(path.is_file(), f"--dataset {path}: no such file")
-    stat = path.stat()
-    require(stat.st_size > 0, f"{path} is empty")
-    require(stat.st_size % 2 == 0, f"{path} has an odd number of bytes: no file of uint16 ids")
+    size = path.stat().st_size
+    require(size > 0, f"{path} is empty")
+    require(size % 2 == 0, f"{path} has an odd number of bytes: no file of uint16 ids")
     must_match = {"fingerprint": tokenizer.fingerprint, "dtype": "uint16", "piece": PIECE}
-    stamp = [stat.st_size, stat.st_mtime_ns]
     with alone(folder):
-        if _stamp(folder) == stamp:
-            return _open_folder(folder, path, must_match)
+        again = f"{path} is scanned again"
+        known = _unless_damaged(partial(_stored, folder), again)
+        if known and known.get("sha256") == kept_sha256(path):
+            there = partial(_open_folder, folder, path, must_match)
+            if corpus := _unless_damaged(there, again):
+                return corpus
         tokens = np.memmap(path, "uint16", mode="r")
         must_match["sha256"], starts, stops = _scan(tokens, tokenizer, path)
         _check_manifest(path, tokenizer, must_match["sha256"])
-        _open_folder(folder, path, must_match)  # refuses if another corpus is there
+        if known:
+            _require_same(folder, known, must_match)
         index = _index(tokens, starts, stops)
         require(len(index) > 0, f"{path} holds nothing but separators")
         counts = {
             "dataset": str(path), "tokenizer": tokenizer.name, "n_tokens": len(tokens),
-            "n_duplicates": int((stops > starts).sum()) - len(index) // 3, "stamp": stamp,
+            "n_duplicates": int((stops > starts).sum()) - len(index) // 3,
         }  # fmt: skip
         _write_index(folder, index, {**must_match, **counts})
         return _open_folder(folder, path, must_match)
@@ -306,11 +380,3 @@ def _index(tokens: np.memmap, starts: np.ndarray, stops: np.ndarray) -> array.ar
             _drop_pages(tokens)
             n_read = 0
     return index
-
-
-def _stamp(folder: Path) -> list[int] | None:
-    """Size and date of the file that the folder's corpus was made of, if it holds one."""
-    try:
-        return json.loads((folder / "corpus.json").read_text()).get("stamp")
-    except (OSError, ValueError):
-        return None

@@ -3,8 +3,8 @@
 Documents are streamed in a fixed order, so memory stays flat whatever the size of the text.
 """
 
+import codecs
 import contextlib
-import json
 import os
 import platform
 import re
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
 
-from sparse_coding.config import UserError, first_line, hash63, require
-from sparse_coding.files import content_stamp
+from sparse_coding.config import UserError, first_line, hash63, one_line, require
+from sparse_coding.files import content_stamp, parse_json
 
 # commits of hub datasets that we name, so that a run means the same text next year
 PINNED = {
@@ -29,7 +29,13 @@ PIECE = 10_000  # characters: about how long the documents of a long .txt withou
 LONGEST = 3 * PIECE  # characters of a .txt that stay one document
 PARAGRAPH_ENDS = (("\n\n", 2), ("\n", 1))  # of a paragraph, or at least of a line: see in_pieces
 BLOCK = 2**20  # characters or bytes read at once
-ROWS = 128  # rows of a parquet file read at once
+LONGEST_LINE = 2**27  # characters of a line of .jsonl, which is parsed whole; ours
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes it
+UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+FEW_BROKEN, BROKEN = 10, 1e-3  # characters that are no UTF-8, and their share: more is no accident
+DEEP = 500  # brackets of a line of JSON beyond which its nesting is looked at
+UNREAD = 5  # files of a folder, so many of which are named
+ROWS = 16  # rows of a parquet file read at once: a few kB may hold rows of many MB
 # left out of the standard library: installed packages, and tests, which many distributions lack
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -43,7 +49,7 @@ class Documents:
     """
 
     name: str  # as given: "stdlib", "NeelNanda/pile-10k", a file or a folder
-    revision: str  # commit of a hub dataset; "python 3.x.y" for stdlib; a digest for local files
+    revision: str  # commit of a hub dataset; a digest of files, after "python 3.x.y" for stdlib
     read: Callable[[], Iterator[object]] = field(repr=False, compare=False)  # texts, uncleaned
 
     def __iter__(self) -> Iterator[str]:
@@ -122,18 +128,25 @@ def in_pieces(
 
 def _find(dataset: str, text_column: str, revision: str) -> Documents:
     if dataset == "stdlib":
-        return Documents(dataset, f"python {platform.python_version()}", _stdlib_texts)
+        revision = f"python {platform.python_version()} {content_stamp(stdlib_files())}"
+        return Documents(dataset, revision, _stdlib_texts)
     path = Path(dataset).expanduser()
     if path.exists():
         files = local_files(path)
+        print(unread_note(path), end="", flush=True)
         return Documents(
             dataset,
             f"{content_stamp(files)} {text_column}",
             lambda: _local_texts(files, text_column),
         )
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset) and path.suffix not in SUFFIXES
-    require(bool(is_id), f"--dataset {dataset}: no such file or folder")
+    require(_is_hub_id(dataset), f"--dataset {dataset}: no such file or folder")
     return _hub_documents(dataset, text_column, revision or PINNED.get(dataset, ""))
+
+
+def _is_hub_id(dataset: str) -> bool:
+    """Whether it is written like one."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset)
+    return bool(is_id) and Path(dataset).suffix not in (*SUFFIXES, ".bin")
 
 
 def stdlib_files() -> list[Path]:
@@ -154,7 +167,7 @@ def _stdlib_texts() -> Iterator[str]:
 def local_files(path: Path) -> list[Path]:
     """The file, or those of the folder that we can read, sorted."""
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = [p for p in _visible_files(path) if p.suffix in SUFFIXES]
         require(bool(files), f"{path} holds no {', '.join(SUFFIXES)} file")
         return files
     require(path.suffix in SUFFIXES, f"{path}: can read {', '.join(SUFFIXES)} only")
@@ -162,17 +175,53 @@ def local_files(path: Path) -> list[Path]:
     return [path]
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    """All in it but hidden ones (.git, ._x.txt of macOS, .ipynb_checkpoints), sorted."""
+    inner = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in inner if not any(n[0] == "." for n in p.relative_to(folder).parts))
+
+
+def unread_note(path: Path) -> str:
+    """A line that names files of a folder that are not read, as compressed ones; "" without any."""
+    unread = [p for p in _visible_files(path) if p.suffix not in SUFFIXES] if path.is_dir() else []
+    names = ", ".join(p.relative_to(path).as_posix() for p in unread[:UNREAD])
+    more = f" and {len(unread) - UNREAD:,} more" if len(unread) > UNREAD else ""
+    line = f"{path}: not read: {names}{more} (only {', '.join(SUFFIXES)} are; unpack others first)"
+    return (one_line(line) + "\n") * bool(unread)
+
+
 def _local_texts(files: list[Path], text_column: str) -> Iterator[object]:
     for path in files:
         if path.suffix == ".parquet":
             yield from _parquet_texts(path, text_column)
             continue
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
+        with open(path, encoding=encoding_of(path), errors="replace") as file:
             if path.suffix == ".txt":
                 yield from _cut(file)
             else:
-                rows = ((n, line) for n, line in enumerate(file, 1) if not line.isspace())
+                lines = enumerate(_lines(file, path), 1)
+                rows = ((n, line) for n, line in lines if not line.isspace())
                 yield from (_pick(_parse(path, n, line), text_column, path) for n, line in rows)
+
+
+def encoding_of(path: Path) -> str:
+    """UTF-16 or UTF-32 if the file begins with their byte order mark, else UTF-8.
+
+    Raises:
+        UserError: its start is not text in that encoding, but for single broken characters.
+    """
+    with open(path, "rb") as file:
+        start = file.read(BLOCK)
+    encoding = "utf-8-sig"
+    if start.startswith((*UTF_32, *UTF_16)):
+        encoding = "utf-32" if start.startswith(UTF_32) else "utf-16"
+    decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+    text = decoder.decode(start)
+    n_broken = text.count("\0") + text.count("\ufffd") - start.count("\ufffd".encode())
+    refused = n_broken > max(FEW_BROKEN, BROKEN * len(text))
+    remedy = f"unpack it, or `iconv -f ITS-ENCODING -t UTF-8 {path.name}`, or leave it out"
+    require(not refused, f"{path} is not text in UTF-8: {remedy}")
+    return encoding
 
 
 def _cut(file: TextIO) -> Iterator[str]:
@@ -190,11 +239,19 @@ def _cut(file: TextIO) -> Iterator[str]:
     yield rest
 
 
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """Of a .jsonl. Raises UserError for one that would not fit into memory in good time."""
+    while line := file.readline(LONGEST_LINE + 1):
+        require(
+            len(line) <= LONGEST_LINE,
+            f"{path} has a line of more than {LONGEST_LINE >> 20} MB: give its text as a .txt, or "
+            "part it into documents",
+        )
+        yield line
+
+
 def _parse(path: Path, number: int, line: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number} is not JSON: {error}") from None
+    return parse_json(line, f"{path} line {number}", remedy="mend or leave out the line")
 
 
 def _pick(row: object, column: str, source: Path | str) -> object:
@@ -214,17 +271,34 @@ def _parquet_texts(path: Path, column: str) -> Iterator[object]:
     try:
         # buffer_size: reads a row group of any size piece by piece
         file = pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a whole parquet file: {error}") from None
-    with file:
-        require(
-            column in file.schema_arrow.names, _no_column(path, column, file.schema_arrow.names)
-        )
-        for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
-            yield from batch.column(0).to_pylist()
+        with file:
+            names = file.schema_arrow.names
+            require(column in names, _no_column(path, column, names))
+            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+                yield from (text.as_py() for text in batch.column(0))
+    # damaged pages; text that is no UTF-8
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        why = one_line(first_line(error))[:200]
+        raise UserError(f"{path} is not a whole parquet file ({why}): fetch it again") from None
 
 
 # --- the hub ---
+
+
+def dataset_commit(dataset: str, revision: str) -> str:
+    """The commit that the revision of a hub dataset stands for now, from the cache if it is there,
+    else asked of the hub; revision itself where the dataset is none of the hub.
+
+    Raises:
+        UserError: no such dataset or revision, the hub out of reach.
+    """
+    if dataset == "stdlib" or os.path.exists(Path(dataset).expanduser()):
+        return revision
+    if not _is_hub_id(dataset):
+        return revision
+    revision = revision or PINNED.get(dataset, "")
+    cached = _cached(dataset, revision)
+    return cached.name if cached else _resolve(dataset, revision)
 
 
 def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
@@ -233,20 +307,43 @@ def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
     sha = cached.name if cached else _resolve(dataset, revision)
 
     def texts() -> Iterator[object]:
+        from huggingface_hub import errors
+
+        of_the_hub = () if cached else (OSError, errors.HTTPError)
         with hub_errors(dataset, sha, what="dataset"):
             try:
+                if cached:
+                    _require_shallow(cached)
                 for row in _rows(str(cached)) if cached else _rows(dataset, revision=sha):
                     yield _pick(row, text_column, dataset)
-            except ValueError as error:  # no split "train", a configuration to choose
-                raise UserError(f"{dataset} can't be read: {first_line(error)}") from None
+            except (UserError, *of_the_hub):
+                raise
+            # no split "train", a configuration to choose; damaged files, of which datasets and
+            # pyarrow raise nearly any error
+            except Exception as error:
+                why = one_line(" ".join(str(error).split()))[:300]
+                again = f"hf download {dataset} --repo-type dataset --force-download"
+                raise UserError(
+                    f"{dataset} can't be read: {why}; `{again}` fetches it anew"
+                ) from None
 
     return Documents(dataset, sha, texts)
+
+
+def _require_shallow(folder: Path) -> None:
+    """Raises UserError for JSON nested so deep that pyarrow's reader would crash."""
+    for path in sorted((*folder.rglob("*.jsonl"), *folder.rglob("*.json"))):
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.count(b"[") + line.count(b"{") > DEEP:
+                    parse_json(line, f"{path} line {number}", remedy="choose another --dataset")
 
 
 def _rows(where: str, **options: str) -> Iterator[object]:
     """Of the split "train", streamed: no second copy of the data on the disk."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
     return iter(datasets.load_dataset(where, split="train", streaming=True, **options))
 
 

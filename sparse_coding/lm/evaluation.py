@@ -3,6 +3,7 @@
 The only place where these numbers are computed: for results.csv and for run.py --evaluate alike.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sparse_coding.lm.activations import is_kept
 from sparse_coding.lm.model import LanguageModel, Site, activations, logits, next_token_loss
 from sparse_coding.lm.packing import Packed
 from sparse_coding.sae.saved import SparseAutoencoder
@@ -35,6 +37,16 @@ class HeldOut:
         """Rows of text used."""
         return min(self.text.n_rows, -(-self.n_tokens // self.text.context_length))
 
+    @property
+    def n_read(self) -> int:
+        """Tokens of these rows: those asked for, rounded up to rows, or all that there are."""
+        return self.n_rows * self.text.context_length
+
+    def shortage(self) -> str:
+        """A line if the text is smaller than asked, else ""."""
+        line = f"{self.n_tokens:,} held-out tokens requested, {self.n_read:,} available\n"
+        return line * (self.n_read < self.n_tokens)
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids, keep), each (rows, context_length); keep: tokens that autoencoders are for."""
         for ids_and_keep in self.text.batches(0, self.n_rows, size=self.lm_batch_size):
@@ -45,55 +57,59 @@ class HeldOut:
         """Tokens that autoencoders are for."""
         return int(self.text.keep(0, self.n_rows).sum())
 
-    def codes(self, sae: SparseAutoencoder) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def codes(
+        self, sae: SparseAutoencoder, *, max_norm: float = math.inf
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(ids, keep, codes (rows, context_length, n_dict)), the codes of dropped tokens being 0.
 
         Args:
             sae: on the model's device, in float32
+            max_norm: tokens whose activations are beyond it are dropped, too
         """
         for ids, keep in self.batches():
             x = activations(self.lm, self.site, ids).float()
+            keep = keep & is_kept(x, max_norm)
             yield ids, keep, sae.encode(x) * keep.unsqueeze(2)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """values: columns of results.csv; density: (n_dict,) share of tokens a feature is active on."""
+    """values: columns of results.csv; density: (n_dict,) share of tokens a feature is active on;
+    n_left_out: tokens beyond max_norm."""
 
     values: dict[str, float]
     density: Tensor
+    n_left_out: int
 
 
 @full_float32()
 @torch.no_grad()
-def evaluate(held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor) -> list[Evaluation]:
+def evaluate(
+    held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor, max_norm: float = math.inf
+) -> list[Evaluation]:
     """Each autoencoder on the same held-out tokens.
 
-    fvu, l0, mse, dead_fraction: over the kept tokens (not the first of a row, not special ones).
+    fvu, l0, mse, dead_fraction: over the kept tokens (not the first of a row, not special ones, not
+    those whose activations are beyond max_norm).
     ce_*: cross-entropy in nats of the next token, over all predictions of the rows, with the
     activations of the kept tokens unchanged (clean), replaced by x_hat (spliced), by zeros (zero),
-    by their mean over the training text (mean). ce_recovered = (ce_zero − ce_spliced) / (ce_zero −
-    ce_clean), hence with zero ablation.
+    by their mean over a sample of the training text (mean).
+    ce_recovered = (ce_zero − ce_spliced) / (ce_zero − ce_clean), hence with zero ablation.
 
     Args:
         saes: on the model's device, float32, raw activations in and out
-        mean: (width,)
+        mean: (width,) of the training text's activations, see activations.statistics
+        max_norm: see activations.Statistics
     """
     lm, site, device = held_out.lm, held_out.site, held_out.lm.device
     sums = [ReconstructionSums(1, sae.n_dict, site.width, device) for sae in saes]
-    substitutes: list[Callable[[Tensor], Tensor]] = [
-        torch.zeros_like,
-        lambda x: mean.to(x).expand_as(x),
-        *(partial(reconstructed, sae, sums=total) for sae, total in zip(saes, sums, strict=True)),
-    ]
+    by_saes = [partial(reconstructed, s, sums=total) for s, total in zip(saes, sums, strict=True)]
+    substitutes = [torch.zeros_like, lambda x: mean.to(x).expand_as(x), *by_saes]
     ce = torch.zeros(1 + len(substitutes), dtype=torch.float64, device=device)
     n_predictions = 0
     for ids, keep in held_out.batches():
-        replacements = [
-            lambda x: x,
-            *(partial(_replaced, keep=keep, new=new) for new in substitutes),
-        ]
-        for i, replace in enumerate(replacements):
+        of_kept = partial(_replaced, keep=keep, max_norm=max_norm)
+        for i, replace in enumerate([None, *(partial(of_kept, new=new) for new in substitutes)]):
             spliced = logits(lm, ids, site=site, replace=replace)
             ce[i] += next_token_loss(spliced, ids).double().sum()
         n_predictions += ids[:, 1:].numel()
@@ -102,14 +118,17 @@ def evaluate(held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor) 
         Evaluation(
             _values(total, clean=clean, spliced=ce_spliced, zero=zero, by_mean=by_mean),
             total.density()[0].float().cpu(),
+            held_out.n_kept - total.n_samples,
         )
         for total, ce_spliced in zip(sums, spliced, strict=True)
     ]
 
 
-def _replaced(x: Tensor, *, keep: Tensor, new: Callable[[Tensor], Tensor]) -> Tensor:
+def _replaced(
+    x: Tensor, *, keep: Tensor, new: Callable[[Tensor], Tensor], max_norm: float
+) -> Tensor:
     """x (rows, context_length, width) with new() of its kept tokens (n, width) in their place."""
-    result = x.clone()
+    result, keep = x.clone(), keep & is_kept(x, max_norm)
     result[keep] = new(x[keep].float()).to(x.dtype)
     return result
 

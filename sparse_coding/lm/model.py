@@ -17,25 +17,33 @@ fill in random ones with a warning.
 import contextlib
 import hashlib
 import os
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sparse_coding.config import UserError, first_line, require
+from sparse_coding.config import UserError, first_line, one_line, require
+from sparse_coding.files import read_json
 from sparse_coding.lm.documents import hub_errors
-from sparse_coding.lm.nanogpt import load_nanogpt
+from sparse_coding.lm.nanogpt import load_nanogpt, require_stored
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SITES = ("mlp_act", "mlp_out", "resid_post", "attn_concat")
+SIZES = {  # of a config.json, at most; ours, beyond every model of these families
+    "num_hidden_layers": 500,
+    "hidden_size": 2**17,
+    "vocab_size": 2**22,
+    "max_position_embeddings": 2**24,
+}
+BUFFER_BYTES = 2**28  # of a model beside its weights: twice what GPT-Neo 2.7B has
 LOSS_CHUNK = 2**24  # logits whose float32 copy is made at once: 64 MB
 
 
@@ -97,6 +105,7 @@ class Site:
     width: int
     module: nn.Module = field(repr=False, compare=False)
     at_input: bool
+    centred: bool = False  # without x's mean over its width, which is put back where x is replaced
 
 
 def load_language_model(
@@ -180,11 +189,12 @@ def _load_pretrained(name: str, dtype: torch.dtype, revision: str) -> "PreTraine
 
 def _from_hub(name: str, dtype: torch.dtype, revision: str) -> "PreTrainedModel":
     """From the cache, without a request; else downloaded."""
+    commit = hub_commit(name, revision)
     with contextlib.suppress(OSError):  # not in the cache, or not whole
-        return _load(name, dtype, revision=revision, local_files_only=True)
-    _require_on_hub(name, revision)
+        return _load(name, dtype, revision=commit, local_files_only=True)
+    _ask_hub(name, revision)
     try:
-        return _load(name, dtype, revision=revision)
+        return _load(name, dtype, revision=commit)
     except OSError as error:
         raise UserError(f"{name} can't be loaded from the hub: {first_line(error)}") from error
 
@@ -195,28 +205,72 @@ def _load(name: str, dtype: torch.dtype, **where: str | bool) -> "PreTrainedMode
     where: options of from_pretrained
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import cached_file
 
     # else the hub's bot is asked, in a thread, to add safetensors to repositories without
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    options = dict(trust_remote_code=False, **where)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-        kind = config.model_type
-        known = ", ".join(FAMILIES)
-        require(kind in FAMILIES, f"{name}: architecture {kind} is not one of {known}")
+        path = Path(cached_file(name, "config.json", **where))
+        read_json(path, remedy="save or fetch the model again")  # what a stranger's may not be
+        config = AutoConfig.from_pretrained(name, **options)
+        _check_config(config, name)
+        with torch.device("meta"):  # nothing is allocated yet
+            described = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _require_held(described, path.parent, name)
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below
             output_loading_info=True,
-            **where,
+            **options,
         )
-    except (ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"{name} can't be loaded: {first_line(error)}") from error
-    wrong = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
-    require(not wrong, f"{name}: {len(wrong)} weights are missing or misshapen, as {wrong[:1]}")
+        wrong = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+        require(not wrong, f"{name}: {len(wrong)} weights are missing or misshapen, as {wrong[:1]}")
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 2, dtype=torch.int64))  # a setting that only fails now
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # a foreign config.json or weight makes transformers raise anything
+        raise UserError(f"{name} can't be loaded: {one_line(first_line(error))}") from error
     return model
+
+
+def _check_config(config: "PreTrainedConfig", name: str) -> None:
+    """Raises UserError for an architecture or a size that can't be."""
+    kind, known = config.model_type, ", ".join(FAMILIES)
+    require(kind in FAMILIES, f"{name}: architecture {kind} is not one of {known}")
+    for field_, most in SIZES.items():
+        size = getattr(config, field_, None)
+        optional = field_ == "max_position_embeddings" and size is None
+        require(
+            optional or (type(size) is int and 1 <= size <= most),
+            f"{name} can't be loaded: {field_} {str(size)[:60]} in its config.json is no size up "
+            f"to {most:,}",
+        )
+
+
+def _require_held(described: "PreTrainedModel", folder: Path, name: str) -> None:
+    """Raises UserError if the files of the folder can't hold the model that is described, or
+    unpack to more than they are."""
+    files = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") and p.is_file()]
+    n_bytes = sum(path.stat().st_size for path in files)
+    n_weights = sum(weight.numel() for weight in described.parameters())
+    require(
+        not files or n_weights <= n_bytes,  # without files another error follows
+        f"{name} can't be loaded: its config.json describes {n_weights:,} weights, but its files "
+        f"hold {n_bytes:,} bytes",
+    )
+    n_beside = sum(buffer.numel() * buffer.element_size() for buffer in described.buffers())
+    require(
+        n_beside <= BUFFER_BYTES,
+        f"{name} can't be loaded: by its config.json it wants {n_beside:,} bytes of masks and "
+        f"positions, more than {BUFFER_BYTES:,}",
+    )
+    for path in files:
+        if path.suffix == ".bin" and zipfile.is_zipfile(path):
+            require_stored(path)
 
 
 @contextlib.contextmanager
@@ -228,38 +282,50 @@ def _quiet() -> Iterator[None]:
     hook = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         logging.set_tqdm_hook(hook)
 
 
-def require_reachable(name: str, revision: str) -> None:
-    """Raises UserError for a hub id of which nothing is cached while the hub is out of reach."""
+def hub_commit(name: str, revision: str = "") -> str:
+    """The commit that the revision of a hub model stands for now (of "": main), from the cache if
+    it is there, else asked of the hub; revision itself where `name` is a local path.
+
+    Raises:
+        UserError: no such model or revision, the hub out of reach.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    if Path(name).is_dir():
-        return
-    try:
-        snapshot_download(name, revision=revision, local_files_only=True)
+    if os.path.exists(Path(name).expanduser()):
+        return revision
+    revision = revision or "main"
+    try:  # the folder of a snapshot has the name of its commit
+        return Path(snapshot_download(name, revision=revision, local_files_only=True)).name
     except (HFValidationError, LocalEntryNotFoundError):
-        _require_on_hub(name, revision)
+        return _ask_hub(name, revision)
 
 
-def _require_on_hub(name: str, revision: str) -> None:
-    """One request, so that a hub out of reach is said at once (downloads retry for 23 s)."""
+def _ask_hub(name: str, revision: str) -> str:
+    """The commit. One request, so that a hub out of reach is said at once (downloads retry for
+    23 s)."""
     from huggingface_hub import HfApi
 
     with hub_errors(name, revision, what="model"):
-        HfApi().model_info(name, revision=revision, timeout=10)
+        return HfApi().model_info(name, revision=revision, timeout=10).sha
 
 
 # --- sites ---
 
 
-def find_site(lm: LanguageModel, layer: int, site: str) -> Site:
-    """The site of SITES in a layer, counted from 0. Raises UserError if there is none such."""
+def find_site(lm: LanguageModel, layer: int, site: str, *, centred: bool = False) -> Site:
+    """The site of SITES in a layer, counted from 0. Raises UserError if there is none such.
+
+    centred: as in TransformerLens's models with center_writing_weights: what is written to the
+        residual stream has a mean of 0, if the model's norms are LayerNorms, which don't see it
+    """
     require(site in SITES, f"no such site: {site}: use {', '.join(SITES)}")
     require(
         0 <= layer < lm.n_layers,
@@ -271,7 +337,13 @@ def find_site(lm: LanguageModel, layer: int, site: str) -> Site:
     path = {"mlp_act": family.down, "mlp_out": family.mlp, "attn_concat": family.heads}
     module = block.get_submodule(path.get(site, ""))
     width = len(_matrix(module)) if at_input else lm.d_model
-    return Site(layer=layer, name=site, width=width, module=module, at_input=at_input)
+    centred = centred and not at_input and isinstance(_part(lm.model, "norm"), nn.LayerNorm)
+    norm_first = getattr(lm.model.config, "do_layer_norm_before", True)  # OPT
+    require(
+        norm_first or not centred,
+        f"center_writing_weights can't be honoured on {lm.name}: its norms come after its layers",
+    )
+    return Site(layer, site, width, module=module, at_input=at_input, centred=centred)
 
 
 def _matrix(projection: nn.Module) -> Tensor:
@@ -285,6 +357,10 @@ def _tapped(site: Site, see: Callable[[Tensor], Tensor | None], shape: torch.Siz
     returns takes x's place, unless None. shape: (batch, context), as OPT's MLP flattens them."""
 
     def new_value(x: Tensor) -> Tensor:
+        if site.centred:
+            mean = x.mean(dim=-1, keepdim=True)
+            new = see((x - mean).reshape(*shape, site.width))
+            return x if new is None else new.reshape(x.shape) + mean
         new = see(x.reshape(*shape, site.width))
         return x if new is None else new.reshape(x.shape)
 

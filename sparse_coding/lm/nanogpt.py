@@ -24,6 +24,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK = ".attn.bias"  # a causal mask, no weight; only in checkpoints made without flash attention
 COMPILED = "_orig_mod."  # prefix of the names in a checkpoint of torch.compile
+PICKLE_BYTES = 4 * 2**20  # of the part of a checkpoint that names its tensors: 200 kB for GPT-2 XL
 
 
 def load_nanogpt(path: Path, *, activation: str = "gelu") -> "GPT2LMHeadModel":
@@ -45,8 +46,11 @@ def load_nanogpt(path: Path, *, activation: str = "gelu") -> "GPT2LMHeadModel":
     )
     checkpoint = _read(path)
     state = _without_prefix_and_masks(checkpoint["model"])
-    model = GPT2LMHeadModel(_config(checkpoint["model_args"], activation, path))
-    weights = _as_gpt2(state, {name: w.shape for name, w in model.state_dict().items()}, path)
+    config = _config(checkpoint["model_args"], state, activation, path)
+    with torch.device("meta"):  # nothing is allocated before all shapes are known to be right
+        described = GPT2LMHeadModel(config)
+    weights = _as_gpt2(state, {name: w.shape for name, w in described.state_dict().items()}, path)
+    model = GPT2LMHeadModel(config)
     model.load_state_dict(weights)
     return model.eval()
 
@@ -54,16 +58,20 @@ def load_nanogpt(path: Path, *, activation: str = "gelu") -> "GPT2LMHeadModel":
 def _read(path: Path) -> dict:
     """The checkpoint with dicts `model` (of tensors) and `model_args`; tensors stay on disk."""
     require(path.is_file(), f"no such file: {path}")
+    refusal = f"{path} is no checkpoint of nanoGPT"
     try:
         with path.open("rb") as file:
             whole = zipfile.is_zipfile(file)  # its directory is at the end
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
-    require(whole, f"{path} is no checkpoint of nanoGPT: no file of torch.save, or truncated")
+    require(whole, f"{refusal}: no file of torch.save, or truncated")
     try:
+        require_stored(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
     except Exception as error:  # a foreign file makes the unpickler raise anything
-        raise UserError(f"{path} is no checkpoint of nanoGPT: {_why(error)}") from error
+        raise UserError(f"{refusal}: {_why(error)}") from error
     holds = checkpoint if isinstance(checkpoint, dict) else {}
     require(
         isinstance(holds.get("model"), dict) and isinstance(holds.get("model_args"), dict),
@@ -74,7 +82,45 @@ def _read(path: Path) -> dict:
         all(isinstance(k, str) and isinstance(w, Tensor) for k, w in holds["model"].items()),
         f"{path} is not nanoGPT's: `model` must hold tensors by name",
     )
+    _require_real(holds["model"], path)
     return checkpoint
+
+
+def require_stored(path: Path) -> None:
+    """Raises UserError for a file of torch.save that unpacks to more than it holds.
+
+    Raises:
+        zipfile.BadZipFile: it is damaged
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    plain = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+    require(
+        plain and sum(part.file_size for part in parts) <= path.stat().st_size,
+        f"{path} is compressed, which torch.save does not do: unpacked it may fill the memory",
+    )
+    pickles = [p.file_size for p in parts if p.filename.rpartition("/")[2] == "data.pkl"]
+    require(
+        max(pickles, default=0) <= PICKLE_BYTES,
+        f"{path}: its data.pkl is larger than {PICKLE_BYTES >> 20} MB, too large for names alone",
+    )
+
+
+def _require_real(state: dict[str, Tensor], path: Path) -> None:
+    """Raises UserError unless all are plain tensors of numbers that the file holds."""
+    n_bytes = 0
+    for name, w in state.items():
+        plain = w.layout == torch.strided and w.device.type == "cpu" and not w.is_quantized
+        require(
+            plain and (w.is_floating_point() or name.endswith(MASK)),
+            f"{path} is not nanoGPT's: {name} is a {w.dtype} {w.layout} tensor on {w.device}",
+        )
+        n_bytes += w.numel() * w.element_size()
+    # lm_head.weight and wte.weight are one tensor, listed twice
+    require(
+        n_bytes <= 2 * path.stat().st_size,
+        f"{path} is not nanoGPT's: its tensors have {n_bytes:,} bytes, more than the file",
+    )
 
 
 def _why(error: Exception) -> str:
@@ -85,15 +131,22 @@ def _why(error: Exception) -> str:
     return f"it is damaged ({type(error).__name__}: {text[:100]})"
 
 
-def _config(args: dict, activation: str, path: Path) -> "GPT2Config":
+def _config(args: dict, state: dict, activation: str, path: Path) -> "GPT2Config":
     from transformers import GPT2Config
 
     for name in SIZES:
         size = args.get(name)
-        good = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        require(good, f"{path} is not nanoGPT's: model_args[{name!r}] is {size}, not a size")
+        good = type(size) is int and 0 < size < 2**31
+        shown = "huge" if type(size) is int and size.bit_length() > 64 else str(size)[:60]
+        require(good, f"{path} is not nanoGPT's: model_args[{name!r}] is {shown}, not a size")
     n_head, n_embd = args["n_head"], args["n_embd"]
     require(n_embd % n_head == 0, f"{path}: n_head={n_head} must divide n_embd={n_embd}")
+    layers = {match[1] for name in state if (match := re.match(r"transformer\.h\.(\d+)\.", name))}
+    require(
+        args["n_layer"] <= 2 * len(layers),  # which differ is said later
+        f"{path} is not nanoGPT's: model_args['n_layer'] is {args['n_layer']}, `model` has "
+        f"{len(layers)} layers",
+    )
     return GPT2Config(
         vocab_size=args["vocab_size"],
         n_positions=args["block_size"],
@@ -116,8 +169,9 @@ def _without_prefix_and_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _as_gpt2(state: dict, shapes: dict[str, torch.Size], path: Path) -> dict[str, Tensor]:
     """The weights under GPT-2's names and in its shapes. Raises UserError if they differ."""
     wrong = f"{path} is not nanoGPT's: `model` "
-    if not any(name.endswith(".bias") for name in state):  # bias=False
-        state |= {k: torch.zeros(s) for k, s in shapes.items() if k.endswith(".bias")}
+    without = not any(name.endswith(".bias") for name in state)  # bias=False
+    zeros = {k: s for k, s in shapes.items() if without and k.endswith(".bias")}
+    shapes = {k: s for k, s in shapes.items() if k not in zeros}
     missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
     require(not missing, f"{wrong}lacks {len(missing)} tensors, as {missing[:1]}")
     require(not unknown, f"{wrong}has {len(unknown)} tensors that GPT-2 has not, as {unknown[:1]}")
@@ -130,4 +184,4 @@ def _as_gpt2(state: dict, shapes: dict[str, torch.Size], path: Path) -> dict[str
         )
     tied = torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
     require(tied, f"{wrong}has an lm_head.weight of its own; nanoGPT's is transformer.wte.weight")
-    return weights
+    return weights | {name: torch.zeros(shape) for name, shape in zeros.items()}

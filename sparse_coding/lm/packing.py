@@ -42,6 +42,8 @@ class Packed:
         documents: (n,) indices into the corpus, in the order to be packed
         separator: None: nothing is put before a document
         special_ids: tokens that `keep` leaves out
+        first: put at position 0 of each row, in place of a token of text (packed) or of the
+            separator (documents); None: nothing is
     Attributes:
         n_rows: number of rows
         n_short: documents left out
@@ -58,21 +60,25 @@ class Packed:
         separator: int | None,
         packing: Literal["packed", "documents"],
         special_ids: frozenset[int] = frozenset(),
+        first: int | None = None,
     ):
         self.corpus, self.context_length, self.separator = corpus, context_length, separator
         self.special_ids = np.array(sorted(special_ids), dtype=np.int64)
-        self.lead = int(separator is not None)  # tokens put before each document
+        self.first = first
+        self.stride = context_length - (first is not None)  # tokens of the endless text in a row
+        by_first = packing == "documents" and first is not None
+        self.lead = int(separator is not None and not by_first)  # tokens put before each document
         lengths = corpus.lengths[documents] + self.lead
         self.n_short = 0
         if packing == "documents":
-            fits = lengths >= context_length
+            fits = lengths >= self.stride
             self.n_short = int((~fits).sum())
-            documents, lengths = documents[fits], np.full(fits.sum(), context_length)
+            documents, lengths = documents[fits], np.full(fits.sum(), self.stride)
         self.documents = documents
         self.ends = np.cumsum(lengths)  # in the endless text
         self.starts = self.ends - lengths
         available = int(self.ends[-1]) if len(documents) else 0
-        self.n_rows = available // context_length
+        self.n_rows = available // self.stride
         what = "every document is shorter" if self.n_short else f"all have {available} tokens"
         require(
             self.n_rows > 0,
@@ -82,13 +88,14 @@ class Packed:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, context_length) int64: the ids of these rows."""
-        position = np.arange(start * self.context_length, self._end(stop))  # in the endless text
+        position = np.arange(start * self.stride, self._end(stop))  # in the endless text
         document = np.searchsorted(self.ends, position, side="right")
         within = position - self.starts[document] - self.lead  # -1: the separator
         ids = self.corpus[self.corpus.offsets[self.documents[document]] + np.maximum(within, 0)]
         ids = ids.astype(np.int64)
         ids[within < 0] = -1 if self.separator is None else self.separator
-        return ids.reshape(-1, self.context_length)
+        rows = ids.reshape(-1, self.stride)
+        return rows if self.first is None else np.insert(rows, 0, self.first, axis=1)
 
     def keep(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, context_length) bool: see keep_of."""
@@ -112,11 +119,11 @@ class Packed:
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """Sorted ids of the documents of which these rows have a token or the separator before."""
         first, last = np.searchsorted(
-            self.ends, (start * self.context_length, self._end(stop) - 1), side="right"
+            self.ends, (start * self.stride, self._end(stop) - 1), side="right"
         )
         return np.unique(self.corpus.ids[self.documents[first : last + 1]])
 
     def _end(self, stop: int) -> int:
         if stop > self.n_rows:
             raise IndexError(f"row {stop} of {self.n_rows}")
-        return stop * self.context_length
+        return stop * self.stride

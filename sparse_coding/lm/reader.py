@@ -5,6 +5,7 @@ batches, while the next chunks are loaded in a thread. Every epoch deals the chu
 depends on the seed and the step alone, so a resume sees the batches of the uninterrupted run.
 """
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import named_seed, require
-from sparse_coding.lm.activations import Chunks
+from sparse_coding.lm.activations import Chunks, is_kept
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Reader:
         n_steps: beyond them nothing is loaded ahead
         buffer_rows: rows that are mixed at a time; another as many may be waiting
         seed: of all random orders
+        max_norm: rows beyond it are left out; others of the same chunks are dealt twice instead, so
+            that every step has its batch
     Raises:
         UserError: there are fewer rows than a batch has.
     """
@@ -46,16 +49,18 @@ class Reader:
         seed: int,
         device: torch.device,
         buffer_rows: int,
+        max_norm: float = math.inf,
     ):
         require_a_batch(chunks, batch_size)
         self.n_steps, self.closing = n_steps, False
         self.chunks, self.batch_size, self.scale = chunks, batch_size, scale
         self.seed, self.device, self.buffer_rows = seed, device, buffer_rows
+        self.max_norm = max_norm
         self.segments: list[Segment] = []
         self.epoch = 0
         self.loader = ThreadPoolExecutor(1)
         self.current: tuple[Segment, Tensor, Tensor] | None = None  # with rows and their order
-        self.loaded: tuple[tuple[int, ...], Tensor] | None = None
+        self.loaded: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
         self.waiting: tuple[tuple[int, ...], Future] | None = None
 
     def batch(self, step: int) -> Tensor:
@@ -103,17 +108,24 @@ class Reader:
     def _enter(self, segment: Segment) -> None:
         """Makes the rows of the segment current and has the next ones loaded meanwhile."""
         self.current = None  # else two buffers are held while a third is loaded
-        rows = self._take(segment.chunks)
+        rows, kept = self._take(segment.chunks)
         rng = torch.Generator().manual_seed(segment.seed)
-        order = torch.randperm(len(rows), generator=rng).to(self.device)
+        order = torch.randperm(len(rows), generator=rng)
+        order = self._whole_batches(order[kept[order]], segment).to(self.device)
         self.current = (segment, rows, order)
         end = segment.first + segment.n_steps
         following = self.segment_of(end).chunks if end < self.n_steps else segment.chunks
         if following != segment.chunks:
             self.waiting = (following, self.loader.submit(self._load, following))
 
-    def _take(self, chunks: tuple[int, ...]) -> Tensor:
-        """Rows of these chunks: those held, those waited for, or loaded now."""
+    def _whole_batches(self, order: Tensor, segment: Segment) -> Tensor:
+        """The order, begun again where it is too short for the segment's steps."""
+        n = segment.n_steps * self.batch_size
+        require(len(order) > 0, "chunks of activations are all beyond --max-norm-multiple")
+        return order if len(order) >= n else order.repeat(-(-n // len(order)))
+
+    def _take(self, chunks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """What _load gives for these chunks: held, waited for, or loaded now."""
         if self.waiting and self.waiting[0] == chunks:
             self.loaded = (chunks, self.waiting[1].result())
         elif self.loaded is None or self.loaded[0] != chunks:
@@ -122,19 +134,22 @@ class Reader:
         self.waiting = None
         return self.loaded[1]
 
-    def _load(self, chunks: tuple[int, ...]) -> Tensor:
-        """Rows of these chunks in one tensor; one chunk at a time is held twice."""
+    def _load(self, chunks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Rows of these chunks in one tensor, and which of them are not beyond max_norm, on the
+        CPU. One chunk at a time is held twice."""
         rows, first = None, 0
+        kept = torch.ones(sum(self.chunks.rows[i] for i in chunks), dtype=torch.bool)
         for k in chunks:
             if self.closing:
                 break
             chunk = self.chunks.load(k)
             if rows is None:
-                shape = (sum(self.chunks.rows[i] for i in chunks), chunk.shape[1])
+                shape = (len(kept), chunk.shape[1])
                 rows = torch.empty(shape, dtype=chunk.dtype, device=self.device)
             rows[first : first + len(chunk)] = chunk
+            kept[first : first + len(chunk)] = is_kept(chunk, self.max_norm)
             first += len(chunk)
-        return rows
+        return rows, kept
 
     def close(self) -> None:
         """Returns when nothing is being loaded any more, after one chunk at most."""

@@ -9,9 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_coding.config import named_seed, require_flag
-from sparse_coding.files import read_tensors, write_tensors
-from sparse_coding.lm.activations import Chunks, Statistics, open_activations, statistics
+from sparse_coding.config import named_seed, require, require_flag
+from sparse_coding.files import read_record, read_tensors, write_tensors
+from sparse_coding.lm.activations import (
+    Chunks,
+    Statistics,
+    differences,
+    open_activations,
+    statistics,
+)
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Target
@@ -28,6 +34,7 @@ COLUMNS = (
     "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_recovered",
     "mmcs_with_larger", "n_matched_larger", "seconds",
 )  # fmt: skip
+OF_MODEL = ("weight_hash", "tokenizer_fingerprint")  # the same whatever the machine and dtype
 SPARSITY = "sparsity.safetensors"  # log10 of the densities; the name and NEVER are SAELens's
 NEVER = 1e-10  # added to a density before its logarithm
 # Gradients of a mse per dimension, on x of mean square norm 1, shrink about as width^-1.8; at width
@@ -89,6 +96,7 @@ class Optimisation:
     l1_normalisation: sum, or per_feature, which divides l1_alpha by n_dict
     warmup, l1_warmup, decay: shares of the steps
     shuffle_gb: of activations, that are mixed at a time
+    max_norm_multiple: of the median norm; 0: no limit
     """
 
     n_tokens: int
@@ -99,6 +107,7 @@ class Optimisation:
     l1_warmup: float
     decay: float
     shuffle_gb: float
+    max_norm_multiple: float
 
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range."""
@@ -109,6 +118,8 @@ class Optimisation:
         for name in ("warmup", "l1_warmup", "decay"):
             require_flag(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         require_flag(self, "shuffle_gb", 0 < self.shuffle_gb < math.inf, "above 0 and finite")
+        in_range = self.max_norm_multiple == 0 or 1 <= self.max_norm_multiple < math.inf
+        require_flag(self, "max_norm_multiple", in_range, "0, for no limit, or at least 1")
 
     @property
     def n_steps(self) -> int:
@@ -165,7 +176,16 @@ class LanguageRecipe:
     @cached_property
     def statistics(self) -> Statistics:
         """Of the training text's activations."""
-        return statistics(self.chunks)
+        return statistics(self.chunks, max_norm_multiple=self.optimisation.max_norm_multiple)
+
+    def left_out(self) -> str:
+        """How many rows are beyond max_norm, in words."""
+        known = self.statistics
+        return (
+            f"left out: {known.n_left_out:,} of the first {known.n_rows:,} activations, of norms "
+            f"above {known.max_norm:.4g}, {self.optimisation.max_norm_multiple:g} x the median "
+            "(--max-norm-multiple)"
+        )
 
     def memory(self, n_dicts: list[int]) -> int:
         """Of the ensemble, two buffers of rows, and codes of all of them at evaluation."""
@@ -188,6 +208,7 @@ class LanguageRecipe:
             seed=named_seed(seed, "batches"),
             device=self.device,
             buffer_rows=o.buffer_rows(self.width),
+            max_norm=self.statistics.max_norm,
         )
         ensemble = Ensemble(
             specs_of(group, o.l1_normalisation, tied=True),
@@ -215,7 +236,8 @@ class LanguageRecipe:
         """Rows and autoencoders for raw activations, with their feature densities."""
         raw = [unscaled(ensemble.dictionary(i), self.statistics.scale) for i in range(len(group))]
         saes = [SparseAutoencoder(**tensors, metadata={}).to(self.device) for tensors in raw]
-        evaluations = evaluate(self.held_out, saes, mean=self.statistics.mean)
+        known = self.statistics
+        evaluations = evaluate(self.held_out, saes, mean=known.mean, max_norm=known.max_norm)
         results = []
         for i, (cell, evaluation) in enumerate(zip(group, evaluations, strict=True)):
             l1_alpha = cell.l1_alpha
@@ -230,7 +252,11 @@ class LanguageRecipe:
                 "n_tokens": self.n_steps * self.optimisation.batch_size,
             }
             row = {column: (known | evaluation.values).get(column) for column in COLUMNS}
-            results.append((row, raw[i] | {"density": evaluation.density}))
+            more = {
+                "density": evaluation.density,
+                "n_left_out": torch.tensor(evaluation.n_left_out),
+            }
+            results.append((row, raw[i] | more))
         return results  # fmt: skip
 
     def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
@@ -240,7 +266,12 @@ class LanguageRecipe:
         path = sae_folder(folder, cell)
         write_tensors(path / SPARSITY, {"sparsity": sparsity})
         known = {
-            "n_eval_tokens": self.held_out.n_tokens,
+            "max_norm_multiple": self.optimisation.max_norm_multiple,
+            "max_norm": self.statistics.max_norm if self.statistics.max_norm < math.inf else None,
+            "n_left_out": self.statistics.n_left_out,
+            "n_left_out_of": self.statistics.n_rows,
+            "n_eval_left_out": sae.pop("n_left_out").item(),
+            "n_eval_tokens": self.held_out.n_read,
             "n_tokens": self.optimisation.n_tokens,
             "l1_alpha": row["l1_alpha"],
             "seed": cell.seed,
@@ -251,15 +282,20 @@ class LanguageRecipe:
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
         compare = {"mmcs_with_larger": mmcs_with_larger, "n_matched_larger": n_matched}
-        return merged_rows(folder, cells, compare=compare, device=self.device)
+        return merged_rows(folder, cells, columns=COLUMNS, compare=compare, device=self.device)
 
 
 def with_activations(
     recipe: LanguageRecipe, target: Target, *, folder: Path, cells: list[Cell], max_bytes: float
 ) -> LanguageRecipe:
     """The recipe on activations in the target's folder, if they fit: harvested if need be, unless
-    the run in `folder` has all its cells."""
+    the run in `folder` has all its cells.
+
+    Raises:
+        UserError: the run was begun on other activations; those of open_activations.
+    """
     missing = missing_cells(folder, cells)
+    _require_begun_on(target.metadata, folder, complete=not missing)
     if not missing:
         return recipe
     chunks = open_activations(
@@ -269,7 +305,28 @@ def with_activations(
         max_bytes=max_bytes,
         reserve=run_folder_bytes([cell.n_dict for cell in missing], recipe.width),
     )
-    return replace(recipe, chunks=chunks)
+    recipe = replace(recipe, chunks=chunks)
+    if recipe.statistics.n_left_out:
+        print(recipe.left_out(), flush=True)
+    return recipe
+
+
+def _require_begun_on(metadata: dict, folder: Path, *, complete: bool) -> None:
+    """What no constant shows: weights changed in the hub's cache, text encoded in another way.
+
+    complete: nothing is left to train, so only the model matters: see run_folder.MACHINE
+    """
+    if not (folder / "config.json").exists():
+        return
+    begun_on = read_record(folder / "config.json").get("activations", metadata)
+    names = OF_MODEL if complete else {**begun_on, **metadata}
+    there, here = ({k: known.get(k) for k in names} for known in (begun_on, metadata))
+    shown = differences(there, here)
+    require(
+        not shown,
+        f"--output-dir {folder} was begun on other activations ({shown}): choose another one, or "
+        "--fresh to start again there",
+    )
 
 
 def feature_density(folder: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a sweep on a language model shows: figures, report, page of features, exports."""
 
-import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_coding.config import require, require_flag
+from sparse_coding.config import one_line, require, require_flag
 from sparse_coding.figures.frontier import (
     FigureSpec,
     FrontierSpec,
@@ -20,11 +20,11 @@ from sparse_coding.figures.frontier import (
 )
 from sparse_coding.figures.heatmap import HeatmapSpec
 from sparse_coding.figures.report import write_figure, write_figures, write_report
-from sparse_coding.files import write_json
+from sparse_coding.files import Damaged, read_record, write_record
 from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.features.collected import FeatureCollector, logit_effects, nearest_features
 from sparse_coding.lm.features.page import write_feature_page
-from sparse_coding.lm.model import direct_logits
+from sparse_coding.lm.model import FAMILIES, direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning, load_sae
@@ -104,16 +104,16 @@ def show(
         context: what was run, for the report
     """
     sound = [c for c, row in zip(cells, rows, strict=True) if math.isfinite(row["fvu"])]
-    if choice.export == "dictionary_learning":
-        _export(folder, sound)
+    _export(folder, sound if choice.export == "dictionary_learning" else [])
     if sound:
         best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
         write_page(folder, best, recipe=recipe, target=target, n_tokens=choice.n_page_tokens)
+    n_left_out, text = say_left_out(folder, sound)
     figures = draw_figures(
         folder,
         rows,
         {cell: feature_density(sae_folder(folder, cell)) for cell in cells},
-        n_tokens=recipe.held_out.n_kept,
+        n_tokens=recipe.held_out.n_kept - n_left_out,
         l1_note=f"L1 term of the loss: {L1_TERMS[recipe.optimisation.l1_normalisation]}",
     )
     write_report(
@@ -122,11 +122,28 @@ def show(
         verdict=verdict(rows, most_l0=choice.page_l0),
         rows=rows,
         specs=(*FRONTIERS, *_heatmaps(cells), DENSITIES),
-        context=context,
+        context=context | {"left_out": text},
         filter_example="expansion_factor>=2 l0<32",
     )
-    write_json(folder / SHOWN, asdict(choice))
+    write_record(folder / SHOWN, asdict(choice))
     return figures
+
+
+def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
+    """How many held-out tokens were left out of the cells' rows for their norms, and that in words
+    with those of the training text; printed if there are any."""
+    known = load_sae(sae_folder(folder, cells[0])).metadata if cells else {}
+    if not known.get("max_norm"):
+        return 0, "nothing: no --max-norm-multiple"
+    n = known["n_eval_left_out"]
+    text = (
+        f"left out, of norms above {known['max_norm']:.4g}, {known['max_norm_multiple']:g} x the "
+        f"median: {known['n_left_out']:,} of the first {known['n_left_out_of']:,} activations, "
+        f"{n:,} held-out tokens"
+    )
+    if n:
+        print(text)
+    return n, text
 
 
 def _export(folder: Path, cells: list[Cell]) -> None:
@@ -147,8 +164,9 @@ def write_page(
     """
     sae = load_sae(sae_folder(folder, cell)).to(recipe.device)
     held_out = replace(recipe.held_out, n_tokens=n_tokens)
+    max_norm = sae.metadata.get("max_norm") or math.inf
     collector = FeatureCollector(sae.n_dict, held_out.text.context_length)
-    for ids, keep, codes in held_out.codes(sae):
+    for ids, keep, codes in held_out.codes(sae, max_norm=max_norm):
         collector.add(ids, codes, keep)
     data = replace(collector.result(), nearest=nearest_features(sae.W_dec))
     effects = logit_effects(sae.W_dec, partial(direct_logits, target.lm, target.site))
@@ -214,7 +232,11 @@ def _heatmaps(cells: list[Cell]) -> tuple[HeatmapSpec, ...]:
 
 def is_shown(folder: Path, choice: ShowChoice) -> bool:
     """Whether the folder shows what is chosen."""
-    return (folder / SHOWN).exists() and json.loads((folder / SHOWN).read_text()) == asdict(choice)
+    try:
+        return os.path.exists(folder / SHOWN) and read_record(folder / SHOWN) == asdict(choice)
+    except Damaged as error:
+        error.warn("shown anew")
+        return False
 
 
 def check_fit(sae: SparseAutoencoder, target: Target) -> None:
@@ -226,16 +248,28 @@ def check_fit(sae: SparseAutoencoder, target: Target) -> None:
         f"{site.name} of {ours['model']} has width {site.width}: choose its own --model, "
         "--layer and --site",
     )
+    behind_norm = FAMILIES[target.lm.model.config.model_type].post_norm and site.name == "mlp_out"
+    require(
+        not behind_norm or "hook_name" not in sae.metadata,
+        f"{sae.metadata.get('hook_name')} of {ours['model']} stands behind a norm, {site.name} "
+        "here before it: evaluate it with sae_lens",
+    )
     for name in MUST_MATCH:
         was, here = sae.metadata.get(name, ours[name]), ours[name]
         if was != here:
-            print(f"warning: trained on {name} {was}, evaluated on {here}", file=sys.stderr)
+            line = f"warning: trained on {name} {was}, evaluated on {here}"
+            print(one_line(line), file=sys.stderr)
 
 
 def evaluate_one(sae: SparseAutoencoder, recipe: LanguageRecipe) -> dict[str, float]:
     """The metrics of results.csv for an autoencoder from elsewhere; says on what."""
-    print(f"{recipe.held_out.n_kept:,} held-out tokens; ce_recovered: against ablation by zeros")
-    return evaluate(recipe.held_out, [sae], mean=recipe.statistics.mean)[0].values
+    known = recipe.statistics
+    (found,) = evaluate(recipe.held_out, [sae], mean=known.mean, max_norm=known.max_norm)
+    n = recipe.held_out.n_kept - found.n_left_out
+    print(f"{n:,} held-out tokens; ce_recovered: against ablation by zeros")
+    if found.n_left_out:
+        print(f"left out: {found.n_left_out:,}, of norms above {known.max_norm:.4g}")
+    return found.values
 
 
 FIGURES = (

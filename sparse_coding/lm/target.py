@@ -4,34 +4,50 @@ The fields of the two choices have the names of run.py's flags.
 """
 
 import os
-import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from sparse_coding.config import fingerprint, require, require_flag
+from sparse_coding.config import fingerprint, given_flags, require, require_flag
 from sparse_coding.files import content_stamp
 from sparse_coding.lm.activations import TEXT, check_manifest, claim_folder
 from sparse_coding.lm.corpus import Corpus, build_corpus, open_bin
-from sparse_coding.lm.documents import local_files, open_documents
+from sparse_coding.lm.documents import (
+    dataset_commit,
+    local_files,
+    open_documents,
+    stdlib_files,
+)
 from sparse_coding.lm.model import (
+    SITES,
     LanguageModel,
     Site,
     find_site,
+    hub_commit,
     load_language_model,
     logits,
     next_token_loss,
 )
 from sparse_coding.lm.packing import Packed, split
-from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
+from sparse_coding.lm.tokenizer import (
+    TOKENIZER_FILES,
+    Tokenizer,
+    files_like,
+    is_hub_id,
+    load_tokenizer,
+    tokenizer_files,
+)
+from sparse_coding.sae.saelens import CONFIG, saved_flags
 from sparse_coding.sae.saved import load_sae
 
 CONTEXT = 256  # tokens of a row of text, if the model can take so many
 DEMO_MODEL = Path(__file__).parents[2] / "assets" / "demo"
+# names of a folder's files that AutoModel may read, beside TOKENIZER_FILES with their config.json
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "adapter_config.json")
 SANITY_TOKENS = 8192  # on which the model is compared with a unigram model
 UNIGRAM_TOKENS = 2**20  # from which the unigram model is made
 
@@ -97,6 +113,7 @@ class Target:
     model: ModelChoice
     text: TextChoice
     folder: Path  # of its tokens and activations
+    files: dict[str, str]  # see stamps; taken after the model was loaded and the text read
 
     @property
     def metadata(self) -> dict:
@@ -118,6 +135,8 @@ class Target:
             "held_out": self.text.held_out,
             "dropped": "position 0, special tokens",
             "store_dtype": self.model.store_dtype,
+            "model_revision": self.model.model_revision or None,
+            **self.files,
         }
 
     @property
@@ -125,12 +144,23 @@ class Target:
         """For saved autoencoders: the metadata, and the flags with which --evaluate opens this."""
         return self.metadata | {"flags": asdict(self.model) | asdict(self.text)}
 
+    def require_same_files(self, files: dict[str, str]) -> None:
+        """Raises UserError if the files were written to since `files` were their stamps."""
+        changed = [name for name in files if files[name] != self.files.get(name)]
+        require(
+            not changed,
+            f"{' and '.join(changed)} changed while they were read: run it again when nothing "
+            f"writes to {self.model.model} and {self.text.dataset}",
+        )
+
     def introduction(self) -> str:
         """What the text is, and whether the model fits it: the cheapest sign of a wrong tokenizer
         or of wrong weights is a loss no better than that of token frequencies."""
         corpus = self.corpus.metadata
         revision = f" ({corpus['revision']})" if corpus.get("revision") else ""
         of_model, unigram = losses(self)
+        centred = ", its mean taken out (center_writing_weights)" * self.site.centred
+        bos = ", rows begin with bos (prepend_bos)" * (self.held_out.first is not None)
         warning = "" if of_model < unigram else "; WARNING: wrong tokenizer, or wrong weights?"
         return (
             f"text: {self.text.dataset}{revision}, {corpus['n_documents']:,} documents, "
@@ -138,54 +168,76 @@ class Target:
             f"model: next-token loss {of_model:.3f} nats on held-out text, token frequencies give "
             f"{unigram:.3f}{warning}\n"
             f"site: layer {self.site.layer} of 0 to {self.lm.n_layers - 1}, {self.site.name}, "
-            f"width {self.site.width}"
+            f"width {self.site.width}{centred}{bos}"
         )
 
 
 def open_target(
-    model: ModelChoice, text: TextChoice, activations_dir: str, *, device: torch.device
+    model: ModelChoice,
+    text: TextChoice,
+    activations_dir: str,
+    *,
+    device: torch.device,
+    prepend_bos: bool = False,
+    centred: bool = False,
 ) -> Target:
-    """Loads the model; the text's tokens are encoded into activations_dir/text unless they are
-    there. "": a folder named after the choices.
+    """Loads the model; encodes the text's tokens into activations_dir/text unless they are there.
+    "": a folder named after the choices. prepend_bos: rows begin with bos; centred: see find_site.
 
     Raises:
         UserError: no such model, tokenizer, layer, site, dataset or column; too little text; a
-            context longer than the model's; a folder of something else.
+            context longer than the model's; a folder of something else; a tokenizer without bos.
     """
-    lm = load_language_model(
-        model.path,
-        device=device,
-        dtype=None if model.dtype == "auto" else getattr(torch, model.dtype),
-        revision=model.model_revision,
-    )
+    lm = _load_model(model, device)
     longest = lm.max_context or CONTEXT
     if model.layer is None:
         model = replace(model, layer=lm.n_layers // 2)
     if text.context_length is None:
         text = replace(text, context_length=min(CONTEXT, longest))
-    site = find_site(lm, model.layer, model.site)
-    tokenizer = load_tokenizer(
-        model.path,
-        choice=model.tokenizer,
-        vocab_size=lm.vocab_size,
-        revision=model.model_revision,
-        dataset=text.dataset,
-    )
+    site = find_site(lm, model.layer, model.site, centred=centred)
     require(
         lm.max_context is None or text.context_length <= longest,
         f"--context-length {text.context_length} must be at most {longest}, which the model has",
     )
-    folder = Path(activations_dir or default_folder(model, text, device))
+    tokenizer = _open_tokenizer(model, text.dataset, lm.vocab_size, prepend_bos=prepend_bos)
+    folder = Path(activations_dir or default_folder(model, text, stamps(model, text), device))
     claim_folder(folder)
     corpus = _open_corpus(text, tokenizer, folder / TEXT)
-    train, held_out = _packed(corpus, text, tokenizer)
-    target = Target(lm, site, tokenizer, corpus, train, held_out, model, text, folder)
+    train, held_out = _packed(corpus, text, tokenizer, tokenizer.bos if prepend_bos else None)
+    files = stamps(model, text)
+    target = Target(lm, site, tokenizer, corpus, train, held_out, model, text, folder, files)
     check_manifest(folder, target.metadata)
     return target
 
 
-def _packed(corpus: Corpus, text: TextChoice, tokenizer: Tokenizer) -> Iterator[Packed]:
-    """The training documents and the held-out ones."""
+def _load_model(model: ModelChoice, device: torch.device) -> LanguageModel:
+    dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
+    return load_language_model(
+        model.path, device=device, dtype=dtype, revision=model.model_revision
+    )
+
+
+def _open_tokenizer(
+    model: ModelChoice, dataset: str, vocab_size: int, *, prepend_bos: bool
+) -> Tokenizer:
+    tokenizer = load_tokenizer(
+        model.path,
+        choice=model.tokenizer,
+        vocab_size=vocab_size,
+        revision=model.model_revision,
+        dataset=dataset,
+    )
+    require(
+        not prepend_bos or tokenizer.bos is not None,
+        f"prepend_bos can't be honoured: {tokenizer.name} has no bos token",
+    )
+    return tokenizer
+
+
+def _packed(
+    corpus: Corpus, text: TextChoice, tokenizer: Tokenizer, first: int | None
+) -> Iterator[Packed]:
+    """The training documents and the held-out ones. first: see Packed."""
     for documents in split(corpus, held_out_share=text.held_out, seed=0):
         yield Packed(
             corpus,
@@ -194,6 +246,7 @@ def _packed(corpus: Corpus, text: TextChoice, tokenizer: Tokenizer) -> Iterator[
             separator=tokenizer.separator,
             packing=text.packing,
             special_ids=tokenizer.special_ids,
+            first=first,
         )
 
 
@@ -206,25 +259,49 @@ def _open_corpus(text: TextChoice, tokenizer: Tokenizer, folder: Path) -> Corpus
     return build_corpus(folder, documents, tokenizer, max_tokens=text.max_text_tokens)
 
 
-def default_folder(model: ModelChoice, text: TextChoice, device: torch.device) -> Path:
-    """For the activations: named after what they depend on, so that sweeps on a site share them."""
-    more = stamps(model, text) | {"device": device.type if model.dtype == "auto" else ""}
-    if text.dataset == "stdlib":
-        more["python"] = platform.python_version()
+def default_folder(
+    model: ModelChoice, text: TextChoice, files: dict[str, str], device: torch.device
+) -> Path:
+    """For the activations: named after what they depend on, so that sweeps on a site share them.
+
+    files: see stamps
+    """
+    more = files | {"device": device.type if model.dtype == "auto" else ""}
     hashed = fingerprint(asdict(model) | asdict(text) | more)
     return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{model.site}-{hashed}")
 
 
+def commits(model: ModelChoice, text: TextChoice) -> dict[str, str]:
+    """model_revision and dataset_revision with the commits that hub ids stand for now.
+
+    Raises:
+        UserError: not on the hub, or the hub out of reach.
+    """
+    is_checkpoint = Path(model.model).suffix in (".pt", ".pth")
+    revision = model.model_revision
+    return {
+        "model_revision": revision if is_checkpoint else hub_commit(model.path, revision),
+        "dataset_revision": dataset_commit(text.dataset, text.dataset_revision),
+    }
+
+
 def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
-    """Of the local files behind the choices: a model trained anew is another model."""
+    """What identifies the files behind the choices, by their contents: a model trained anew is
+    another model. Files beside them that are not read do not count."""
     path, dataset = Path(model.path).expanduser(), Path(text.dataset).expanduser()
-    stamped = {}
-    if model.model != "demo" and os.path.exists(path):
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-        stamped["model_files"] = content_stamp(files)
-    if text.dataset != "stdlib" and os.path.exists(dataset):
+    files: dict[str, list[Path]] = {}
+    if os.path.exists(path):
+        in_folder = files_like(path, (*WEIGHTS, *TOKENIZER_FILES)) if path.is_dir() else [path]
+        files["model_files"] = in_folder
+    files["tokenizer_files"] = tokenizer_files(model.path, model.tokenizer, text.dataset)
+    if text.dataset == "stdlib":
+        files["stdlib_files"] = stdlib_files()
+    elif os.path.exists(dataset):
         is_bin = dataset.suffix == ".bin" and dataset.is_file()  # else open_bin says what is wrong
-        stamped["dataset_files"] = content_stamp([dataset] if is_bin else local_files(dataset))
+        files["dataset_files"] = [dataset] if is_bin else local_files(dataset)
+    stamped = {name: content_stamp(paths) for name, paths in files.items() if paths}
+    if is_hub_id(model.tokenizer):
+        stamped["tokenizer_commit"] = hub_commit(model.tokenizer)
     return stamped
 
 
@@ -243,12 +320,32 @@ def losses(target: Target) -> tuple[float, float]:
     return sum(of_model) / len(of_model), -float(log_frequency[ids[:, 1:]].mean())
 
 
-def flags_of(folder: Path) -> dict:
+FLAGS = tuple(f.name for choice in (ModelChoice, TextChoice) for f in fields(choice))
+COUNTS = ("n_eval_tokens", "n_tokens", "max_norm_multiple")
+
+
+def flags_of(folder: Path, argv: list[str]) -> list[str]:
     """Flags for the target of a saved autoencoder, from its provenance; of a foreign one as far as
-    it says."""
+    it says.
+
+    argv: the command line, whose flags win
+    Raises:
+        UserError: it is of toy data; neither it nor the command line says model, layer
+            and site.
+    """
     known = load_sae(folder).metadata
-    names = ("model", "layer", "site", "dataset", "context_length")
-    flags = known.get("flags") or {name: known[name] for name in names if name in known}
+    flags = known.get("flags") or known
+    require(isinstance(flags, dict), f"{folder / CONFIG}: flags is no object")
     toy = f"{folder} is of toy data: python replicate_toy_models.py --evaluate {folder}"
     require("data_law" not in flags, toy)
-    return flags | {name: known[name] for name in ("n_eval_tokens", "n_tokens") if name in known}
+    silent = {name for name in ("model", "layer", "site") if flags.get(name) is None}
+    silent -= given_flags(argv)
+    at = known.get("hook_name")
+    hook = f" (its hook {at} is at none of {', '.join(SITES)})" * bool(at)
+    require(
+        not silent,
+        f"{folder / CONFIG} does not say {', '.join(sorted(silent))} of the activations that it "
+        f"takes{hook * ('site' in silent)}: give {' and '.join(f'--{n}' for n in sorted(silent))}",
+    )
+    older = {"max_norm_multiple": 0.0} if "flags" in known else {}  # ours, of before that flag
+    return saved_flags(folder, flags, FLAGS) + saved_flags(folder, older | known, COUNTS)

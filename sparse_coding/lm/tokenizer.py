@@ -8,16 +8,18 @@ import functools
 import hashlib
 import io
 import json
+import os
 import pickle
 import pickletools
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_coding.config import UserError, first_line, require
-from sparse_coding.lm.model import require_reachable
+from sparse_coding.files import JSON_BYTES, read_json
+from sparse_coding.lm.model import hub_commit
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,7 +31,20 @@ UNKNOWN = ("<unk>", "<|unk|>", "[UNK]")
 PROBE = "def f(x): # It's  naïve\n\treturn 3.14159 * x\n\n\u2014 <|endoftext|> \u4f60\u597d\r\n"
 GPT2_IDS = range(50257, 50305)  # vocab_size of models on GPT-2's BPE, nanoGPT's padding included
 BESIDE = ("tokenizer.json", "meta.json", "meta.pkl")  # looked for beside a checkpoint or a bin
+# names of a folder's files that AutoTokenizer may read
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json",
+                   "added_tokens.json", "config.json", "*.model", "*.tiktoken")  # fmt: skip
 META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
+SPLIT = {"documents": int, "tokens": int, "bytes": int}
+MANIFEST = {  # fields of prepare.py's manifest.json
+    "constants": {"tokenizer": str},
+    "tokenizer": {"name": str, "fingerprint": str},
+    "vocab_size": int,
+    "end_of_text": int,
+    "exhausted": bool,
+    "train": SPLIT | {"sha256": str},
+    "val": SPLIT | {"sha256": str},
+}
 CHOICES = "gpt2, bytes, a tokenizer.json, a JSON vocabulary, nanoGPT's meta.pkl, a folder or hub id"
 
 
@@ -39,6 +54,7 @@ class Tokenizer:
 
     name: str  # for the manifest: "hf:gpt2", "tiktoken:gpt2", "bytes", "vocab:meta.pkl"
     fingerprint: str  # 16 hex digits of the vocabulary and of how a sample of text is cut
+    state: str  # 16 hex digits of all of it, as far as it is known: of how any text is cut
     vocab_size: int  # ids that the model has; the tokenizer may have fewer (padded vocabularies)
     separator: int | None  # id put between documents, as the model was trained; None: there is none
     special_ids: frozenset[int]  # bos, eos, padding, ...: no tokens of text
@@ -46,6 +62,7 @@ class Tokenizer:
     # character vocabulary lacks
     encode_batch: Callable[[list[str]], list[list[int]]] = field(repr=False, compare=False)
     pieces: dict[int, bytes] = field(repr=False, compare=False)  # id -> the text it stands for
+    bos: int | None = None  # id at the start of a row, where rows are to begin with one
 
     def token_texts(self) -> list[str]:
         """Display text of each of the vocab_size ids: leading spaces kept, bytes that are no UTF-8
@@ -87,18 +104,41 @@ def load_tokenizer(
     path = Path(choice).expanduser()
     if path.is_file():
         return _from_file(path, vocab_size)
-    looks_like_path = path.suffix in (".json", ".pkl") or choice.startswith((".", "/", "~"))
-    require(path.is_dir() or not looks_like_path, f"no tokenizer {choice}: choose {CHOICES}")
+    found = path.is_dir() or is_hub_id(choice)
+    require(found, f"no tokenizer {choice}: choose {CHOICES}")
     return _from_transformers(str(path), vocab_size)
+
+
+def is_hub_id(choice: str) -> bool:
+    """Whether a --tokenizer means one of the hub."""
+    looks_like_path = choice.endswith((".json", ".pkl")) or choice.startswith((".", "/", "~"))
+    known = choice in ("auto", "gpt2", "bytes")
+    return not (known or looks_like_path or os.path.exists(choice))
+
+
+def tokenizer_files(model: str, choice: str, dataset: str) -> list[Path]:
+    """The local files, besides those of the model's folder, on which load_tokenizer's answer may
+    depend: see there."""
+    if choice == "auto":
+        folders = _folders(Path(model), dataset) if Path(model).is_file() else []
+        beside = [folder / name for folder in folders for name in ("manifest.json", *BESIDE)]
+        return [path for path in beside if path.is_file()]
+    path = Path(choice).expanduser()
+    if choice in ("gpt2", "bytes") or not os.path.exists(path):
+        return []
+    return files_like(path, TOKENIZER_FILES) if path.is_dir() else [path]
+
+
+def files_like(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files in the folder whose names are like one of the patterns, sorted."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
 
 
 def _choice_for_checkpoint(model: Path, vocab_size: int, dataset: str) -> str:
     """The --tokenizer of a nanoGPT checkpoint: a file beside it, or beside the .bin `dataset`; else
     what its vocab_size says: gpt2 or bytes; "" if that is neither's."""
-    folders = [model.parent]
-    if dataset.endswith(".bin"):
-        folders.append(Path(dataset).expanduser().parent)
-    for folder in folders:
+    for folder in _folders(model, dataset):
         kind = read_bin_manifest(folder).get("constants", {}).get("tokenizer")
         if kind in ("gpt2", "bytes"):
             return kind
@@ -110,13 +150,40 @@ def _choice_for_checkpoint(model: Path, vocab_size: int, dataset: str) -> str:
     return "bytes" if vocab_size in (256, 257) else ""
 
 
+def _folders(model: Path, dataset: str) -> list[Path]:
+    """Where a checkpoint's tokenizer is looked for, in this order."""
+    is_bin = dataset.endswith(".bin")
+    return [model.parent, *([Path(dataset).expanduser().parent] if is_bin else [])]
+
+
 def read_bin_manifest(folder: Path) -> dict:
-    """What prepare.py wrote beside its bins; {} if there is none, or one of another program."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError):
+    """What prepare.py wrote beside its bins; {} if there is none, or one of another program.
+
+    Raises:
+        UserError: it is damaged, or has other fields than prepare.py's.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
         return {}
-    return manifest if isinstance(manifest, dict) and "end_of_text" in manifest else {}
+    remedy = "remove it, or make the bins again with prepare.py --fresh"
+    manifest = read_json(path, remedy=remedy)
+    return check_fields(manifest, MANIFEST, path, remedy) if "end_of_text" in manifest else {}
+
+
+def check_fields(content: dict, fields: dict, path: Path, remedy: str) -> dict:
+    """The content of a file of prepare.py, if its fields are of these types.
+
+    fields: type by name; of a field that is an object, its fields in turn
+    Raises:
+        UserError: one is missing or of another type.
+    """
+    for name, kind in fields.items():
+        value = content.get(name)
+        if isinstance(kind, dict) and isinstance(value, dict):
+            check_fields(value, kind, path, remedy)
+        elif type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+            raise UserError(f"{path}: {name} {str(value)[:60]} is not of prepare.py: {remedy}")
+    return content
 
 
 # --- bytes, GPT-2, character vocabularies ---
@@ -200,11 +267,7 @@ def _from_file(path: Path, vocab_size: int) -> Tokenizer:
     if path.suffix == ".pkl":
         content = read_meta_pickle(path)
     else:
-        try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deep
-            raise UserError(f"{path} is not JSON ({error}): choose {CHOICES}") from None
-    require(isinstance(content, dict), f"{path} is no vocabulary: expected character -> id")
+        content = read_json(path, remedy=f"choose {CHOICES}")
     if isinstance(content.get("model"), dict):
         return _from_tokenizer_json(path, content, vocab_size=vocab_size)
     stoi = content.get("stoi", content)
@@ -260,10 +323,16 @@ def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> To
     """The tokenizer of a hub id or folder, by AutoTokenizer; from the cache if it is there."""
     from transformers import AutoTokenizer
 
-    options = dict(revision=revision or "main", trust_remote_code=False)
-    require_reachable(where, options["revision"])
+    options = dict(revision=hub_commit(where, revision) or "main", trust_remote_code=False)
+    for path in Path(where).glob("*.json") if Path(where).is_dir() else ():
+        too_large = f"{path} is larger than {JSON_BYTES >> 20} MB: no tokenizer's; remove it"
+        require(path.stat().st_size <= JSON_BYTES, too_large)
     try:
         own = AutoTokenizer.from_pretrained(where, **options)
+        first = own("a")["input_ids"][:1]
+        bos, eos, special = own.bos_token_id, own.eos_token_id, set(own.all_special_ids) - {None}
+        if any(type(i) is not int for i in special | {bos, eos} - {None}):
+            raise ValueError("a special token has no number")
     except Exception as error:  # the library raises Exception itself for a torn file
         reason = first_line(error)
         remedy = f"`hf download {where}` where there is network puts it into the cache"
@@ -274,14 +343,14 @@ def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> To
         ) from None
     backend = getattr(own, "backend_tokenizer", None)
     require(backend is not None, f"{where} has no fast tokenizer: give --tokenizer tokenizer.json")
-    first = own("a")["input_ids"][:1]  # a tokenizer that begins texts with bos: trained so
-    begins = own.bos_token_id is not None and first == [own.bos_token_id]
-    separator = own.bos_token_id if begins or own.eos_token_id is None else own.eos_token_id
+    begins = bos is not None and first == [bos]  # texts with bos: the model was trained so
+    separator = bos if begins or eos is None else eos
     name = Path(where).name if Path(where).is_dir() else where  # the same on every machine
-    return _from_backend(
+    tokenizer = _from_backend(
         f"hf:{name}", backend, vocab_size=vocab_size, separator=separator,
-        special=own.all_special_ids,
+        special=special,
     )  # fmt: skip
+    return tokenizer if bos is None or bos >= vocab_size else replace(tokenizer, bos=bos)
 
 
 def _from_backend(
@@ -303,14 +372,16 @@ def _from_backend(
     def encode(texts: list[str]) -> list[list[int]]:
         return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    byte_level = "ByteLevel" in str(json.loads(backend.to_str())["decoder"])
+    whole = backend.to_str()
+    byte_level = "ByteLevel" in str(json.loads(whole)["decoder"])
     pieces = {
         i: text.encode() if i in added else _piece_bytes(text, byte_level=byte_level)
         for text, i in backend.get_vocab(with_added_tokens=True).items()
     }
-    return _make(
+    made = _make(
         name, pieces, encode=encode, vocab_size=vocab_size, separator=separator, special=special
     )
+    return replace(made, state=hashlib.sha256(whole.encode()).hexdigest()[:16])
 
 
 @functools.cache
@@ -358,12 +429,15 @@ def _make(
     content = hashlib.sha256(repr(encode([probe])[0]).encode())
     for i in sorted(pieces):
         content.update(b"%d:%d:" % (i, len(pieces[i])) + pieces[i])
+    fingerprint = content.hexdigest()[:16]
     return Tokenizer(
         name=name,
-        fingerprint=content.hexdigest()[:16],
+        fingerprint=fingerprint,
+        state=fingerprint,
         vocab_size=vocab_size,
         separator=separator if separator is not None and separator < vocab_size else None,
         special_ids=frozenset(i for i in special if i < vocab_size),
         encode_batch=encode,
         pieces=pieces,
+        bos=separator if separator is not None and separator < vocab_size else None,
     )

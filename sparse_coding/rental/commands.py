@@ -5,18 +5,18 @@ import contextlib
 import os
 import shlex
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparse_coding.config import Interrupted, UserError, require
+from sparse_coding.config import UserError, require
 from sparse_coding.rental.controller import Controller
-from sparse_coding.rental.market import Instance, Unavailable
-from sparse_coding.rental.preflight import require_script, require_tools, tracked_files
-from sparse_coding.rental.provisioner import MachineLost, say
-from sparse_coding.rental.records import Ledger, read_plan
-from sparse_coding.rental.remote import REMOTE_DIR, RemoteError, make_key
+from sparse_coding.rental.market import Instance, Unavailable, find_key
+from sparse_coding.rental.preflight import USAGE, require_tools, tracked_files
+from sparse_coding.rental.provisioner import MachineLost, at_once, say
+from sparse_coding.rental.records import Ledger, RentalError, printable, read_plan
+from sparse_coding.rental.remote import REMOTE_DIR, RemoteError, Stopped, make_key
 from sparse_coding.rental.run import (
     RENTALS,
     Run,
@@ -24,9 +24,12 @@ from sparse_coding.rental.run import (
     nearest_offers,
     open_market,
     open_run,
+    signals_stop,
     terms_of,
 )
 from sparse_coding.rental.settings import Settings
+
+LONGEST_LINE = 2000  # characters of a log, which is a stranger's
 
 # --- looking ---
 
@@ -34,8 +37,9 @@ from sparse_coding.rental.settings import Settings
 def doctor(cfg: Settings, command: list[str], root: Path) -> int:
     """Everything that a sweep needs, tried without buying."""
     require_tools()
-    print(f"tools: ssh and rsync are there; {len(tracked_files(root))} files would be pushed")
-    market = open_market(cfg)
+    pushed = tracked_files(root, find_key())
+    print(f"tools: ssh and rsync are there; {len(pushed)} files would be pushed")
+    market = open_market(cfg, looking=True)
     print(f"account: the key works, credit ${market.credit():.2f}")
     make_key(Path(cfg.ssh_key))
     print(f"ssh key: {cfg.ssh_key}.pub, attached to each machine when it runs")
@@ -50,7 +54,7 @@ def doctor(cfg: Settings, command: list[str], root: Path) -> int:
 
 def search(cfg: Settings, command: list[str], root: Path) -> int:
     """Suitable offers, the cheapest first, with what they cost for --hours."""
-    market, terms = open_market(cfg), terms_of(cfg)
+    market, terms = open_market(cfg, looking=True), terms_of(cfg)
     offers = market.offers(terms.query(), disk_gb=cfg.disk_gb, interruptible=cfg.interruptible)
     offers = [offer for offer in offers if offer.rates.hourly <= terms.max_dph]
     if not offers:
@@ -65,7 +69,7 @@ def search(cfg: Settings, command: list[str], root: Path) -> int:
 
 def status(cfg: Settings, command: list[str], root: Path) -> int:
     """What of ours lives, what it has cost, when it ends."""
-    living = open_market(cfg).instances()
+    living = open_market(cfg, looking=True).instances()
     for instance in living:
         print(_status_line(instance))
     if not living:
@@ -106,7 +110,7 @@ def _status_line(instance: Instance) -> str:
 
 def sweep(cfg: Settings, command: list[str], root: Path) -> int:
     """Rents, trains, fetches, ends, merges."""
-    require_script(command, root, tracked_files(root))
+    require(bool(command), USAGE)
     with _alone(cfg, command, root, renting=True) as opened:
         living = opened.provisioner.instances()
         done = (opened.output_dir / "DONE").exists() and all(s.record.done for s in opened.shards)
@@ -115,18 +119,11 @@ def sweep(cfg: Settings, command: list[str], root: Path) -> int:
             return 0
         if not opened.agree(cfg):
             return 0
-        wrong, signum = opened.complete()
+        wrong = opened.at_once(Controller.complete)
         code = 1 if wrong else opened.merge(command)
         say(f"this sweep cost about {opened.ledger.spent()}")
         say(opened.left_over())
-        bad_input = [error for error in wrong.values() if isinstance(error, (UserError, OSError))]
-        if bad_input:
-            raise bad_input[0]
-        if wrong and signum:
-            raise Interrupted(signum, "stopped: the same command goes on")
-        if wrong:
-            missing = f"{len(wrong)} of {len(opened.shards)} shards are missing"
-            say(f"{missing}: the same command goes on")
+        opened.conclude(wrong)
         return code
 
 
@@ -147,14 +144,11 @@ def launch(cfg: Settings, command: list[str], root: Path) -> int:
     with _alone(cfg, command, root, renting=True) as opened:
         if not opened.agree(cfg):
             return 0
-        try:
-            for shard in opened.shards:
-                shard.start()
-                shard.set_up()
-        except BaseException:
-            for shard in opened.shards:
-                opened.provisioner.end(shard.record, "launch failed")
-            raise
+        wrong = opened.at_once(Controller.get_ready)
+        if wrong:
+            wrong |= opened.at_once(lambda s: opened.provisioner.end(s.record, "launch failed"))
+            say(opened.left_over())
+            opened.conclude(wrong)
     print(f"ready: python vastai_utils.py run --run {opened.name} -- python ...")
     return 0
 
@@ -179,7 +173,7 @@ def copy_models(cfg: Settings, command: list[str], root: Path) -> int:
 
 def run(cfg: Settings, command: list[str], root: Path) -> int:
     """Starts the command on the machines of the run, a shard on each."""
-    require_script(command, root, tracked_files(root))
+    require(bool(command), USAGE)
     with _alone(cfg, command, root) as opened:
         for shard in _reached(cfg, opened):
             shard.submit()
@@ -191,7 +185,10 @@ def logs(cfg: Settings, command: list[str], root: Path) -> int:
     """The last lines of the job; --follow: and those to come."""
     for shard in _reached(cfg, open_run(cfg, [], root)):
         tail = "tail -n 40 " + ("-f " if cfg.follow else "") + ".sae/job.log"
-        subprocess.run(shard.remote.ssh_command(tail))
+        command = shard.remote.ssh_command(tail)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as log:
+            for line in iter(lambda: log.stdout.readline(LONGEST_LINE), ""):
+                print(printable(line, LONGEST_LINE), flush=True)
     return 0
 
 
@@ -199,8 +196,7 @@ def fetch(cfg: Settings, command: list[str], root: Path) -> int:
     """Fetches the results as they are now, verified."""
     with _alone(cfg, [], root) as opened:
         shards = _reached(cfg, opened)
-        for shard in shards:
-            shard.pull()
+        opened.conclude(opened.at_once(Controller.pull, shards))
         merge([shard.results for shard in shards], opened.output_dir)
     print(f"fetched: {opened.output_dir}")
     return 0
@@ -239,18 +235,25 @@ def _reach(shard: Controller, instance: Instance) -> None:
 
 def destroy(cfg: Settings, command: list[str], root: Path) -> int:
     """Ends the machines of a run, after a fetch unless --discard."""
-    with _alone(cfg, command, root) as opened:
-        for shard in opened.shards:
+    with signals_stop(threading.Event()), _alone(cfg, command, root) as opened:
+
+        def empty(shard: Controller) -> None:
             instances = opened.provisioner.instances(shard.record.shard)
             if instances and not cfg.discard and not shard.record.done:
                 try:
+                    shard.phase = "fetching"
                     _reach(shard, instances[0])
                     shard.pull()
+                except Stopped:
+                    shard.pull_once_more()
                 except (MachineLost, RemoteError) as error:
                     raise UserError(f"shard {shard.record.shard}: the results can't be fetched "
                                     f"({error}): add --discard to lose them") from None  # fmt: skip
             opened.provisioner.end(shard.record, "destroyed by hand")
-        print(f"{opened.left_over()}; {opened.ledger.spent()}")
+
+        wrong = opened.at_once(empty)
+        say(f"{opened.left_over()}; {opened.ledger.spent()}")
+        opened.conclude(wrong)
     return 0
 
 
@@ -258,20 +261,23 @@ def reap(cfg: Settings, command: list[str], root: Path) -> int:
     """Ends every machine of ours that is past its deadline, from anywhere, without local files;
     --all: and those that are not."""
     market = open_market(cfg)
-    due = []
-    for instance in market.instances():
-        if cfg.all or (instance.label and instance.label.expires <= time.time()):
-            print(f"ends {instance.id} ({instance.label or 'label unknown'}), {instance.status}")
-            market.destroy(instance.id)
-            due.append(instance.id)
-        else:
-            print(f"not due: {_status_line(instance)}")
-    left = {instance.id for instance in market.instances()}
-    left = [id for id in due if id in left or market.exists(id)]
-    if left:
-        print(f"STILL ALIVE: {', '.join(map(str, left))}: try again", file=sys.stderr)
-        return 1
+
+    def end(instance: Instance) -> None:
+        say(f"ends {instance.id} ({instance.label or 'label unknown'}), {instance.status}")
+        market.destroy(instance.id)
+        if market.exists(instance.id):
+            raise Unavailable(f"instance {instance.id} is still there, although ended")
+
+    with signals_stop(threading.Event()):  # which nothing heeds: what was asked for is done
+        living = market.instances()
+        due = [i for i in living if cfg.all or (i.label and i.label.expires <= time.time())]
+        wrong = at_once(end, due)
+    if wrong:
+        raise RentalError("; ".join(map(str, wrong.values())))
     print(f"{len(due)} ended" if due else "nothing to end")
+    for instance in living:
+        if instance not in due:
+            print(f"not due: {_status_line(instance)}")
     return 0
 
 

@@ -87,7 +87,7 @@ class Controller:
             self.pull_once_more()
             raise
         except OSError as error:
-            keep = error.errno in DISK_FULL and self.record.current is not None
+            keep = error.errno in DISK_FULL and self.holds_results()
             if keep:
                 until = time.strftime("%H:%M", time.localtime(self.record.current.expires))
                 self.say(f"keeps instance {self.record.current.id}, billing, until {until}")
@@ -97,6 +97,11 @@ class Controller:
                 self.phase = "ending"
                 self.provisioner.end(self.record, why)
             self.phase = why
+
+    def holds_results(self) -> bool:
+        """Whether the machine has what is not here."""
+        at_work = self.phase in ("running", "fetching") and not self.record.done
+        return at_work and self.record.current is not None
 
     def work(self) -> None:
         """On one machine after the other, until the results are here."""
@@ -116,6 +121,12 @@ class Controller:
         raise JobFailed(f"{failures} machines failed, the last: {why}")
 
     # --- a machine, until it answers ---
+
+    def get_ready(self) -> None:
+        """A machine that answers and is set up. Raises what start and set_up do."""
+        self.start()
+        self.set_up()
+        self.check_stop()
 
     def start(self) -> None:
         """Waits for a machine that answers over ssh, that of a killed command or a new one.
@@ -198,7 +209,7 @@ class Controller:
             self.remote.ask("install", timeout=1800)
             report = self.remote.ask(check)
         if report["problems"]:
-            raise MachineLost("; ".join(report["problems"]))
+            raise MachineLost("; ".join(map(str, report["problems"])))
         self.say(
             f"instance {self.record.current.id} is set up: {report['gpu'] or 'no GPU'}, "
             f"Python {report['python']}, {report['free_gb']:.0f} GB free"
@@ -214,13 +225,13 @@ class Controller:
 
     def give_up(self, why: RentalError) -> None:
         """Ends the machine, if one came of the order, and avoids it if it was at fault."""
-        attempt = self.record.attempts[-1]
+        attempt, self.phase = self.record.attempts[-1], "ending"
         self.say(f"gives up {f'instance {attempt.id}' if attempt.id else 'its order'}: {why}")
         if attempt.id is not None and not isinstance(why, Outbid):
             self.record.avoid.append(attempt.machine_id)
+        self.provisioner.end(self.record, str(why))
         if self.remote is not None:
             self.remote.config.unlink(missing_ok=True)
-        self.provisioner.end(self.record, str(why))
         self.remote = None
 
     # --- the job ---
@@ -326,7 +337,7 @@ class Controller:
         try:
             self.pull()
             self.say("its last state is fetched")
-        except (RemoteError, Stopped) as error:
+        except (RemoteError, Stopped, OSError) as error:  # OSError: no room; the end is nearer
             self.say(f"its last state could not be fetched ({str(error) or 'no time'})")
         finally:
             timer.cancel()

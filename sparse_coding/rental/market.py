@@ -6,18 +6,20 @@ is an error and never "no instances"; reads and destroys are repeated until they
 intervals that the service documents.
 """
 
+import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from sparse_coding.config import UserError, require
 from sparse_coding.files import require_private
-from sparse_coding.rental.records import Rates, RentalError
+from sparse_coding.rental.records import Rates, RentalError, printable
 
 PREFIX = "sae1"  # of all labels of ours; 1: the version of what follows
 MONTH_HOURS = 30 * 24  # vast.ai quotes storage in $/GB/month
@@ -29,8 +31,14 @@ INTERVALS = {"create": 4.5, "destroy": 3.0, "list": 1.0, "show": 2.0, "search": 
 PENALTY = 12.0  # seconds, after a 429 on create: it was refused before it took effect
 TRIES, PATIENCE, LONGEST_WAIT = 8, 1.0, 30.0  # of a read or destroy; waits double from PATIENCE
 TIMEOUT = 30.0  # seconds for one answer
+# of a command that only looks: seconds to be connected and to be answered, and those after which
+# it is not asked again
+LOOK_TIMEOUT, LOOK_SECONDS = (4.0, 8.0), 12.0
 AUTH = "auth_error"  # in the 404 that a wrong key gets: not every 404 means that nothing is there
 PAGE = 25  # instances per answer, the service's limit
+RUN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}")  # a name or address, and nothing for ssh
+STATUS = re.compile(r"[a-z_]{1,30}")
 
 Answer = TypeVar("Answer")
 
@@ -65,15 +73,17 @@ class Label:
     shard: int
     attempt: int
     expires: int
-    PATTERN: ClassVar = re.compile(rf"{PREFIX}/([\w.-]+)/(\d+)/a(\d+)/exp=(\d+)")
+    PATTERN: ClassVar = re.compile(
+        rf"{PREFIX}/({RUN_NAME})/([0-9]{{1,4}})/a([0-9]{{1,4}})/exp=([0-9]{{1,12}})"
+    )
 
     def __str__(self) -> str:
         return f"{PREFIX}/{self.run}/{self.shard}/a{self.attempt}/exp={self.expires}"
 
     @classmethod
-    def parse(cls, text: str | None) -> "Label | None":
+    def parse(cls, text: object) -> "Label | None":
         """None if the label is not one of ours."""
-        match = cls.PATTERN.fullmatch(text or "")
+        match = cls.PATTERN.fullmatch(text) if isinstance(text, str) else None
         return cls(match[1], *map(int, match.groups()[1:])) if match else None
 
 
@@ -146,20 +156,20 @@ class Offer:
     def of_row(cls, row: dict, *, disk_gb: float, interruptible: bool) -> "Offer":
         """Raises BadAnswer for a row without its price or names."""
         try:
-            disk = float(row["storage_cost"]) * disk_gb / MONTH_HOURS
-            bid = BID_FACTOR * float(row["min_bid"]) if interruptible else 0.0
-            gpu = bid or max(0.0, float(row["dph_total"]) - disk)
+            disk = _price(row["storage_cost"]) * disk_gb / MONTH_HOURS
+            bid = BID_FACTOR * _price(row["min_bid"]) if interruptible else 0.0
+            gpu = bid or max(0.0, _price(row["dph_total"]) - disk)
             return cls(
-                id=int(row["id"]),
-                machine_id=int(row["machine_id"]),
-                gpu_name=str(row["gpu_name"]),
-                n_gpus=int(row["num_gpus"]),
-                rates=Rates(gpu, disk, float(row["inet_up_cost"]), float(row["inet_down_cost"])),
-                reliability=float(row.get("reliability2") or row.get("reliability") or 0.0),
-                inet_down=float(row.get("inet_down") or 0.0),
-                days_left=float(row.get("duration") or 0.0) / 86400,
+                id=index(row["id"]),
+                machine_id=index(row["machine_id"]),
+                gpu_name=printable(row["gpu_name"]),
+                n_gpus=int(_price(row["num_gpus"])),
+                rates=Rates(gpu, disk, _price(row["inet_up_cost"]), _price(row["inet_down_cost"])),
+                reliability=_number(row.get("reliability2") or row.get("reliability")),
+                inet_down=_number(row.get("inet_down")),
+                days_left=_number(row.get("duration")) / 86400,
                 bid=bid,
-                place=str(row.get("geolocation") or ""),
+                place=printable(row.get("geolocation") or ""),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadAnswer(f"an offer without {error}") from None
@@ -171,7 +181,7 @@ class Instance:
 
     label: None if it is none of ours; status: loading, running, stopped, ...
     endpoints: (host, port) of its ssh, the direct one first, then the proxy
-    dph_total: $/h as billed now, disk included
+    dph_total: $/h as billed now, disk included; nan where the service says no price
     """
 
     id: int
@@ -185,31 +195,52 @@ class Instance:
 
     @classmethod
     def of_row(cls, row: dict) -> "Instance":
-        """Nulls stand for what is not known yet. Raises BadAnswer for a row without an id."""
+        """Nulls stand for what is not known yet. Raises BadAnswer for a row without an id: any
+        other oddity must not keep the instance, or those beside it, from being ended."""
         try:
-            return cls(
-                id=int(row["id"]),
-                label=Label.parse(row.get("label")),
-                status=row.get("actual_status") or "created",
-                message=(row.get("status_msg") or "").strip(),
-                gpu_name=row.get("gpu_name") or "?",
-                endpoints=_endpoints(row),
-                dph_total=float(row.get("dph_total") or 0.0),
-                gpu_util=float(row.get("gpu_util") or 0.0),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            id = index(row["id"])
+        except (KeyError, TypeError) as error:
             raise BadAnswer(f"an instance without {error}") from None
+        status = str(row.get("actual_status") or "created")
+        return cls(
+            id=id,
+            label=Label.parse(row.get("label")),
+            status=status if STATUS.fullmatch(status) else "unknown",
+            message=printable(row.get("status_msg") or ""),
+            gpu_name=printable(row.get("gpu_name") or "?"),
+            endpoints=_endpoints(row),
+            dph_total=_number(row.get("dph_total")),
+            gpu_util=_number(row.get("gpu_util")),
+        )
 
 
 def _endpoints(row: dict) -> tuple[tuple[str, int], ...]:
-    """Direct first: the proxy is slow. Neither is known before the instance runs."""
-    endpoints = []
-    mapped = (row.get("ports") or {}).get("22/tcp") or []
-    if row.get("public_ipaddr") and mapped:
-        endpoints.append((row["public_ipaddr"].strip(), int(mapped[0]["HostPort"])))
-    if row.get("ssh_host") and row.get("ssh_port"):
-        endpoints.append((row["ssh_host"].strip(), int(row["ssh_port"])))
-    return tuple(dict.fromkeys(endpoints))
+    """Direct first: the proxy is slow. Neither is known before the instance runs; what is no
+    address or port is none."""
+    try:
+        mapped = row["ports"]["22/tcp"][0]["HostPort"]
+    except (KeyError, IndexError, TypeError):
+        mapped = None
+    pairs = [(row.get("public_ipaddr"), mapped), (row.get("ssh_host"), row.get("ssh_port"))]
+    pairs = [(str(host).strip(), str(port)) for host, port in pairs if host and port]
+    good = [(h, int(p)) for h, p in pairs if HOST.fullmatch(h) and re.fullmatch("[0-9]{1,5}", p)]
+    return tuple(dict.fromkeys((host, port) for host, port in good if 0 < port < 2**16))
+
+
+def _number(value: object) -> float:
+    """0 for null, nan for what is no finite number of at least 0."""
+    try:
+        number = float(0.0 if value is None else value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if 0 <= number < math.inf else math.nan
+
+
+def _price(value: object) -> float:
+    number = math.nan if value is None else _number(value)
+    if math.isnan(number):
+        raise ValueError(f"a price ({printable(value, 40)})")
+    return number
 
 
 # --- the service ---
@@ -218,18 +249,22 @@ def _endpoints(row: dict) -> tuple[tuple[str, int], ...]:
 def find_key() -> str:
     """The account's API key, where the vastai package looks for it. Raises UserError if there is
     none, or others can read its file."""
-    key = os.environ.get("VAST_API_KEY", "").strip()
-    if key:
-        return key
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    for path in (config / "vastai" / "vast_api_key", Path.home() / ".vast_api_key"):
-        if path.exists():
-            require_private(path)
-            return path.read_text().strip()
-    raise UserError(
-        "no vast.ai key: make one on the account's page, then set VAST_API_KEY or write it to "
-        "~/.config/vastai/vast_api_key (chmod 600)"
-    )
+    key, where = os.environ.get("VAST_API_KEY", "").strip(), "VAST_API_KEY"
+    if not key:
+        config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        places = (config / "vastai" / "vast_api_key", Path.home() / ".vast_api_key")
+        where = next((path for path in places if path.exists()), None)
+        if where is None:
+            raise UserError(
+                "no vast.ai key: make one on the account's page, then set VAST_API_KEY or write it "
+                "to ~/.config/vastai/vast_api_key (chmod 600)"
+            )
+        require(where.is_file(), f"{where} is no file: put the key into a file of that name")
+        require_private(where)
+        key = where.read_bytes().decode(errors="replace").strip()
+    good = re.fullmatch("[!-~]+", key)  # what a header can carry
+    require(bool(good), f"{where} holds no key: copy it from the account's page, one word of ASCII")
+    return key
 
 
 class Market:
@@ -237,9 +272,10 @@ class Market:
 
     Args:
         spacing: times the documented intervals between calls; tests on loopback take 0
+        looking: nothing is at stake: no usable answer is said in 20 s, as a UserError
     """
 
-    def __init__(self, key: str, *, spacing: float = 1.0):
+    def __init__(self, key: str, *, spacing: float = 1.0, looking: bool = False):
         try:
             from vastai import VastAI
         except ImportError:
@@ -248,8 +284,8 @@ class Market:
             ) from None
         # VAST_URL: another server, as for the SDK. With its default of 3 tries it buys twice
         self.sdk = VastAI(api_key=key, server_url=os.environ.get("VAST_URL"), retry=1)
-        self.sdk.client.timeout = TIMEOUT
-        self.spacing = spacing
+        self.sdk.client.timeout = LOOK_TIMEOUT if looking else TIMEOUT
+        self.spacing, self.looking = spacing, looking
         self.locks = {name: threading.Lock() for name in INTERVALS}
         self.last = dict.fromkeys(INTERVALS, float("-inf"))
 
@@ -257,7 +293,7 @@ class Market:
 
     def credit(self) -> float:
         """Dollars left on the account."""
-        return self._ask("user", lambda: float(_dict(self.sdk.show_user()).get("credit") or 0.0))
+        return self._ask("user", lambda: _number(_dict(self.sdk.show_user()).get("credit")))
 
     def offers(self, query: dict, *, disk_gb: float, interruptible: bool) -> list[Offer]:
         """Offers that match, the cheapest first.
@@ -288,7 +324,7 @@ class Market:
         def page() -> tuple[list[Instance], str | None]:
             answer = self.sdk.show_instances_v1(params)
             rows = _rows(_dict(answer).get("instances"))
-            ours = [row for row in rows if (row.get("label") or "").startswith(f"{PREFIX}/")]
+            ours = [row for row in rows if str(row.get("label")).startswith(f"{PREFIX}/")]
             return [Instance.of_row(row) for row in ours], answer.get("next_token")
 
         while True:
@@ -296,6 +332,8 @@ class Market:
             instances += more
             if not token:
                 return instances
+            if token == params.get("after_token"):
+                raise Unavailable("vast.ai's list of instances has no end")
             params["after_token"] = token
 
     def exists(self, id: int) -> bool:
@@ -338,7 +376,7 @@ class Market:
                     raise Refused(_said(error)) from None
                 return None
             id = answer.get("new_contract") if isinstance(answer, dict) else None
-            return id if isinstance(id, int) else None
+            return id if type(id) is int else None
 
     def destroy(self, id: int) -> None:
         """Asks until the service has taken the order, or says that there is no such instance."""
@@ -350,7 +388,7 @@ class Market:
                 if _status(error) not in (404, 410) or AUTH in _said(error):
                     raise
 
-        self._ask("destroy", order)
+        self._ask("destroy", order, f"destroy instance {id}")
 
     def attach_key(self, id: int, public_key: str) -> None:
         """Lets the ssh key into a running instance."""
@@ -366,11 +404,14 @@ class Market:
                 time.sleep(pause)
             self.last[endpoint] = time.monotonic()
 
-    def _ask(self, endpoint: str, call: Callable[[], Answer]) -> Answer:
+    def _ask(self, endpoint: str, call: Callable[[], Answer], what: str = "") -> Answer:
         """What the call makes of the answer, once that has the documented shape. Raises Unavailable
-        after TRIES, UserError if the key is refused or the day's searches are used up."""
-        wait, why = PATIENCE, ""
+        (no answer to `what`) after TRIES, UserError if the key is refused or the day's searches are
+        used up."""
+        wait, why, began = PATIENCE, "", time.monotonic()
         for attempt in range(TRIES):
+            if self.looking and time.monotonic() - began > LOOK_SECONDS:
+                break
             if attempt:
                 time.sleep(wait * self.spacing)
                 wait = min(2 * wait, LONGEST_WAIT)
@@ -387,7 +428,9 @@ class Market:
                         "new one on the account's page"
                     ) from None
                 require("search_quota_exceeded" not in why, f"vast.ai: {why}: wait until tomorrow")
-        raise Unavailable(f"vast.ai gives no usable answer to {endpoint} ({why})")
+        failure = f"vast.ai gives no usable answer to {what or endpoint} ({why})"
+        require(not self.looking, f"{failure}: try again later")
+        raise Unavailable(failure)
 
 
 def _rows(answer: object) -> list[dict]:
@@ -406,7 +449,9 @@ def _is_of_the_line(error: Exception) -> bool:
     """Whether the answer was lost or unreadable, rather than our code wrong."""
     import requests
 
-    return isinstance(error, (requests.exceptions.RequestException, BadAnswer, KeyError, TypeError))
+    # beside the first two: what the package makes of an answer of another shape
+    kinds = (BadAnswer, AttributeError, KeyError, RecursionError, TypeError, ValueError)
+    return isinstance(error, (requests.exceptions.RequestException, *kinds))
 
 
 def _status(error: Exception) -> int | None:
@@ -420,4 +465,4 @@ def _said(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is None:
         return str(error) if isinstance(error, BadAnswer) else type(error).__name__
-    return f"{response.status_code} {' '.join(response.text.split())[:150]}".strip()
+    return printable(f"{response.status_code} {response.text}", 150)

@@ -1,20 +1,24 @@
 """What is checked here before a machine is rented: tools, files, secrets."""
 
-import json
+import mmap
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from sparse_coding.config import UserError, require
+from sparse_coding.config import require
 from sparse_coding.files import require_private
+from sparse_coding.rental.records import read_object
 from sparse_coding.sweep.run_folder import git_state as commit_of
 
 SECRET_FILES = {"secrets.json", ".env", "id_rsa", "id_ed25519", "vast_api_key", ".vast_api_key",
                 ".netrc", "credentials"}  # fmt: skip
-# shapes of keys, in case one gets into a tracked file: vast.ai's are 64 hex digits
-TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|gh[pousr]_[A-Za-z0-9]{36})\b")
+# shapes of keys, in case one gets into a tracked file: vast.ai's are 64 hex digits, as sums are,
+# those of W&B 40, as commits are
+TOKEN = (rb"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|gh[pousr]_[A-Za-z0-9]{36}|"
+         rb"(?i:vast|wandb)[^\n]{0,40}\b([0-9a-f]{64}|[0-9a-f]{40}))\b")  # fmt: skip
+USAGE = "give the command after --, for example: -- python replicate_toy_models.py"
 OURS = {"replicate_toy_models.py", "run.py"}
 LARGE = 50e6  # bytes of one tracked file, above which pushing it is worth a word
 VERSION = 3  # of rsync, at least: what macOS calls rsync is older or another program
@@ -34,13 +38,18 @@ def require_tools() -> None:
     )
 
 
-def tracked_files(root: Path) -> list[str]:
+def tracked_files(root: Path, key: str) -> list[str]:
     """Files that are pushed: those that git tracks, as they are now. Raises UserError if root is
-    no checkout, or a secret is among them."""
+    no checkout, or a secret is among them.
+
+    key: of the account
+    """
     command = ["git", "-C", str(root), "ls-files", "-z"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True)
     require(done.returncode == 0, f"{root} is no git checkout: what git tracks is what is pushed")
-    files = [name for name in done.stdout.split("\0") if name and (root / name).is_file()]
+    names = os.fsdecode(done.stdout).split("\0")
+    files = [name for name in names if name and (root / name).is_file()]
+    token = re.compile(TOKEN + b"|" + re.escape(key.encode()))
     for name in files:
         path = root / name
         secret = path.name in SECRET_FILES or path.suffix in (".pem", ".key")
@@ -48,15 +57,16 @@ def tracked_files(root: Path) -> list[str]:
                 f"machine: git rm --cached {name}, and make new keys")  # fmt: skip
         if path.stat().st_size > LARGE:
             print(f"warning: {name} has {path.stat().st_size / 1e6:.0f} MB and is pushed as well")
-        elif TOKEN.search(path.read_bytes()):
-            raise UserError(f"{name} seems to hold a token and would be pushed: take it out first")
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            found = size and token.search(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        require(not found, f"{name} seems to hold a token and would be pushed: take it out first")
     return files
 
 
 def require_script(command: list[str], root: Path, files: list[str]) -> None:
     """Raises UserError unless the command is python and a tracked script, with no flags of ours."""
-    usage = "give the command after --, for example: -- python replicate_toy_models.py"
-    require(len(command) >= 2 and command[0] in ("python", "python3"), usage)
+    require(len(command) >= 2 and command[0] in ("python", "python3"), USAGE)
     require(command[1] in files, f"{command[1]} is not tracked by git in {root}: git add it, or "
             "name it as it is called from there")  # fmt: skip
     flags = {word.split("=")[0].replace("_", "-") for word in command}
@@ -70,8 +80,8 @@ def require_script(command: list[str], root: Path, files: list[str]) -> None:
 
 def git_state(root: Path) -> dict:
     """Commit, and the changes since, for the record. No host name, no path."""
-    diff = subprocess.run(["git", "-C", str(root), "diff", "HEAD"], capture_output=True, text=True)
-    return commit_of(root) | {"git_diff": diff.stdout}
+    diff = subprocess.run(["git", "-C", str(root), "diff", "HEAD"], capture_output=True)
+    return commit_of(root) | {"git_diff": diff.stdout.decode(errors="replace")}
 
 
 def secrets_for(names: tuple[str, ...], root: Path) -> bytes:
@@ -81,11 +91,13 @@ def secrets_for(names: tuple[str, ...], root: Path) -> bytes:
     stored = {}
     if names and path.exists():
         require_private(path)
-        stored = json.loads(path.read_text())
+        stored = read_object(path)
     lines = []
     for name in names:
         value = os.environ.get(name) or stored.get(name) or stored.get(name.lower())
         require(bool(value), f"--send-env {name}: neither the environment nor secrets.json has it")
-        require("\n" not in value, f"--send-env {name} has more than one line")
+        require(
+            isinstance(value, str) and value.isprintable(), f"--send-env {name} is no line of text"
+        )
         lines.append(f"{name}={value}\n")
     return "".join(lines).encode()

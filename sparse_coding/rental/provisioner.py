@@ -4,14 +4,28 @@ What lives is what the service lists under our labels. The one machine of a shar
 current attempt; whatever else lives for the shard is a stray, and is ended.
 """
 
+import contextlib
+import os
 import threading
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from sparse_coding.config import UserError
 from sparse_coding.rental.market import Instance, Label, Market, Offer, Refused, Terms, Unavailable
-from sparse_coding.rental.records import LOST, Attempt, Ledger, OverBudget, RentalError, ShardRecord
+from sparse_coding.rental.records import (
+    LOST,
+    Attempt,
+    Ledger,
+    OverBudget,
+    RentalError,
+    ShardRecord,
+    printable,
+)
 from sparse_coding.rental.remote import Stopped
 
 LISTED_WITHIN = 60.0  # seconds after its order in which a machine gets into the list; assumed
@@ -20,12 +34,39 @@ ENDING = 600.0  # seconds after which a machine that is listed in spite of its e
 SHORTEST_H = 0.1  # hours of life below which a machine is not worth its start
 ONSTART = Path(__file__).with_name("onstart.sh")  # at most 4096 characters, vast.ai's limit
 WATCH_SECONDS = 20  # between two looks at the clock of a machine that ends itself, at most
+REPORT_SECONDS = 30.0  # between two lines of progress
+SCREEN_SECONDS = 1.0  # in which a line gets onto a screen that anybody looks at
+
+Item = TypeVar("Item")
 
 
 def say(text: str, shard: int = 0) -> None:
-    """A line with the time, of a shard or (0) of all."""
+    """A line with the time, of a shard or (0) of all. Machines don't wait for the screen: one that
+    was stopped by Ctrl-S shows the line later, one that was closed never."""
     of = f"shard {shard}: " if shard else ""
-    print(f"{time.strftime('%H:%M:%S')} {of}{text}", flush=True)
+    shown = "\n".join(printable(line, 500) for line in text.split("\n"))
+    line = f"{time.strftime('%H:%M:%S')} {of}{shown}\n".encode(errors="replace")
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            os.write(1, line)  # print would hold a lock on which the interpreter's end waits
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(SCREEN_SECONDS)
+
+
+def at_once(
+    step: Callable[[Item], None], items: Iterable[Item], *, report: Callable = lambda: None
+) -> dict[Item, Exception]:
+    """Takes the step with all items, each in a thread: what went wrong, by item. No failure keeps
+    another item from its end."""
+    items = list(items)
+    with ThreadPoolExecutor(len(items) or 1) as pool:
+        futures = {item: pool.submit(step, item) for item in items}
+        while wait(futures.values(), timeout=REPORT_SECONDS).not_done:
+            report()
+    return {item: error for item, future in futures.items() if (error := future.exception())}
 
 
 class MachineLost(RentalError):
@@ -153,30 +194,33 @@ class Provisioner:
 
     def _sort_out(self, record: ShardRecord, listed: list[Instance]) -> Instance | None:
         """The current attempt's machine of those listed for the shard; ends the others."""
-        attempt, current = record.current, None
+        attempt, current, known = record.current, None, record.current.id
         for instance in listed:
             if attempt.id is None and instance.label.attempt == attempt.number:
                 attempt.id = instance.id
-                self.ledger.save(record)
                 say(f"the answer to the order was lost; it is instance {instance.id}", record.shard)
             if instance.id == attempt.id:
                 current = instance
             else:
                 say(f"ends the stray instance {instance.id}", record.shard)
                 self._end_stray(record, instance)
+        if attempt.id != known or listed not in ([], [current]):
+            self.ledger.save(record)
         return current
 
     def _check_price(self, record: ShardRecord, instance: Instance) -> None:
         """Raises MachineLost if the machine costs more than the caps allow."""
         attempt, price = record.current, instance.dph_total
-        if price > attempt.rates.hourly + 1e-9:
+        dearer = price > attempt.rates.hourly + 1e-9
+        if dearer:
             attempt.rates = replace(attempt.rates, gpu=price - attempt.rates.disk)
-            self.ledger.save(record)
-        if price > self.terms.max_dph + 1e-9:
+        if not price <= self.terms.max_dph + 1e-9:  # nan: no price is above any cap
             cap = f"--max-dph {self.terms.max_dph:g}"
             raise MachineLost(f"it costs ${price:.3f}/h, above {cap}")
         if self.ledger.committed() > self.ledger.max_total + 1e-9:
             raise MachineLost(f"at ${price:.3f}/h it could exceed --max-total")
+        if dearer:  # last: where it can't be noted, it is ended all the same
+            self.ledger.save(record)
 
     # --- ending ---
 
@@ -185,29 +229,32 @@ class Provisioner:
         for attempt in record.attempts:
             if attempt.number == instance.label.attempt and attempt.id is None:
                 attempt.made_late(instance.id, time.time())
-        self.ledger.save(record)
 
     def end(self, record: ShardRecord, why: str) -> None:
         """Ends all machines of a shard, and returns when the service lists none of them. Raises
-        Unavailable if it does not say so."""
-        attempt, ended = record.current, time.time()
+        Unavailable, once all were tried, if it does not say so of one."""
+        attempt = record.current
         known = attempt is not None and attempt.id is not None
-        if known:
-            self.market.destroy(attempt.id)
-            ended = time.time()
+        wrong = at_once(self.market.destroy, [attempt.id] if known else [])
+        ended = time.time()
         # a machine of an order without an answer may show up yet
         until = attempt.ordered + LISTED_WITHIN * self.scale if attempt and not known else 0.0
         give_up = time.monotonic() + ENDING * self.scale
-        while (living := self.instances(record.shard)) or time.time() < until:
-            for instance in living:
-                self._end_stray(record, instance)
+        while True:
+            living = [i for i in self.instances(record.shard) if i.id not in wrong]
+            if not living and time.time() >= until:
+                break
+            failed = at_once(partial(self._end_stray, record), living)
+            wrong |= {instance.id: error for instance, error in failed.items()}
             if living and time.monotonic() > give_up:
                 raise Unavailable(f"instance {living[0].id} is still listed, although ended")
             time.sleep(self.poll_seconds / 5)
-        if known and self.market.exists(attempt.id):
+        if known and not wrong and self.market.exists(attempt.id):
             raise Unavailable(f"instance {attempt.id} is listed no more, but is still there")
-        if known:
+        if known and attempt.id not in wrong:
             attempt.ended(ended, why)
-        elif record.current:
+        elif attempt and not known:
             attempt.not_made(why)
         self.ledger.save(record)
+        if wrong:
+            raise next(iter(wrong.values()))

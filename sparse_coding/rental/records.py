@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sparse_coding.config import UserError
+from sparse_coding.config import UserError, first_line, require
 from sparse_coding.files import write_json
 
 GRACE_H = 2 / 60  # hours past its deadline until a machine has destroyed itself, at most; ours
@@ -19,6 +19,12 @@ LOST = "the answer to the order was lost, and no instance appeared"
 
 class RentalError(Exception):
     """Something went wrong out there: the message says what, and what to do."""
+
+
+def printable(text: object, most: int = 200) -> str:
+    """What of a stranger's text may get onto a terminal: one line without control characters."""
+    line = "".join(c if c.isprintable() else " " for c in str(text)[:most])
+    return " ".join(line.split())
 
 
 @dataclass(frozen=True)
@@ -179,9 +185,20 @@ class Ledger:
         path = self.folder / f"shard-{shard}.json"
         if not path.exists():
             return ShardRecord(shard)
-        row = json.loads(path.read_text())
-        attempts = [Attempt(**a | {"rates": Rates(**a["rates"])}) for a in row.pop("attempts")]
-        return ShardRecord(**row, attempts=attempts)
+        try:
+            row = read_object(path)
+            attempts = [Attempt(**a | {"rates": Rates(**a["rates"])}) for a in row.pop("attempts")]
+            record = ShardRecord(**row, attempts=attempts)
+            ids = [record.shard, *record.avoid, *(a.number for a in attempts)]
+            ids += [a.id for a in attempts if a.id is not None]
+            numbers = [cost.total for a in attempts for cost in (a.worst(), a.cost(a.expires))]
+            numbers += [a.gone for a in attempts if a.gone is not None]
+            good = all(type(id) is int for id in ids) and math.isfinite(sum(numbers))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            good = False
+        require(good and record.shard == shard and type(record.done) is bool, f"{path} is no "
+                "record of a shard: `reap --all` ends its machines; then remove it")  # fmt: skip
+        return record
 
     def save(self, record: ShardRecord) -> None:
         """Writes the record of a shard, whole."""
@@ -221,4 +238,19 @@ def read_plan(folder: Path) -> dict:
         runs = sorted(p.parent.name for p in folder.parent.glob("*/plan.json"))
         there = f"there are {', '.join(runs)}" if runs else "there is none yet"
         raise UserError(f"no run {folder.name} in {folder.parent}/: {there}")
-    return json.loads(path.read_text())
+    plan = read_object(path)
+    words, n = plan.get("command"), plan.get("instances")
+    good = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    require(good and type(n) is int and 0 < n < 10_000, f"{path} is no plan of a run: `reap --all` "
+            f"ends its machines; then remove {folder}")  # fmt: skip
+    return plan
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object of ours or of the user. Raises UserError for a file that holds none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {first_line(error)}") from None
+    require(isinstance(found, dict), f"{path} holds no JSON object")
+    return found

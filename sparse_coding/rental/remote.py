@@ -19,10 +19,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from sparse_coding.config import require
 from sparse_coding.files import require_private, sha256, write_atomic
-from sparse_coding.rental.records import RentalError
+from sparse_coding.rental.records import RentalError, printable
 from sparse_coding.rental.remote_job import SUMS
 
 USER = "root"  # in vast.ai's containers
@@ -32,6 +33,14 @@ REPULLS = 3  # of files whose sum is wrong, before the machine counts as broken
 RSYNC_RETRY = {12, 23, 24, 30, 255}  # protocol, partial, vanished, timeout, ssh: may pass by
 RSYNC_TRIES, PAUSE = 4, 2.0  # seconds before the second try, doubled before each further one
 TAIL = 400  # characters of stderr in messages
+ANSWERS = {  # of remote_job.py there: it may be another program by now
+    "check": {"python": str, "gpu": str, "free_gb": (int, float), "missing": dict,
+              "problems": list},
+    "status": {"running": bool, "exit": (int, NoneType), "line": str, "tail": str},
+    "snapshot": {"state": str}, "install": {}, "submit": {},
+}  # fmt: skip
+SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^\0]+)")
+MOST_SUMS = 50e6  # bytes of SHA256SUMS: of half a million files
 
 
 class Stopped(Exception):
@@ -113,12 +122,22 @@ class Remote:
         raise RemoteError(_ssh_kind(code, err), _last(err) or _last(out) or f"exit {code}")
 
     def ask(self, verb: str, *, stdin: bytes = b"", timeout: float = 120.0) -> dict:
-        """The answer of remote_job.py there. Raises RemoteError as run does."""
-        return json.loads(self.run(f"{JOB} {verb}", stdin=stdin, timeout=timeout))
+        """The answer of remote_job.py there, with fields as in ANSWERS. Raises RemoteError as run
+        does, and if it is another answer."""
+        text = self.run(f"{JOB} {verb}", stdin=stdin, timeout=timeout)
+        try:
+            answer = json.loads(text)
+            kinds = ANSWERS[verb.split()[0]]
+            good = all(isinstance(answer[name], kind) for name, kind in kinds.items())
+        except (KeyError, RecursionError, TypeError, ValueError):
+            good = False
+        if not good:
+            raise RemoteError("failed", f"no answer to {verb}, but {_last(text)}")
+        return answer
 
     def push(self, root: Path, files: Iterable[str]) -> None:
         """Copies files, named relative to root, and removes those that root no longer has."""
-        names = "\0".join(files).encode()
+        names = os.fsencode("\0".join(files))
         options = ["--relative", "--from0", "--files-from=-", "--delete-missing-args", "--perms",
                    "--links"]  # fmt: skip
         self._rsync([*options, f"{root}/", f"{self.alias}:{REMOTE_DIR}/"], stdin=names)
@@ -212,7 +231,7 @@ def _check_disk(code: int, err: str, into: Path | None) -> None:
 
 def _last(text: str) -> str:
     """The last lines, as one."""
-    return " ".join(text.split())[-TAIL:]
+    return printable(text[-TAIL:], TAIL)
 
 
 class Results:
@@ -243,9 +262,9 @@ class Results:
             if not wrong and sha256(self.incoming / SUMS) == state:
                 self._accept(state)
                 return True
-            for path in [*wrong, self.incoming / SUMS]:
-                path.unlink(missing_ok=True)
-        names = ", ".join(path.name for path in wrong[:3])
+            for path in filter(os.path.isfile, [*wrong, self.incoming / SUMS]):
+                path.unlink()
+        names = printable(", ".join(path.name for path in wrong[:3]))
         raise RemoteError("cut", f"fetched {REPULLS} times, and still not what it was: {names}")
 
     def _accept(self, state: str) -> None:
@@ -258,14 +277,20 @@ class Results:
 
 
 def wrong_files(folder: Path) -> list[Path]:
-    """Files that are missing or not what SHA256SUMS says, and files that it does not name."""
+    """Files that are missing or not what SHA256SUMS says, and files that it does not name; that
+    file itself where it is none, or names what is not below the folder."""
     sums = folder / SUMS
-    if not sums.exists():
+    if not sums.is_file() or sums.stat().st_size > MOST_SUMS:
         return [sums]
-    lines = [line.split("  ", 1) for line in sums.read_text().splitlines()]
-    named = {folder / name: digest for digest, name in lines}
+    lines = sums.read_bytes().decode(errors="replace").split("\n")[:-1]
+    named = {}
+    for match in (SUM_LINE.fullmatch(line) for line in lines):
+        if match is None or {"", ".", ".."} & set(match[2].split("/")):
+            return [sums]
+        named[folder / match[2]] = match[1]
     present = {path for path in folder.rglob("*") if path.is_file()} - {sums}
-    wrong = [p for p, digest in named.items() if not p.is_file() or sha256(p) != digest]
+    # not Path.is_file, which raises for a name that is too long
+    wrong = [p for p, digest in named.items() if not os.path.isfile(p) or sha256(p) != digest]
     return wrong + sorted(present - named.keys())
 
 

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_coding.config import UserError, fingerprint, pick, require
+from sparse_coding.config import Interrupted, UserError, fingerprint, pick, require
 from sparse_coding.files import sha256, write_json, written_whole
 from sparse_coding.rental.controller import Controller, Job
-from sparse_coding.rental.market import Market, Offer, Terms, find_key
+from sparse_coding.rental.market import RUN_NAME, Market, Offer, Terms, Unavailable, find_key
 from sparse_coding.rental.preflight import (
     git_state,
     require_script,
@@ -28,15 +28,14 @@ from sparse_coding.rental.preflight import (
     secrets_for,
     tracked_files,
 )
-from sparse_coding.rental.provisioner import Provisioner, say
-from sparse_coding.rental.records import GRACE_H, Cost, Ledger, RentalError, read_plan
+from sparse_coding.rental.provisioner import Provisioner, at_once, say
+from sparse_coding.rental.records import GRACE_H, Cost, Ledger, RentalError, printable, read_plan
 from sparse_coding.rental.remote import Results, Stopped, make_key, wrong_files
 from sparse_coding.rental.remote_job import SUMS
 from sparse_coding.rental.settings import Settings
 from sparse_coding.sweep.run_folder import GIT_STATE, locked
 
 RENTALS = Path("rentals")  # a folder per run: its plan, prices, results on their way
-REPORT_SECONDS = 30.0  # between two lines of progress
 OF_ONE_SHARD = {"config.json", "metrics.jsonl"}  # written by every shard, with its own command
 
 
@@ -47,6 +46,7 @@ class Run:
     provisioner: Provisioner
     shards: list[Controller]
     output_dir: Path
+    interrupted: Interrupted | None = None  # by a signal in at_once
 
     @property
     def name(self) -> str:
@@ -115,30 +115,42 @@ class Run:
 
     # --- all shards at once ---
 
-    def complete(self) -> tuple[dict[int, Exception], int | None]:
-        """Runs all shards to their ends: what went wrong, by shard, and the signal that came."""
-        wrong: dict[int, Exception] = {}
+    def at_once(
+        self, step: Callable[[Controller], None], shards: list[Controller] | None = None
+    ) -> dict[Controller, Exception]:
+        """Takes the step with all shards, or with some: what went wrong, by shard. A signal stops
+        what can be stopped; if it did, it is kept in `interrupted`."""
 
-        def complete(shard: Controller) -> None:
+        def told(shard: Controller) -> None:
             try:
-                shard.complete()
-            except Exception as error:  # kept: the other shards go on, the caller tells
-                wrong[shard.record.shard] = error
+                step(shard)
+            except Exception as error:
                 known = isinstance(error, (UserError, RentalError))
                 if not isinstance(error, Stopped):
-                    say(str(error) if known else repr(error), shard.record.shard)
+                    shard.say(str(error) if known else repr(error))
+                raise
 
         with signals_stop(self.provisioner.stop) as came:
-            threads = [threading.Thread(target=complete, args=(s,)) for s in self.shards]
-            for thread in threads:
-                thread.start()
-            reported = time.monotonic()
-            while any(thread.is_alive() for thread in threads):
-                time.sleep(0.2)
-                if time.monotonic() - reported > REPORT_SECONDS:
-                    say(self.progress())
-                    reported = time.monotonic()
-        return wrong, came[0] if came else None
+            wrong = at_once(told, shards or self.shards, report=lambda: say(self.progress()))
+        if came and wrong:
+            self.interrupted = Interrupted(came[0], "stopped: the same command goes on")
+        return wrong
+
+    def conclude(self, wrong: dict[Controller, Exception]) -> None:
+        """Raises what tells most of what went wrong: that a machine may be left, then bad input, a
+        signal, the failure of a shard."""
+        errors = list(wrong.values())
+        left = [str(error) for error in errors if isinstance(error, Unavailable)]
+        if left:
+            raise RentalError("; ".join(left))
+        for error in errors:
+            if isinstance(error, (UserError, OSError)):
+                raise error
+        if self.interrupted:
+            raise self.interrupted
+        if errors:
+            failed = f"{len(wrong)} of {len(self.shards)} shards failed"
+            raise RentalError(f"{failed}: the same command goes on")
 
     def progress(self) -> str:
         """What has been spent, what each shard is at, the last line of one of the jobs."""
@@ -205,15 +217,21 @@ def confirm(yes: bool) -> None:
 
 @contextmanager
 def signals_stop(stop: threading.Event) -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and a closed terminal set `stop`; the list holds the signal that came."""
+    """Ctrl-C, SIGTERM and a closed terminal set `stop`; the list holds the first that came."""
     came: list[int] = []
 
     def note(signum: int, frame: object) -> None:
-        say("stopping: the machines are emptied and ended, which takes a moment")
-        came.append(signum)
-        stop.set()
+        if not came:  # and nothing else: what is interrupted may hold any lock, that of `stop` too
+            came.append(signum)
+            stop.set()
+
+    def tell() -> None:
+        stop.wait()
+        if came:
+            say("stopping: the machines are emptied and ended, which takes a moment")
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    threading.Thread(target=tell, daemon=True).start()
     try:
         yield came
     finally:
@@ -234,7 +252,8 @@ def merge(shards: list[Results], folder: Path) -> None:
             target = folder / name
             if str(name) == SUMS or (str(name) in OF_ONE_SHARD and target.exists()):
                 continue
-            if target.exists() and sha256(target) != sha256(source):
+            in_the_way = target.is_dir() or any(p.is_file() for p in target.parents)
+            if in_the_way or (target.exists() and sha256(target) != sha256(source)):
                 # a cell twice with different numbers is a fault to look at, not to paper over
                 raise UserError(f"{target} is there already with other contents than {source}")
             if not target.exists():
@@ -245,9 +264,9 @@ def merge(shards: list[Results], folder: Path) -> None:
 # --- from constants and files ---
 
 
-def open_market(cfg: Settings) -> Market:
+def open_market(cfg: Settings, *, looking: bool = False) -> Market:
     """The service, with the user's key. Raises UserError if there is none."""
-    return Market(find_key(), spacing=cfg.api_spacing)
+    return Market(find_key(), spacing=cfg.api_spacing, looking=looking)
 
 
 def terms_of(cfg: Settings, *, renting: bool = False) -> Terms:
@@ -274,7 +293,7 @@ def open_run(
     """
     require_tools()
     terms = terms_of(cfg, renting=renting)
-    files = tracked_files(root)
+    files = tracked_files(root, find_key())
     if command:
         require_script(command, root, files)
     name = _name_of(cfg, command, renting=renting)
@@ -308,8 +327,9 @@ def _name_of(cfg: Settings, command: list[str], *, renting: bool) -> str:
         name = f"{Path(command[1]).stem}-{fingerprint(constants)}"
     elif not name:
         name = "by-hand" if renting else newest_run()
-    good = re.fullmatch(r"[\w.-]{1,100}", name)  # it becomes a part of labels
-    require(bool(good), f"--run {name} must be letters, digits, - _ and . only, 100 at most")
+    good = re.fullmatch(RUN_NAME, name)  # it becomes a part of labels, and a folder
+    require(bool(good), f"--run {printable(name)} must be letters, digits, - _ and . only, 100 at "
+            "most, the first a letter, digit or _")  # fmt: skip
     return name
 
 

@@ -8,9 +8,7 @@ Autoencoders are written in dictionary_learning's format as well.
 """
 
 import io
-import json
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,24 +17,25 @@ from torch import Tensor
 
 from sparse_coding.config import UserError, require
 from sparse_coding.files import (
+    Damaged,
     read_tensors,
     require_free_disk,
     write_atomic,
     write_json,
+    write_record,
     write_tensors,
 )
+from sparse_coding.sae.saelens import (
+    AGAIN,
+    CONFIG,
+    HOOKS,
+    UNPROCESSED,
+    WEIGHTS,
+    foreign_metadata,
+    read_config,
+)
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"  # the names are SAELens's
 FORMAT_VERSION = "6.0.0"  # of SAELens: the first whose folders look like this
-ARCHITECTURES = ("standard", "jumprelu", "topk")
-HOOKS = {  # site -> TransformerLens's name of it
-    "mlp_act": "blocks.{}.mlp.hook_post",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-    "resid_post": "blocks.{}.hook_resid_post",
-    "attn_concat": "blocks.{}.attn.hook_z",
-}
-# TransformerLens changes what flows through these sites unless told not to (mlp_act stays)
-UNPROCESSED = {"center_writing_weights": False, "fold_value_biases": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +123,7 @@ def save_sae(folder: Path, tensors: dict[str, Tensor], *, metadata: dict) -> Non
         "reshape_activations": "hook_z" if on_z else "none",
         "metadata": _saelens_metadata(metadata),
     }
-    write_json(folder / CONFIG, config)
+    write_record(folder / CONFIG, config)  # SAELens leaves out the checksum when it saves it again
 
 
 def _is_nan(value: object) -> bool:
@@ -156,17 +155,17 @@ def load_sae(folder: Path) -> SparseAutoencoder:
     Where apply_b_dec_to_input is false, b_dec is folded into b_enc, so that the formulas hold.
 
     Raises:
-        UserError: no such folder, no SAELens-6 folder, another architecture, normalised inputs,
-            tensors that are missing, unknown, torn, not finite or of the wrong shape.
+        UserError: no such folder, no SAELens-6 folder, another architecture, a setting that can't
+            be honoured, tensors that are missing, unknown, torn, not finite or of a wrong shape.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     architecture, top_k = config["architecture"], config.get("k")
     parameters = ["W_enc", "b_enc", "W_dec", "b_dec"]
     parameters += ["threshold"] * (architecture == "jumprelu")
     tensors = _read_weights(folder / WEIGHTS, parameters, config)
     if architecture == "topk":
         require(
-            isinstance(top_k, int) and 0 < top_k <= config["d_sae"],
+            type(top_k) is int and 0 < top_k <= config["d_sae"],
             f"{folder / CONFIG}: k {top_k!r} of a topk SAE must be 1 to d_sae {config['d_sae']}",
         )
         if config.get("rescale_acts_by_decoder_norm"):
@@ -174,52 +173,19 @@ def load_sae(folder: Path) -> SparseAutoencoder:
     if not config.get("apply_b_dec_to_input", True):
         shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
         tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
-    metadata = _known(config.get("metadata") or {})
+    ours = config["metadata"].get("sparse_coding")
+    metadata = ours if isinstance(ours, dict) else foreign_metadata(folder, config["metadata"])
     return SparseAutoencoder(
         **tensors, metadata=metadata, top_k=top_k if architecture == "topk" else None
     )
 
 
-def _read_config(folder: Path) -> dict:
-    """cfg.json, if it describes an SAE that the formulas here can express."""
-    require(folder.is_dir(), f"no such folder: {folder}: give the folder that holds {CONFIG}")
-    for name in (CONFIG, WEIGHTS):
-        require(
-            (folder / name).is_file(),
-            f"{folder} is no saved SAE: it has no {name}; wanted is a folder of saes/ or one "
-            "written by sae_lens 6",
-        )
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{folder / CONFIG} is not JSON: write or fetch the SAE again") from None
-    is_saelens_6 = isinstance(config, dict) and {"architecture", "d_in", "d_sae"} <= set(config)
-    require(
-        is_saelens_6 and isinstance(config.get("metadata"), dict),
-        f"{folder / CONFIG} is not of SAELens 6 (architecture, d_in, d_sae, metadata): load an "
-        "older one with sae_lens 6 and save it again",
-    )
-    architecture, normalised = config["architecture"], config.get("normalize_activations")
-    require(
-        architecture in ARCHITECTURES,
-        f"{folder} is a {architecture} SAE; only {', '.join(ARCHITECTURES)} can be read",
-    )
-    require(
-        normalised in (None, "none"),
-        f"{folder} wants normalize_activations {normalised}: fold it into the weights with "
-        "sae_lens and save it again",
-    )
-    return config
-
-
 def _read_weights(path: Path, parameters: list[str], config: dict) -> dict[str, Tensor]:
     """The named tensors in float32, checked against d_in and d_sae."""
-    from safetensors import SafetensorError
-
     try:
         tensors, _ = read_tensors(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}): write or fetch it again") from None
+    except Damaged as error:
+        raise UserError(f"{error.what}: {AGAIN}") from None
     for names, what in (
         (set(parameters) - set(tensors), "lacks"),
         (set(tensors) - set(parameters), f"is of a {config['architecture']} SAE, but also has"),
@@ -235,28 +201,14 @@ def _read_weights(path: Path, parameters: list[str], config: dict) -> dict[str, 
             f"{n_dict} of {CONFIG} want {shape}",
         )
         require(
+            tensors[name].dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+            f"{path}: {name} is of {tensors[name].dtype}: save it in float32",
+        )
+        require(
             bool(tensors[name].isfinite().all()),
             f"{path}: {name} holds NaN or inf: this SAE diverged, choose another",
         )
     return {name: tensors[name].float() for name in parameters}
-
-
-def _known(metadata: dict) -> dict:
-    """Our own record of a folder of ours; else what SAELens's fields tell of it."""
-    ours = metadata.get("sparse_coding")
-    if isinstance(ours, dict):
-        return ours
-    known = {
-        "model": metadata.get("model_name"),
-        "hook_name": metadata.get("hook_name"),
-        "context_length": metadata.get("context_size"),
-        "dataset": metadata.get("dataset_path"),
-    }
-    for site, hook in HOOKS.items():
-        match = re.fullmatch(hook.replace(".", r"\.").format(r"(\d+)"), str(known["hook_name"]))
-        if match:
-            known |= {"site": site, "layer": int(match[1])}
-    return {name: value for name, value in known.items() if value is not None}
 
 
 def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

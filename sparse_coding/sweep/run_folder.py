@@ -2,6 +2,7 @@
 
 A cell is done when cells/<name>.json exists; its autoencoder is written before. Shards write into
 the same folder, or into folders that are copied together: the merge reads files and changes none.
+What is damaged is made again: a cell is trained, a table merged, a checkpoint does without.
 """
 
 import contextlib
@@ -12,22 +13,26 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_coding.config import UserError, fingerprint, require
+from sparse_coding.config import DISK_ERRORS, UserError, fingerprint, require
 from sparse_coding.files import (
+    Damaged,
     held,
     is_temporary,
+    read_csv,
+    read_record,
     read_tensor_info,
     read_tensors,
+    sha256,
     write_atomic,
-    write_json,
+    write_record,
     write_tensors,
 )
-from sparse_coding.sweep.grid import Cell, Shard, plan_groups, wait_for_all_ranks
+from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost, wait_for_all_ranks
 
 if TYPE_CHECKING:  # what rents machines loads no torch
     import torch
@@ -45,7 +50,18 @@ PACKAGES = (
     "datasets",
     "tiktoken",
 )  # named in config.json
-MACHINE = {"device_type", "precision"}  # constants that matter while something is trained
+CONFIG, TABLE = "config.json", "results.csv"
+# all that runs write below their folder, but for config.json, which tells that it is theirs, and
+# the folder of W&B: what --fresh deletes
+WRITTEN = (
+    "DONE", TABLE, "report.html", "features.html", "shown.json", "world.safetensors",
+    "metrics.jsonl", "metrics-shard-*.jsonl", "wandb_run-*.json", "figures/*.png", "figures/*.csv",
+    "cells/seed*.json", "saes/seed*/*.safetensors", "saes/seed*/cfg.json",
+    "dictionaries/seed*.safetensors", "dictionary_learning/seed*/ae.pt",
+    "dictionary_learning/seed*/config.json", "checkpoints/*/step-*.safetensors",
+)  # fmt: skip
+# constants that matter while something is trained
+MACHINE = {"device_type", "precision", "stdlib_files"}
 N_LARGER = 2  # mmcs_with_larger compares with the next two sizes (the post's rule)
 RENAMED = {"learning_rate": "lr"}  # constants of older folders
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
@@ -70,28 +86,21 @@ class CheckpointStore:
 
     def info(self) -> dict | None:
         """The info of the newest readable checkpoint, None if there is none."""
-        from safetensors import SafetensorError
-
         for path in self.paths():
-            with contextlib.suppress(SafetensorError, FileNotFoundError):  # load() will say so
+            with contextlib.suppress(Damaged, FileNotFoundError):  # load() will say so
                 return read_tensor_info(path)
         return None
 
     def load(self) -> tuple[dict, dict] | None:
-        """(tensors, info) of the newest readable checkpoint, None if there is none.
+        """(tensors, info) of the newest undamaged checkpoint, None if there is none.
 
-        An unreadable one is named on stderr and removed: the previous one takes its place.
+        A damaged one is named on stderr and removed: the previous one takes its place.
         """
-        from safetensors import SafetensorError
-
         for path in self.paths():
             try:
                 return read_tensors(path)
-            except SafetensorError as error:
-                print(
-                    f"warning: checkpoint {path} is damaged ({error}): going back to the previous",
-                    file=sys.stderr,
-                )
+            except Damaged as error:
+                error.warn("going back to the checkpoint before it, or to the start")
                 path.unlink()
         return None
 
@@ -122,84 +131,204 @@ def locked(folder: Path, shard_suffix: str = "") -> Iterator[None]:
         yield
 
 
-def open_run_folder(
-    folder: Path, *, constants: dict, origin: dict, fresh: bool, complete: bool = False
-) -> None:
-    """Makes the folder or checks that it belongs to the same constants; writes config.json.
+@contextlib.contextmanager
+def opened_run_folder(
+    folder: Path,
+    *,
+    constants: dict,
+    origin: dict,
+    fresh: bool,
+    cells: list[Cell],
+    shard: Shard,
+) -> Iterator[None]:
+    """The folder, made if need be, locked (see `locked`), with its config.json. Those of the
+    shard's cells that are damaged are missing then, which is said.
 
     Args:
         constants: what the numbers depend on; a folder with other constants is refused
         origin: the rest of config.json: what provenance gives
-        fresh: forget what the folder holds, if it is one of ours
-        complete: nothing is left to train there, so the kind of machine does not matter: what GPUs
-            have trained is merged and shown on a laptop
+        fresh: delete what runs wrote there, if it is one of ours; other files stay
+        cells: of the run. If all are there the kind of machine does not matter: what GPUs have
+            trained is merged and shown on a laptop
     Raises:
-        UserError: it is a file, can't be written, or belongs to something else.
+        UserError: it can't be written, or belongs to something else; another process is there.
     """
+
+    def require_ours() -> None:
+        complete = not fresh and not missing_cells(folder, cells)
+        _require_same_constants(folder, constants, fresh, besides=MACHINE if complete else set())
+
+    require_ours()  # before anything is written there
+    _make(folder)
+    with locked(folder, shard.suffix):
+        require_ours()  # another process may have been there meanwhile
+        if fresh:
+            _forget_all(folder)
+        if _forget_damaged(folder, split_by_cost(cells, shard.count)[shard.index]):
+            require_ours()  # of this kind of machine, too
+        config_path = folder / CONFIG
+        if fresh or not config_path.exists():
+            write_record(config_path, {"constants": constants, **origin})
+        elif not (folder / "DONE").exists():  # a finished run is not gone on with
+            _note_other_code(config_path, origin)
+        yield
+
+
+def _make(folder: Path) -> None:
+    """The folder. Raises UserError if it can't be written."""
     is_file = os.path.exists(folder) and not folder.is_dir()  # os.path: False if it can't be
     require(not is_file, f"--output-dir {folder} is a file: choose another one")
-    config_path = folder / "config.json"
-    # a process killed before it wrote config.json leaves a temporary file at most
-    if os.path.isdir(folder) and any(not is_temporary(path) for path in folder.iterdir()):
-        _require_same_constants(folder, constants, fresh, besides=MACHINE if complete else set())
-        if fresh:
-            with locked(folder):
-                shutil.rmtree(folder.resolve())  # resolved: a link stays, what it names goes
     try:
         folder.resolve().mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError
     except OSError as error:  # below a file, read-only, too long, a dangling link, ...
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_ERRORS and error.errno != errno.EROFS:
             raise
         raise UserError(f"--output-dir {folder} can't be written: choose another one") from None
-    if not config_path.exists():
-        write_json(config_path, {"constants": constants, **origin})
-    elif not (folder / "DONE").exists():  # a finished run is not gone on with
-        _note_other_code(config_path, origin)
+
+
+def _forget_all(folder: Path) -> None:
+    """Deletes what runs wrote, DONE first. The folder and its locks stay, so that no process can
+    come in between, and config.json, without which the folder would not be ours. So do files of
+    somebody else, which are named. A link stays, what it names goes.
+    """
+    (folder / "DONE").unlink(missing_ok=True)
+    shutil.rmtree(folder / "wandb", ignore_errors=True)
+    found = {path for pattern in WRITTEN for path in folder.glob(pattern)}
+    files = [path for path in found if not path.is_dir() or path.is_symlink()]
+    for path in [*files, *_temporaries(folder)]:
+        path.unlink()
+    ours = {parent for path in files for parent in path.parents if folder in parent.parents}
+    for path in sorted(ours, reverse=True):  # inner ones first
+        with contextlib.suppress(OSError):  # somebody else's file is in it
+            path.rmdir()
+    left = [str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()]
+    left = sorted(name for name in left if name != CONFIG and not _is_neutral(folder / name))
+    if left:
+        print(f"left in {folder}, since no run wrote it: {', '.join(left[:3])}")
+
+
+def _temporaries(folder: Path) -> list[Path]:
+    """Files of the folder that killed processes left half written."""
+    return [path for path in folder.rglob(".*") if is_temporary(path)]
+
+
+def _is_neutral(path: Path) -> bool:
+    """Whether the file may stand in a folder that holds no run yet: a lock, or what a process left
+    that was killed before it wrote config.json."""
+    return is_temporary(path) or path.match(".run*.lock")
+
+
+def _forget_damaged(folder: Path, cells: list[Cell]) -> bool:
+    """Makes cells of which a file is damaged missing ones, and says so: they are trained again.
+    Whether there are any."""
+    found = False
+    for cell in cells:
+        row = folder / row_path(cell)
+        try:
+            if os.path.exists(row):
+                read_record(row)
+                _check_saved(folder, cell)
+        except Damaged as error:
+            error.warn(f"{cell.name} is trained again")
+            for path in (folder / "DONE", row):
+                path.unlink(missing_ok=True)
+            found = True
+    return found
+
+
+def _check_saved(folder: Path, cell: Cell) -> None:
+    """Raises Damaged if a file of the cell's autoencoder is damaged or missing."""
+    decoder, ours = _decoder_path(folder, cell), sae_folder(folder, cell)
+    wanted = {decoder, *ours.glob("*.safetensors")}
+    for path in sorted(wanted):
+        if not path.exists():
+            raise Damaged(path, "it is missing")
+        read_tensors(path)
+    if decoder.parent == ours:
+        from sparse_coding.sae.saelens import read_config
+
+        try:
+            read_config(ours)
+        except UserError as error:
+            raise Damaged(ours, error) from None
 
 
 def _note_other_code(config_path: Path, origin: dict) -> None:
     """Warns, and keeps a record, if this process runs other code or packages than the one before:
     then the final numbers are those of no single version."""
-    config = json.loads(config_path.read_text())
+    config = read_record(config_path)
     before = (config.get("resumed_by") or [config])[-1]
     differing = [k for k in ("git_commit", "versions") if before.get(k) != origin.get(k)]
     if differing:
         names = " and ".join(differing)
         print(f"warning: {config_path.parent} was begun with other {names}", file=sys.stderr)
         config["resumed_by"] = [*config.get("resumed_by", []), origin]
-        write_json(config_path, config)
+        write_record(config_path, config)
 
 
 def close_run_folder(folder: Path) -> None:
-    """Joins the shards' time series, removes what only a resume needs; writes DONE, the last."""
+    """Joins the shards' time series, removes what only a resume needs; writes DONE, the last, with
+    the sha256 of results.csv."""
     series = [folder / "metrics.jsonl", *sorted(folder.glob("metrics-shard-*.jsonl"))]
     lines = [line for path in series if path.exists() for line in path.read_text().splitlines(True)]
     write_atomic(series[0], "".join(dict.fromkeys(lines)))  # each once, also if killed here before
     for path in series[1:]:
         path.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for path in folder.rglob(".*"):
-        if is_temporary(path):
-            path.unlink()
-    write_atomic(folder / "DONE", "")
+    for path in _temporaries(folder):
+        path.unlink()
+    # as `sha256sum -c DONE` takes it
+    write_atomic(folder / "DONE", f"{sha256(folder / TABLE)}  {TABLE}\n")
+
+
+def finished_rows(folder: Path) -> list[dict] | None:
+    """Rows of results.csv where DONE says that nothing is left to do, else None. A table that is
+    damaged is said, and None: it has to be merged again."""
+    if not os.path.exists(folder / "DONE"):  # False for a name that is too long
+        return None
+    done = (folder / "DONE").read_bytes()
+    try:
+        if not done:  # of an older version
+            return read_csv(folder / TABLE)
+        checksum, _, name = done.decode(errors="replace").partition("  ")
+        if name != f"{TABLE}\n":
+            raise Damaged(folder / "DONE", "it is no sha256 of a table")
+        return read_csv(folder / TABLE, checksum=checksum)
+    except FileNotFoundError:
+        Damaged(folder / TABLE, "it is missing").warn("made again from cells/")
+    except Damaged as error:
+        error.warn("made again from cells/")
+    return None
 
 
 def _require_same_constants(
     folder: Path, constants: dict, fresh: bool, *, besides: set[str]
 ) -> None:
+    """Raises UserError if the folder holds something that is no run of ours, or, unless `fresh`,
+    one of other constants."""
+    if not os.path.isdir(folder):
+        return
+    names = sorted(path.name for path in folder.iterdir() if not _is_neutral(path))
+    if not names:
+        return
     try:
-        stored = json.loads((folder / "config.json").read_text())["constants"]
-        stored = {RENAMED.get(name, name): value for name, value in stored.items()}
-        keys = sorted(stored.keys() | constants.keys())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
+        config = json.loads((folder / CONFIG).read_bytes())
+        stored = {RENAMED.get(name, name): value for name, value in config["constants"].items()}
+        if not fresh:
+            read_record(folder / CONFIG)
+    except Damaged as error:
         raise UserError(
-            f"--output-dir {folder} is not empty ({names}) and has no config.json of ours: "
-            "choose another one"
+            f"{error.what}: choose another --output-dir, or --fresh to start again there"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"--output-dir {folder} is not empty ({', '.join(names[:3])}) and has no config.json "
+            "of ours: choose another one"
         ) from None
     as_stored = json.loads(json.dumps(constants))  # tuples become lists, as in the file
+    keys = sorted(stored.keys() | constants.keys())
     differing = [k for k in keys if stored.get(k) != as_stored.get(k) and k not in besides]
     shown = ", ".join(f"{k} {stored.get(k)} there, {as_stored.get(k)} here" for k in differing[:6])
     require(
@@ -257,11 +386,15 @@ def sae_folder(folder: Path, cell: Cell) -> Path:
 def saved_decoder(folder: Path, cell: Cell) -> "Tensor":
     """W_dec of a cell, (n_dict, activation_dim), also of one that diverged, which load_sae refuses.
 
-    Toy runs before November 2026 kept them in dictionaries/<cell>.safetensors.
+    Raises Damaged.
     """
+    return read_tensors(_decoder_path(folder, cell))[0]["W_dec"]
+
+
+def _decoder_path(folder: Path, cell: Cell) -> Path:
+    """Toy runs before November 2026 kept them in dictionaries/<cell>.safetensors."""
     older = folder / "dictionaries" / f"{cell.name}.safetensors"
-    path = older if older.exists() else sae_folder(folder, cell) / "sae_weights.safetensors"
-    return read_tensors(path)[0]["W_dec"]
+    return older if older.exists() else sae_folder(folder, cell) / "sae_weights.safetensors"
 
 
 def missing_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
@@ -332,24 +465,29 @@ def merged_rows(
     folder: Path,
     cells: list[Cell],
     *,
+    columns: Sequence[str],
     compare: "dict[str, Callable[[Tensor, list[Tensor]], float | None]]",
     device: "torch.device",
 ) -> list[dict]:
     """One row per cell in the order of the cells, columns that compare dictionaries filled in.
 
     Args:
+        columns: of the rows
         compare: column -> its value from W_dec and those of the next N_LARGER sizes, ascending,
             of the same seed and l1_alpha
         device: on which they are compared
+    Raises:
+        Damaged: the row or the autoencoder of a cell.
     """
-    rows = {cell: json.loads((folder / row_path(cell)).read_text()) for cell in cells}
-    columns: dict[tuple, list[Cell]] = {}
+    stored = {cell: read_record(folder / row_path(cell)) for cell in cells}
+    rows = {cell: {name: row.get(name) for name in columns} for cell, row in stored.items()}
+    of_l1_alpha: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        columns.setdefault((cell.seed, cell.l1_exp, cell.target_l0), []).append(cell)
-    for column in columns.values():
-        column.sort(key=lambda cell: cell.n_dict)
-        W_dec = {cell: saved_decoder(folder, cell).to(device) for cell in column}
-        for i, cell in enumerate(column):
-            larger = [W_dec[c] for c in column[i + 1 : i + 1 + N_LARGER]]
+        of_l1_alpha.setdefault((cell.seed, cell.l1_exp, cell.target_l0), []).append(cell)
+    for group in of_l1_alpha.values():
+        group.sort(key=lambda cell: cell.n_dict)
+        W_dec = {cell: saved_decoder(folder, cell).to(device) for cell in group}
+        for i, cell in enumerate(group):
+            larger = [W_dec[c] for c in group[i + 1 : i + 1 + N_LARGER]]
             rows[cell] |= {name: value(W_dec[cell], larger) for name, value in compare.items()}
     return [rows[cell] for cell in cells]

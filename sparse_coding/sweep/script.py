@@ -13,9 +13,9 @@ from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost
 from sparse_coding.sweep.hardware import memory_budget
 from sparse_coding.sweep.run_folder import (
     close_run_folder,
+    finished_rows,
     may_merge,
-    missing_cells,
-    open_run_folder,
+    opened_run_folder,
     provenance,
     run_folder_bytes,
 )
@@ -57,17 +57,21 @@ class PlannedRun:
         """Whether a run with these constants was begun."""
         return os.path.exists(self.folder)
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to do."""
-        return os.path.exists(self.folder / "DONE")  # False for a name that is too long
+    def finished_rows(self) -> list[dict] | None:
+        """See run_folder.finished_rows."""
+        return finished_rows(self.folder)
 
-    def open(self, cells: list[Cell], *, fresh: bool) -> None:
-        """See open_run_folder."""
-        complete = not fresh and not missing_cells(self.folder, cells)
-        constants, origin = self.constants, self.origin
-        open_run_folder(
-            self.folder, constants=constants, origin=origin, fresh=fresh, complete=complete
+    def opened(
+        self, cells: list[Cell], shard: Shard, *, fresh: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """See opened_run_folder."""
+        return opened_run_folder(
+            self.folder,
+            constants=self.constants,
+            origin=self.origin,
+            fresh=fresh,
+            cells=cells,
+            shard=shard,
         )
 
     def require_room(

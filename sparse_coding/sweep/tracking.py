@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_coding.files import write_atomic
+from sparse_coding.files import Damaged, naming, read_record, write_atomic, write_record
 
 if TYPE_CHECKING:
     import wandb
@@ -50,30 +50,39 @@ class Tracker:
         self._file = self._path.open("a", encoding="utf-8")
         self._sink = None
         if mode != "disabled":
-            id_file = folder / f"wandb_run-{self._path.stem}.json"
-            if not id_file.exists():
-                write_atomic(id_file, json.dumps({"id": uuid.uuid4().hex[:8]}) + "\n")
             run = {"project": project, "name": run_name, "dir": str(folder.resolve())}
-            run |= {"config": dict(config), "id": json.loads(id_file.read_text())["id"]}
+            run |= {"config": dict(config), "id": self._run_id()}
             self._sink = _Sink(mode, run)
+
+    def _run_id(self) -> str:
+        """Of the W&B run, kept in the folder."""
+        path = self._path.with_name(f"wandb_run-{self._path.stem}.json")
+        try:
+            return read_record(path)["id"]
+        except FileNotFoundError:
+            pass
+        except Damaged as error:
+            error.warn("a new W&B run is begun")
+        write_record(path, {"id": uuid.uuid4().hex[:8]})
+        return read_record(path)["id"]
 
     def log(self, record: dict) -> None:
         """Appends {"step": ..., "seed": ..., "<namespace>/<name>": ...}; NaN and inf as null."""
         plain = json.loads(json.dumps(record), parse_constant=lambda _: None)
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
         if self._sink:
             self._sink.put(record)
 
     def rewind(self, keep: Callable[[dict], bool]) -> None:
-        """Drops the records that a resumed run will log again, and a line torn by SIGKILL.
+        """Drops the records that a resumed run will log again, and lines that are torn or damaged.
 
         Only the file goes back; in W&B the repeated points lie on top of the first ones.
         """
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
+        lines = self._path.read_text("utf-8", errors="replace").splitlines(keepends=True)
         self._file.close()
-        write_atomic(self._path, "".join(line for line in whole if keep(json.loads(line))))
+        write_atomic(self._path, "".join(line for line in lines if _is_whole(line, keep)))
         self._file = self._path.open("a", encoding="utf-8")
 
     def finish(self, *, figures: dict[str, Path], table: list[dict]) -> None:
@@ -90,6 +99,14 @@ class Tracker:
             paths = {name: str(path.resolve()) for name, path in figures.items()}
             self._sink.stop({"figures": paths, "table": table, "exit_code": exit_code})
             self._sink = None
+
+
+def _is_whole(line: str, keep: Callable[[dict], bool]) -> bool:
+    """Whether it is a record, and one to keep."""
+    try:
+        return line.endswith("\n") and keep(json.loads(line))
+    except (ValueError, LookupError, AttributeError, TypeError):  # no JSON, or no record
+        return False
 
 
 class _Sink:

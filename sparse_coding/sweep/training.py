@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import Interrupted, progress_bar
-from sparse_coding.files import write_json
+from sparse_coding.files import write_record
 from sparse_coding.sae.batches import ahead_on, step_ranges
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sweep.grid import Cell
@@ -235,7 +235,7 @@ def _train_group(
     for cell, (row, tensors) in zip(group, task.evaluate(), strict=True):
         row["seconds"] = round(per_feature * cell.n_dict, 3)
         recipe.save(folder, cell, tensors, row)
-        write_json(folder / row_path(cell), row)  # last: marks the cell as done
+        write_record(folder / row_path(cell), row)  # last: marks the cell as done
     progress.end_group()
     checkpoints.remove()
 

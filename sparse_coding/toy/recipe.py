@@ -12,6 +12,7 @@ from sparse_coding.config import named_seed, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sweep.grid import Cell, specs_of
+from sparse_coding.sweep.hardware import free_memory
 from sparse_coding.sweep.metrics import (
     ReconstructionSums,
     agreement,
@@ -61,7 +62,7 @@ class ToyRecipe:
 
     def memory(self, n_dicts: list[int]) -> int:
         """Bytes of the world and of an ensemble of these widths."""
-        world = 3 * 8 * self.data.n_true_features**2  # A, Σ and one more while they are made
+        world = world_bytes(self.data)
         batch_size = max(self.data.batch_size, EVALUATION["batch_size"])
         return world + ensemble_bytes(n_dicts, self.width, batch_size, self.device)
 
@@ -102,7 +103,12 @@ class ToyRecipe:
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
         compare = {"mmcs_with_larger": mmcs_with_larger}
-        return merged_rows(folder, cells, compare=compare, device=self.device)
+        return merged_rows(folder, cells, columns=COLUMNS, compare=compare, device=self.device)
+
+
+def world_bytes(data: ToyData) -> int:
+    """Of A, Σ and one more while they are made."""
+    return 3 * 8 * data.n_true_features**2
 
 
 def fresh_batches(data: ToyData, world: World, seed: int, device: torch.device) -> Iterator[Tensor]:
@@ -118,8 +124,13 @@ def evaluate_one(sae: SparseAutoencoder, data: ToyData, seed: int) -> dict[str, 
     """The metrics of results.csv of an autoencoder that is saved, on the world of the seed.
 
     Raises:
-        UserError: it is of another width than the data.
+        UserError: it is of another width than the data; their world does not fit into memory.
     """
+    require(
+        world_bytes(data) <= free_memory(torch.device("cpu")),
+        f"the world of --n-true-features {data.n_true_features} needs {world_bytes(data) / 1e9:.3g}"
+        " GB of memory, more than is free",
+    )
     require(
         sae.activation_dim == data.activation_dim,
         f"the autoencoder takes activations of width {sae.activation_dim}, the data have "

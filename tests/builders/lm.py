@@ -104,21 +104,36 @@ def held_out_of(target: Target, **changes: object) -> HeldOut:
 def recipe_of(target: Target, *, n_eval_tokens: int = 1000, **changes: object) -> LanguageRecipe:
     """Four chunks mixed at a time; changes: of Optimisation."""
     options = dict(n_tokens=6400, batch_size=64, lr=3e-3, l1_normalisation="sum", warmup=0.1,
-                   l1_warmup=0.2, decay=0.3, shuffle_gb=0.0005) | changes  # fmt: skip
+                   l1_warmup=0.2, decay=0.3, shuffle_gb=0.0005,
+                   max_norm_multiple=10.0) | changes  # fmt: skip
     optimisation = Optimisation(**options)
     harvester = harvester_of(target, n_tokens=optimisation.n_tokens)
     held_out = held_out_of(target, n_tokens=n_eval_tokens)
     return LanguageRecipe(harvester, held_out, optimisation, target.provenance)
 
 
+def massive_(target: Target, *, factor: float = 300.0, token: int = 21) -> Target:
+    """The target with massive activations in the residual stream of its GPT-2: wherever this token
+    is, of which there are few."""
+    with torch.no_grad():
+        target.lm.model.transformer.wte.weight[token] *= factor
+    return target
+
+
 def metrics_by_hand(
-    held_out: HeldOut, kind: str, sae: SparseAutoencoder, mean: torch.Tensor
+    held_out: HeldOut,
+    kind: str,
+    sae: SparseAutoencoder,
+    mean: torch.Tensor,
+    *,
+    max_norm: float = math.inf,
 ) -> dict:
     """All that evaluate gives, from one batch with all rows, losses in float64."""
     lm, site = held_out.lm, held_out.site
     ids = torch.from_numpy(held_out.text.rows(0, held_out.n_rows))
     keep = ids != SEPARATOR
     keep[:, 0] = False
+    keep &= hooked(lm.model, kind, site.layer, site.name, ids)[0].norm(dim=2) <= max_norm
 
     def loss(new) -> float:
         def in_place(x: torch.Tensor) -> torch.Tensor:

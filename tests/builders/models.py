@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -146,6 +147,16 @@ def write_jsonl(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
+def bin_manifest(folder: Path, **changes) -> Path:
+    """manifest.json as prepare.py writes it beside bins of bytes, with these changes."""
+    split = {"documents": 3, "tokens": 1000, "bytes": 997, "sha256": "0" * 64}
+    made = {"constants": {"tokenizer": "bytes"}, "vocab_size": 257, "end_of_text": 256,
+            "tokenizer": {"name": "bytes", "fingerprint": "f" * 16}, "dtype": "uint16",
+            "exhausted": True, "train": split, "val": split}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(made | changes))
+    return folder / "manifest.json"
+
+
 ARGS = dict(n_layer=2, n_head=4, n_embd=16, block_size=24, vocab_size=65, dropout=0.1, bias=False)
 MATRICES = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
 
@@ -212,6 +223,14 @@ def save_checkpoint(path, args: dict = ARGS, state: dict | None = None, **more):
     }
     torch.save(checkpoint | more, path)
     return path
+
+
+def deflated(path: Path, target: Path) -> Path:
+    """A copy of a file of torch.save with its parts compressed, as torch never writes it."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return target
 
 
 class Bomb:

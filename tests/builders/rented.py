@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -132,21 +133,29 @@ class User:
     server: Server
     commands: set[str] = field(default_factory=set)  # lines of /proc/*/cmdline that were seen
 
-    def start(self, *words: str, env: dict[str, str] | None = None) -> Process:
-        """vastai_utils.py with these words."""
+    def start(self, *words: str, env: dict[str, str] | None = None, **options: object) -> Process:
+        """vastai_utils.py with these words; options: those of Server.start."""
         known = {"VAST_URL": self.lab.url, "VAST_API_KEY": API_KEY, "no_proxy": "127.0.0.1",
                  "HF_TOKEN": SECRETS["HF_TOKEN"], "HOME": str(self.checkout.parent)}  # fmt: skip
         script = self.checkout / "vastai_utils.py"
-        return self.server.start(*words, cwd=self.checkout, env=known | (env or {}), script=script)
+        where = dict(cwd=self.checkout, env=known | (env or {}), script=script)
+        return self.server.start(*words, **where, **options)
 
     def call(self, *words: str) -> Done:
         return self.start(*words).wait(60)
 
-    def start_sweep(self, *flags: str, instances: int = 2, job: list[str] = JOB) -> Process:
-        return self.start("sweep", "--instances", instances, *FAST, *flags, *job)
+    def start_sweep(
+        self, *flags: str, instances: int = 2, job: list[str] = JOB, **options: object
+    ) -> Process:
+        return self.start("sweep", "--instances", instances, *FAST, *flags, *job, **options)
 
     def sweep(self, *flags: str, timeout_s: float = 60, **options: object) -> Done:
         return self.start_sweep(*flags, **options).wait(timeout_s)
+
+    def rent(self, label: str) -> int:
+        """A machine of which no file here knows: its number."""
+        offer = next(o["id"] for o in self.lab.offers() if self.lab.market.on_sale(o["id"]))
+        return self.lab.market.create(offer, {"label": label, "image": "image"}).number
 
     # --- a job that waits ---
 
@@ -203,6 +212,26 @@ def renting(tmp_path: Path, server: Server, **config: object) -> Iterator[User]:
         user = User(lab, checkout, server)
         with watched_commands(user.commands):
             yield user
+
+
+class Screen:
+    """A terminal of one's own to print to: `name`, as Server.start's stdout."""
+
+    def __init__(self):
+        self.near, self.far = os.openpty()
+        self.name = os.ttyname(self.far)
+
+    def stop(self) -> None:
+        """Ctrl-S: whoever prints waits."""
+        termios.tcflow(self.far, termios.TCOOFF)
+
+    def go_on(self) -> None:
+        """Ctrl-Q."""
+        termios.tcflow(self.far, termios.TCOON)
+
+    def close(self) -> None:
+        """The window is closed: whoever prints gets an error."""
+        os.close(self.near)
 
 
 @contextlib.contextmanager

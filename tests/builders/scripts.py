@@ -91,6 +91,9 @@ def pausing(function):
 
 for name, value in job["patch"].items():
     replace(name, lambda _: value)
+if job["before"]:
+    sys.path.append(job["tests"])
+    pkgutil.resolve_name("builders.faults." + job["before"][0])(**job["before"][1])
 if job["pause_at"]:
     replace(job["pause_at"][0], pausing)
 sys.argv = [job["script"], *job["argv"]]
@@ -110,7 +113,7 @@ class Done:
     def err_lines(self) -> list[str]:
         """Lines of stderr as a terminal leaves them, without the progress bar."""
         lines = [line.split("\r")[-1] for line in self.err.split("\n")]
-        return [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)]
+        return [line for line in lines if line.strip() and not re.search(r"\[\d\d:\d\d[<,]", line)]
 
 
 def clean_environment(home: Path) -> dict[str, str]:
@@ -153,7 +156,7 @@ class Process:
 
     def _read(self, stream: str) -> str:
         path = Path(self.job[stream])
-        return path.read_text() if path.exists() else ""  # killed before it could be made
+        return path.read_text() if path.is_file() else ""  # killed before it could be made
 
     def signal(self, signum: int) -> None:
         """Sends it a signal."""
@@ -210,20 +213,25 @@ class Server:
         cwd: Path | None = None,
         patch: dict | None = None,
         pause_at: tuple[str, int] | None = None,
+        before: tuple[str, dict] | None = None,
         env: dict[str, str] | None = None,
         script: Path | None = None,
+        stdout: str | None = None,
     ) -> Process:
         """patch: {"module.NAME": value}, set before the script starts; else few or no figures.
         pause_at: ("module.function" or "module.Class.method", n): before the nth call of it the run
             waits for Process.resume, so that a test can stop it in a phase and not by luck
+        before: (function, arguments) of builders/faults.py, called before the script starts
         script: a copy of it to run instead, with the modules of the first
+        stdout: a device to print to, instead of a file
         """
         self.n_jobs += 1
         path = str(self.folder / f"job-{self.n_jobs}")
         job = {"argv": [str(f) for f in flags], "cwd": str(cwd or self.folder)}
-        job |= {"path": path, "stdout": f"{path}.out", "stderr": f"{path}.err"}
+        job |= {"path": path, "stdout": stdout or f"{path}.out", "stderr": f"{path}.err"}
         job |= {"patch": self.patch if patch is None else patch, "env": env or {}}
         job |= {"pause_at": pause_at, "timeout_s": TIMEOUT_S}
+        job |= {"before": before, "tests": str(ROOT / "tests")}
         job["script"] = str(script or self.script)
         return Process(self, job)
 
@@ -232,9 +240,10 @@ class Server:
         *flags: str,
         cwd: Path | None = None,
         patch: dict | None = None,
+        before: tuple[str, dict] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> Done:
-        return self.start(*flags, cwd=cwd, patch=patch).wait(timeout_s)
+        return self.start(*flags, cwd=cwd, patch=patch, before=before).wait(timeout_s)
 
 
 def run_script(
@@ -285,6 +294,11 @@ def assert_refused(done: Done, *words: str) -> None:
     (line,) = done.err_lines
     assert re.match(r"\w+\.py: error: ", line), line
     assert [word for word in words if word not in line] == [], line
+
+
+def temporaries(folder: Path) -> list[str]:
+    """Files that a write left behind."""
+    return [p.name for p in folder.rglob(".*") if p.name.endswith(".tmp") or len(p.name) == 10]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ checked, of one target; or computed as they are read."""
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,9 +24,10 @@ from builders.lm import (
     tiny_target,
 )
 from builders.models import hooked
+from safetensors.torch import load_file, save_file
 
 from sparse_coding.config import UserError
-from sparse_coding.files import read_tensor_info, read_tensors
+from sparse_coding.files import read_tensor_info, read_tensors, tensors_checksum
 from sparse_coding.lm import activations
 from sparse_coding.lm.activations import (
     Harvester,
@@ -165,6 +167,42 @@ def test_statistics_are_of_the_first_whole_chunks(monkeypatch):
     assert of_two.scale == pytest.approx((3 / (1 + 9 + 40)) ** 0.5)
 
 
+def test_rows_beyond_a_multiple_of_the_median_norm_are_in_no_statistic():
+    rng = torch.Generator().manual_seed(0)
+    plain = torch.randn(2, 300, 4, generator=rng).half()
+    planted = plain.clone()
+    planted[0, 7] *= 1000
+    planted[1, [0, 299]] *= 1000
+    mask = torch.ones(600, dtype=torch.bool)
+    mask[[7, 300, 599]] = False
+    x = plain.flatten(0, 1)[mask].double()
+    found = statistics(InMemory(*planted), max_norm_multiple=10)
+    assert found.max_norm == pytest.approx(10 * planted[0].float().norm(dim=1).median().item())
+    assert (found.n_rows, found.n_left_out) == (600, 3)
+    assert torch.allclose(found.mean.double(), x.mean(dim=0), rtol=1e-5)
+    assert found.scale == pytest.approx(x.square().sum(dim=1).mean().item() ** -0.5)
+    of_all = statistics(InMemory(*planted), max_norm_multiple=0)
+    assert (of_all.max_norm, of_all.n_left_out) == (math.inf, 0)
+    assert of_all.scale < 0.1 * found.scale
+
+
+def test_without_rows_beyond_it_the_limit_changes_no_bit(harvester):
+    limited, unlimited = (statistics(harvester, max_norm_multiple=m) for m in (10, 0))
+    assert limited.n_left_out == 0
+    assert limited.scale == unlimited.scale
+    assert torch.equal(limited.mean, unlimited.mean)
+
+
+def test_rows_that_are_zero_have_no_part_in_the_median():
+    rows = torch.zeros(100, 3)
+    rows[:10] = 1.0
+    rows[10] = 50.0
+    found = statistics(InMemory(rows.half()), max_norm_multiple=10)
+    assert (found.max_norm, found.n_left_out) == (pytest.approx(10 * 3**0.5), 1)
+    later = statistics(InMemory(torch.zeros(5, 3), rows), max_norm_multiple=10)
+    assert (later.max_norm, later.n_left_out) == (math.inf, 0)
+
+
 def test_activations_that_are_all_zero_are_refused():
     with pytest.raises(UserError, match="all activations are 0"):
         statistics(InMemory(torch.zeros(5, 3).half()))
@@ -214,9 +252,9 @@ def test_the_manifest_has_rows_checksums_and_what_the_rows_depend_on(tmp_path, h
     assert list(manifest["chunks"]) == names
     for k, name in enumerate(names):
         tensors, info = read_tensors(tmp_path / name)
-        data = tensors["activations"].numpy().tobytes()
-        assert info == manifest["chunks"][name]
-        assert info["sha256"] == hashlib.sha256(data).hexdigest()
+        checksum = tensors_checksum(tmp_path / name)
+        assert len(checksum) == 64
+        assert info | {"sha256": checksum} == manifest["chunks"][name]
         assert info["rows"] == store.rows[k] == len(tensors["activations"])
         assert info["n_documents"] == len(tensors["document_ids"])
 
@@ -252,8 +290,63 @@ def test_a_store_of_something_else_is_refused_by_the_name_of_the_field(
 @pytest.mark.parametrize("content", ["", "[]", '{"metadata": 3}', '{"chunks": {}}'])
 def test_a_manifest_that_is_not_ours_is_refused(tmp_path, harvester, content):
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match="not a manifest of ours"):
+    with pytest.raises(UserError, match=r"not a manifest of ours|manifest.json is damaged"):
         opened(tmp_path, harvester)
+
+
+def test_a_manifest_with_one_bit_flipped_is_refused_by_name(tmp_path, harvester):
+    opened(tmp_path, replace(harvester, n_tokens=1))
+    content = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "manifest.json").write_bytes(content.replace(b'"n_rows": 1', b'"n_rows": 3'))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(its checksum differs\)"):
+        opened(tmp_path, replace(harvester, n_tokens=1))
+
+
+@pytest.mark.parametrize("tensor", ["activations", "document_ids"])
+def test_a_chunk_with_one_bit_flipped_is_harvested_again_to_the_same_bytes(
+    tmp_path, harvester, capsys, tensor
+):
+    opened(tmp_path, harvester)
+    path = chunk_path(tmp_path, 3)
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    place = load_file(path)[tensor].numpy().tobytes()
+    content[content.index(place) + len(place) // 2] ^= 16
+    path.write_bytes(content)
+    store = opened(tmp_path, harvester)
+    capsys.readouterr()
+    assert torch.equal(all_rows(store), all_rows(harvester))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: {path} is damaged (its checksum differs): it is harvested again"
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("harm", ["torn", "empty", "header"])
+def test_a_chunk_that_cannot_be_read_is_harvested_again(tmp_path, harvester, capsys, harm):
+    opened(tmp_path, harvester)
+    path = chunk_path(tmp_path, 3)
+    whole = path.read_bytes()
+    path.write_bytes({"torn": whole[:-9], "empty": b"", "header": b"\xff" * 8 + whole[8:]}[harm])
+    again = counting(harvester)
+    assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
+    assert again.computed == [3]
+    assert capsys.readouterr().err.count(f"{path} is damaged") == 1
+    assert path.read_bytes() == whole
+
+
+def test_a_chunk_of_before_checksums_is_read_and_its_rows_are_checked(tmp_path, harvester, capsys):
+    opened(tmp_path, harvester)
+    path = chunk_path(tmp_path, 3)
+    tensors, info = read_tensors(path)
+    info["sha256"] = hashlib.sha256(tensors["activations"].numpy().tobytes()).hexdigest()
+    save_file(tensors, path, metadata={"info": json.dumps(info)})
+    again = counting(harvester)
+    assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
+    assert again.computed == []
+    tensors["activations"][0, 0] += 1
+    save_file(tensors, path, metadata={"info": json.dumps(info)})
+    assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
+    assert again.computed == [3]
 
 
 def test_a_store_of_the_older_version_is_refused_and_stays_as_it_is(tmp_path, harvester):

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.models import bin_manifest, byte_level_bpe
 from builders.scripts import ROOT
 
 from sparse_coding import files
@@ -49,10 +51,12 @@ def test_documents_follow_one_another_and_equal_ones_are_kept_once(tmp_path, byt
 def test_what_it_is_made_of_stands_beside_it(tmp_path, byte_ids):
     build_corpus(tmp_path, documents(), byte_ids)
     tokens = (tmp_path / "tokens.bin").read_bytes()
-    assert json.loads((tmp_path / "corpus.json").read_text()) == {
+    index = (tmp_path / "documents.npy").read_bytes()
+    assert files.read_record(tmp_path / "corpus.json") == {
         "dataset": "d",
         "revision": "r",
         "fingerprint": byte_ids.fingerprint,
+        "tokenizer_state": byte_ids.state,
         "dtype": "uint16",
         "max_tokens": None,
         "tokenizer": "bytes",
@@ -60,6 +64,7 @@ def test_what_it_is_made_of_stands_beside_it(tmp_path, byte_ids):
         "n_duplicates": 1,
         "sha256": hashlib.sha256(tokens).hexdigest(),
         "n_documents": 3,
+        "documents_sha256": hashlib.sha256(index).hexdigest(),
     }
 
 
@@ -109,6 +114,25 @@ def test_max_tokens_is_exact(tmp_path, byte_ids):
     assert corpus.metadata["n_tokens"] == 9
 
 
+def test_of_a_long_text_no_more_is_encoded_than_was_asked_for(tmp_path, byte_ids, monkeypatch):
+    monkeypatch.setattr(corpus_module, "BATCH", 1000)
+    n_encoded = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        n_encoded.append(sum(map(len, texts)))
+        return byte_ids.encode_batch(texts)
+
+    counting = Tokenizer(**{**vars(byte_ids), "encode_batch": encode})
+    text = documents(["short", "a word " * 200_000, "another"])
+    few = build_corpus(tmp_path / "few", text, counting, max_tokens=3000)
+    assert len(few.tokens) == 3000
+    assert sum(n_encoded) < 6000
+    whole = build_corpus(tmp_path / "whole", text, byte_ids)
+    assert few.tokens.tolist() == whole.tokens[:3000].tolist()
+    assert few.lengths.tolist() == [5, 2995]
+    assert whole.lengths.tolist() == [5, 1_400_000, 7]
+
+
 def test_reading_stops_at_max_tokens(tmp_path, byte_ids, monkeypatch):
     monkeypatch.setattr(corpus_module, "BATCH", 1)
 
@@ -131,13 +155,60 @@ def test_text_without_a_token_is_an_error(tmp_path, byte_ids):
         build_corpus(tmp_path, documents(), nothing)
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "documents.npy", "corpus.json"])
-def test_a_damaged_corpus_is_refused(tmp_path, byte_ids, name):
+def flipped(path: Path) -> bytes:
+    """The contents of the file before one bit in its middle is flipped."""
+    content = path.read_bytes()
+    harmed = bytearray(content)
+    harmed[len(content) // 2] ^= 4
+    path.write_bytes(harmed)
+    return content
+
+
+FILES = ["tokens.bin", "documents.npy", "corpus.json"]
+
+
+@pytest.mark.parametrize("harm", ["one bit", "torn", "empty", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_corpus_is_encoded_again(tmp_path, byte_ids, name, harm, capsys):
     build_corpus(tmp_path, documents(), byte_ids)
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[:-8])
-    with pytest.raises(UserError, match=f"the corpus in .* is damaged .*delete {tmp_path}"):
-        build_corpus(tmp_path, documents(), byte_ids)
+    before = contents(tmp_path)
+    content = flipped(tmp_path / name)
+    if harm == "missing":
+        (tmp_path / name).unlink()
+    elif harm != "one bit":
+        (tmp_path / name).write_bytes(content[:-8] if harm == "torn" else b"")
+    capsys.readouterr()
+    build_corpus(tmp_path, documents(), byte_ids)
+    assert contents(tmp_path) == before
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    if name == "corpus.json" and harm == "missing":  # no corpus, then
+        assert warnings == []
+    else:
+        (line,) = warnings
+        assert f"{tmp_path / name} is damaged (" in line
+        assert line.endswith("the text is encoded again")
+
+
+@pytest.mark.parametrize("at", [2**40, -8])
+def test_documents_that_lie_elsewhere_are_noticed_without_a_checksum_too(tmp_path, byte_ids, at):
+    build_corpus(tmp_path, documents(), byte_ids)
+    metadata = json.loads((tmp_path / "corpus.json").read_text())
+    del metadata["documents_sha256"], metadata["checksum"]
+    (tmp_path / "corpus.json").write_text(json.dumps(metadata))
+    index = np.load(tmp_path / "documents.npy")
+    sound = index[0, 0]
+    index[0, 0] = at
+    np.save(tmp_path / "documents.npy", index)
+    assert build_corpus(tmp_path, documents(), byte_ids).offsets[0] == sound
+
+
+def test_a_corpus_of_before_checksums_is_read(tmp_path, byte_ids, monkeypatch):
+    before = build_corpus(tmp_path, documents(), byte_ids)
+    metadata = json.loads((tmp_path / "corpus.json").read_text())
+    del metadata["documents_sha256"], metadata["checksum"]
+    (tmp_path / "corpus.json").write_text(json.dumps(metadata))
+    monkeypatch.setattr(corpus_module, "_encode", lambda *args: pytest.fail("encoded again"))
+    assert build_corpus(tmp_path, documents(), byte_ids).ids.tolist() == before.ids.tolist()
 
 
 KILLED = """
@@ -292,10 +363,47 @@ def test_a_file_that_is_known_is_not_scanned_again(tmp_path, byte_ids, monkeypat
     assert open_bin(path, byte_ids, tmp_path / "corpus").ids.tolist() == before.ids.tolist()
 
 
+@pytest.mark.parametrize("name", FILES[1:])
+def test_where_a_damaged_index_lay_the_file_is_scanned_again(tmp_path, byte_ids, name, capsys):
+    path, folder = write_bin(tmp_path / "a.bin", [1, SEP, 2]), tmp_path / "corpus"
+    open_bin(path, byte_ids, folder)
+    before = contents(folder)
+    flipped(folder / name)
+    open_bin(path, byte_ids, folder)
+    assert contents(folder) == before
+    assert f"{folder / name} is damaged" in capsys.readouterr().err
+
+
 def test_a_file_that_has_changed_is_refused(tmp_path, byte_ids):
     open_bin(write_bin(tmp_path / "a.bin", [1, SEP, 2]), byte_ids, tmp_path / "corpus")
     with pytest.raises(UserError, match="holds a corpus with sha256"):
         open_bin(write_bin(tmp_path / "a.bin", [1, SEP, 2, 3]), byte_ids, tmp_path / "corpus")
+
+
+def test_an_edit_that_keeps_size_and_date_is_refused(tmp_path, byte_ids):
+    path = write_bin(tmp_path / "a.bin", [1, SEP, 2])
+    open_bin(path, byte_ids, tmp_path / "corpus")
+    stat = path.stat()
+    write_bin(path, [1, SEP, 3])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match="holds a corpus with sha256"):
+        open_bin(path, byte_ids, tmp_path / "corpus")
+
+
+def test_a_tokenizer_that_cuts_other_text_in_another_way_is_refused(tmp_path):
+    """Though its fingerprint, of a sample of text, may be the same: a merge is missing."""
+    bpe = json.loads(byte_level_bpe(special=[]).to_str())
+    tokenizers = []
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(bpe))
+        tokenizers.append(load_tokenizer("x", choice=str(tmp_path / name), vocab_size=300))
+        bpe["model"]["merges"] = bpe["model"]["merges"][:-1]
+    ours, other = tokenizers
+    assert ours.state != other.state
+    other = replace(other, name=ours.name, fingerprint=ours.fingerprint)
+    build_corpus(tmp_path / "corpus", documents(), ours)
+    with pytest.raises(UserError, match="holds a corpus with tokenizer_state"):
+        build_corpus(tmp_path / "corpus", documents(), other)
 
 
 def test_another_tokenizer_is_refused(tmp_path, byte_ids):
@@ -322,25 +430,39 @@ def test_files_that_are_no_tokens_of_the_model_are_refused(tmp_path, byte_ids, c
 
 def test_the_manifest_beside_a_bin_tells_its_tokenizer_and_whether_it_is_whole(tmp_path, byte_ids):
     path = write_bin(tmp_path / "val.bin", [1, SEP, 2])
-    made = {
-        "end_of_text": SEP,
-        "tokenizer": {"name": "bytes", "fingerprint": byte_ids.fingerprint},
-        "val": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
-    }
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps(made))
+    tokenizer = {"name": "bytes", "fingerprint": byte_ids.fingerprint}
+    split = {"documents": 2, "tokens": 3, "bytes": 2}
+    val = split | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    bin_manifest(tmp_path, tokenizer=tokenizer, val=val)
     assert len(open_bin(path, byte_ids, tmp_path / "whole").ids) == 2
 
-    manifest.write_text(json.dumps(made | {"val": {"sha256": "0" * 64}}))
+    bin_manifest(tmp_path, tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"val\.bin is damaged: its sha256 is not that of"):
         open_bin(path, byte_ids, tmp_path / "damaged")
-    other = {"tokenizer": {"name": "tiktoken:gpt2", "fingerprint": "f" * 16}}
-    manifest.write_text(json.dumps(made | other))
+    other = {"name": "tiktoken:gpt2", "fingerprint": "f" * 16}
+    manifest = bin_manifest(tmp_path, tokenizer=other, val=val)
     reason = "made with the tokenizer tiktoken:gpt2, not with bytes of the model: choose the model"
     with pytest.raises(UserError, match=reason):
         open_bin(path, byte_ids, tmp_path / "other")
     manifest.write_text('{"of": "another program"}')
     assert len(open_bin(path, byte_ids, tmp_path / "foreign").ids) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tokenizer": {"name": "bytes"}}, {"tokenizer": []}, {"constants": []}, {"val": {}},
+     {"constants": {}}, {"vocab_size": "257"}, {"vocab_size": None}, {"end_of_text": None},
+     {"end_of_text": -1}, {"train": {"documents": 1, "tokens": "2", "bytes": 1, "sha256": ""}}],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_of_other_fields_is_refused_by_their_names(tmp_path, byte_ids, changes):
+    path = write_bin(tmp_path / "val.bin", [1, SEP, 2])
+    manifest = bin_manifest(tmp_path, **changes)
+    with pytest.raises(UserError, match=f"{manifest}: .* is not of prepare.py"):
+        open_bin(path, byte_ids, tmp_path / "corpus")
+    manifest.write_text('{"end_of_text": ' + "[" * 100_000)
+    with pytest.raises(UserError, match=f"{manifest} is not JSON"):
+        open_bin(path, byte_ids, tmp_path / "corpus")
 
 
 def test_a_missing_file_is_refused(tmp_path, byte_ids):

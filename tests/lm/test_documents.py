@@ -2,15 +2,20 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import platform
+import re
 import tracemalloc
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from builders.models import write_jsonl, write_parquet
 
 from sparse_coding.config import UserError
+from sparse_coding.lm import documents
 from sparse_coding.lm.documents import (
     LONGEST,
     PIECE,
@@ -36,7 +41,7 @@ def put_into_cache(hub_cache, dataset, *, sha, files):
 def test_the_standard_library_is_read_without_its_tests_and_packages():
     documents = open_documents("stdlib")
     texts = list(documents)
-    assert documents.revision == f"python {platform.python_version()}"
+    assert re.fullmatch(rf"python {platform.python_version()} [0-9a-f]{{16}}", documents.revision)
     for module, is_there in ((contextlib, True), (json, True), (pytest, False)):
         assert (Path(module.__file__).read_text() in texts) == is_there
     assert 5e6 < sum(map(len, texts)) < 50e6
@@ -58,6 +63,125 @@ def test_empty_texts_are_left_out_and_broken_characters_replaced(tmp_path):
     assert list(open_documents(str(tmp_path / "a.jsonl"))) == ["a?b"]
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfx\xffy")  # a byte order mark, then no UTF-8
     assert list(open_documents(str(tmp_path / "b.txt"))) == ["x\ufffdy"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_byte_order_mark_says_how_a_text_is_read(tmp_path, encoding, suffix):
+    text = "zwölf Boxkämpfer\n" * 300
+    content = json.dumps({"text": text}, ensure_ascii=False) if suffix == "jsonl" else text
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # Python writes it for the others
+    (tmp_path / f"a.{suffix}").write_bytes((mark + content).encode(encoding))
+    assert list(open_documents(str(tmp_path / f"a.{suffix}"))) == [text]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["zwölf Boxkämpfer\n" * 30, "x" * 100, b"\x1f\x8b\x08" + bytes(range(256)) * 50],
+    ids=["latin-1", "utf-16-le", "binary"],
+)
+def test_text_that_is_no_utf_8_is_refused_with_what_to_do(tmp_path, content, request):
+    kind = request.node.callspec.id
+    data = content if isinstance(content, bytes) else content.encode(kind)
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.txt is not text in UTF-8: .*iconv"):
+        open_documents(str(tmp_path / "a.txt"))
+
+
+def test_a_text_full_of_replacement_characters_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufffd" * 1000)
+    assert list(open_documents(str(tmp_path / "a.txt"))) == ["\ufffd" * 1000]
+
+
+def test_what_a_folder_has_besides_texts_is_named_and_hidden_files_are_no_text(tmp_path, capsys):
+    for name in ("a.txt", ".b.txt", ".git/c.txt", "._a.txt", "d.txt.gz", "e.TXT", "in/f.jsonl.zst"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert list(open_documents(str(tmp_path))) == ["a.txt"]
+    line = f"{tmp_path}: not read: d.txt.gz, e.TXT, in/f.jsonl.zst (only .txt, .jsonl, .parquet"
+    (out,) = capsys.readouterr().out.splitlines()
+    assert out.startswith(line)
+    for i in range(9):
+        (tmp_path / f"x{i}.md").write_text("x")
+    open_documents(str(tmp_path / "a.txt"))
+    assert capsys.readouterr().out == ""
+    open_documents(str(tmp_path))
+    assert "x0.md, x1.md and 7 more (" in capsys.readouterr().out
+
+
+LINES = {
+    "deep": '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "digits": '{"text": "a", "n": ' + "7" * 5000 + "}",
+    "torn": '{"text": "b',
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_line_that_is_no_json_is_named_by_its_number(tmp_path, kind):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + LINES[kind])
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        list(open_documents(str(tmp_path / "a.jsonl")))
+
+
+def no_utf_8() -> pyarrow.Array:
+    """Strings of pyarrow, not all of which are any."""
+    data = pyarrow.array([b"ok", b"bad \xff\xfe"], pyarrow.binary())
+    return pyarrow.Array.from_buffers(pyarrow.string(), 2, data.buffers())
+
+
+def parquet_bytes(column: pyarrow.Array) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
+    return file.getvalue()
+
+
+def bad_parquets() -> dict[str, bytes]:
+    good = parquet_bytes(pyarrow.array([f"text {i} " * 9 for i in range(5000)]))
+    holes = bytearray(good)
+    for at in range(500, len(good) - 3000, 997):
+        holes[at] ^= 255
+    return {
+        "damaged pages": bytes(holes),
+        "no footer": good[:-100] + bytes(80) + good[-20:],
+        "cut": good[:-9],
+        "no utf-8": parquet_bytes(no_utf_8()),
+        "all null": parquet_bytes(pyarrow.array([None] * 9, pyarrow.null())),
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("kind", bad_parquets())
+@pytest.mark.parametrize("place", ["local", "cached"])
+def test_a_bad_parquet_file_is_one_line(tmp_path, hub_cache, kind, place):
+    name = str(tmp_path / "a.parquet")
+    if place == "local":
+        Path(name).write_bytes(bad_parquets()[kind])
+    else:
+        put_into_cache(hub_cache, name := "a/b", sha="c" * 40, files={"train.parquet": TEXTS})
+        (path,) = hub_cache.rglob("train.parquet")
+        path.write_bytes(bad_parquets()[kind])
+    with pytest.raises(UserError, match=name) as error:
+        list(open_documents(name))
+    assert "\n" not in str(error.value)
+    assert "out of reach" not in str(error.value)
+
+
+def test_a_cached_file_of_nulls_before_one_of_texts_is_one_line(hub_cache):
+    files = {f"train-0000{i}-of-00002.parquet": TEXTS for i in range(2)}
+    put_into_cache(hub_cache, "a/b", sha="c" * 40, files=files)
+    first = min(hub_cache.rglob("train-0*.parquet"))
+    first.write_bytes(bad_parquets()["all null"])
+    with pytest.raises(UserError, match=r"a/b can't be read: .*null"):
+        list(open_documents("a/b"))
+
+
+def test_cached_json_nested_too_deep_for_its_reader_is_refused_before_it_crashes(hub_cache):
+    put_into_cache(hub_cache, "a/b", sha="c" * 40, files={"train.parquet": TEXTS})
+    (path,) = hub_cache.rglob("train.parquet")
+    path.with_name("train.jsonl").write_text('{"text": "a"}\n' + LINES["deep"])
+    path.unlink()
+    with pytest.raises(UserError, match=r"train\.jsonl line 2 is not JSON"):
+        open_documents("a/b")
 
 
 def test_another_text_column_can_be_chosen(tmp_path):
@@ -107,6 +231,19 @@ def test_memory_stays_flat_when_the_text_grows(tmp_path, suffix):
         return peak
 
     assert peak(16_000) < 1.1 * peak(4_000)
+
+
+def test_a_line_too_long_to_be_parsed_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 2**20)
+    write_jsonl(tmp_path / "a.jsonl", ["short", "x" * 2**24])
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a\.jsonl has a line of more than 1 MB: give its text as"):
+        list(open_documents(str(tmp_path / "a.jsonl")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+    write_jsonl(tmp_path / "b.jsonl", ["short", "x" * (2**20 - 100)])
+    assert len(list(open_documents(str(tmp_path / "b.jsonl")))) == 2
 
 
 def test_a_document_keeps_its_id_and_larger_shares_hold_out_more():

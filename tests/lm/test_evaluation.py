@@ -11,6 +11,7 @@ from builders.lm import (
     SEPARATOR,
     demo_target,
     held_out_of,
+    massive_,
     metrics_by_hand,
     tiny_target,
 )
@@ -51,6 +52,33 @@ def test_metrics_equal_an_independent_computation_for_two_batch_sizes(root, kind
         assert torch.allclose(ours.density.double(), density, atol=1e-6)
 
 
+def test_massive_activations_are_left_out_and_left_alone(root):
+    target = massive_(tiny_target(root, site="resid_post"))
+    held_out = held_out_of(target, n_tokens=N_TOKENS)
+    ids = torch.from_numpy(held_out.text.rows(0, held_out.n_rows))
+    norms = hooked(target.lm.model, "gpt2", 1, "resid_post", ids)[0].norm(dim=2)
+    keep = torch.cat([keep for _, keep in held_out.batches()])
+    max_norm = 10 * norms[keep].median().item()
+    n_beyond = int((norms[keep] > max_norm).sum())
+    assert 0 < n_beyond < 0.1 * held_out.n_kept
+    sae, mean = random_sae(16), torch.linspace(-1, 1, 16)
+    expected = metrics_by_hand(held_out, "gpt2", sae, mean, max_norm=max_norm)
+    density = expected.pop("density")
+    (ours,) = evaluate(held_out, [sae], mean=mean, max_norm=max_norm)
+    assert ours.n_left_out == n_beyond
+    assert ours.values == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert torch.allclose(ours.density.double(), density, atol=1e-6)
+    (all_of_them,) = evaluate(held_out, [sae], mean=mean)
+    assert all_of_them.n_left_out == 0
+    assert all_of_them.values["ce_zero"] != pytest.approx(ours.values["ce_zero"], rel=1e-3)
+
+    beyond = norms > max_norm
+    parts = zip(*held_out.codes(sae, max_norm=max_norm), strict=True)
+    _, counted, codes = (torch.cat(part) for part in parts)
+    assert torch.equal(counted, keep & ~beyond)
+    assert not codes[beyond].any()
+
+
 def test_an_autoencoders_values_do_not_depend_on_the_others(root):
     held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS)
     saes, mean = [random_sae(40, seed) for seed in (0, 1)], torch.ones(40)
@@ -74,6 +102,17 @@ def test_tokens_are_rounded_up_to_rows_and_never_exceed_the_text(root):
     assert not keep[:, 0].any()
     assert held_out.n_kept == int(keep.sum())
     assert held_out_of(target, n_tokens=10**9).n_rows == target.held_out.n_rows
+
+
+def test_the_tokens_used_are_counted_and_a_text_that_has_fewer_is_said(root):
+    target = tiny_target(root)
+    enough = held_out_of(target, n_tokens=5 * CONTEXT + 1)
+    assert (enough.n_read, enough.shortage()) == (6 * CONTEXT, "")
+    available = target.held_out.n_rows * CONTEXT
+    less = held_out_of(target, n_tokens=available + 1)
+    assert less.n_read == available
+    asked = f"{available + 1:,} held-out tokens requested, {available:,} available"
+    assert less.shortage() == asked + "\n"
 
 
 def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):

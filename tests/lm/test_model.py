@@ -1,7 +1,9 @@
 """Language models of ten families: sites against independent hooks, splicing, losses, loading."""
 
+import copy
 import json
 import logging
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -18,6 +20,7 @@ from builders.models import (
     WIDTH,
     Bomb,
     D,
+    deflated,
     hooked,
     nanogpt_logits,
     nanogpt_state,
@@ -36,6 +39,7 @@ from sparse_coding.lm.model import (
     activations,
     direct_logits,
     find_site,
+    hub_commit,
     load_language_model,
     logits,
     next_token_loss,
@@ -163,6 +167,39 @@ def test_replacing_by_zeros_equals_zeroing_in_an_independent_hook(models, kind):
         got = logits(lm, IDS, site=find_site(lm, 1, name), replace=torch.zeros_like)
         assert torch.equal(got, expected), name
         assert (got - clean).abs().max() > 1e-2, name
+
+
+def centred_gpt2(model):
+    """center_writing_weights of TransformerLens, on the weights of a GPT-2."""
+    model = copy.deepcopy(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # tied otherwise
+    h = model.transformer.h
+    for weight in (model.transformer.wte.weight, model.transformer.wpe.weight):
+        weight.data -= weight.mean(dim=1, keepdim=True)
+    for projection in (p for block in h for p in (block.attn.c_proj, block.mlp.c_proj)):
+        projection.weight.data -= projection.weight.mean(dim=1, keepdim=True)  # (in, out)
+        projection.bias.data -= projection.bias.mean()
+    return model
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_centred_site_is_that_of_a_model_with_centred_writing_weights(models, site):
+    lm, ids = models["gpt2"], IDS
+    theirs = centred_gpt2(lm.model)
+    ours = find_site(lm, 1, site, centred=True)
+    shift = torch.randn(ours.width, generator=torch.Generator().manual_seed(0))
+    x, logits_there = hooked(theirs, "gpt2", 1, site, ids, new=lambda x: 0.5 * x + shift)
+    torch.testing.assert_close(activations(lm, ours, ids), x, atol=2e-5, rtol=1e-4)
+    spliced = logits(lm, ids, site=ours, replace=lambda x: 0.5 * x + shift)
+    torch.testing.assert_close(spliced, logits_there, atol=1e-3, rtol=1e-3)
+    plain = activations(lm, find_site(lm, 1, site), ids)
+    writes = site in ("mlp_out", "resid_post")
+    assert ((plain - x).abs().max() > 0.01) == writes  # else the test shows nothing
+
+
+def test_what_is_not_centred_by_transformer_lens_is_not_centred_here(models):
+    site = find_site(models["llama"], 1, "resid_post", centred=True)  # its norm sees the mean
+    assert not site.centred
 
 
 def test_a_replacement_that_fails_leaves_no_hook_behind(models):
@@ -370,11 +407,47 @@ def test_folders_that_hold_no_whole_model_are_refused(folders, tmp_path, capfd):
     cut.unlink()
     assert "no file named model.safetensors" in refusal(cut.parent)
     (cut.parent / "config.json").write_text("{")
-    assert "can't be loaded" in refusal(cut.parent)
+    assert "config.json is not JSON" in refusal(cut.parent)
     assert "is a file" in refusal(good / "config.json")
     assert "no such file" in refusal(tmp_path / "none.pt")
     assert "for a hub id" in refusal(good, revision="main")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab_size": None}, {"n_embd": "16"}, {"n_layer": 2.0}, {"n_layer": 0}, {"n_layer": 10**6},
+     {"n_positions": -1}, {"n_positions": "many"}, {"activation_function": "nonsense"},
+     {"activation_function": None}, {"layer_norm_epsilon": "1e-5"}, {"layer_norm_epsilon": None},
+     {"n_head": 0}, {"vocab_size": 10**9}, {"n_embd": 10**6}, {"n_positions": 10**9},
+     {"quantization_config": {"load_in_8bit": True}}, {"dtype": "float99"}, {"model_type": []},
+     {"n_inner": 10**9}, {"auto_map": {"AutoConfig": 3}, "model_type": 3}],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(folders, tmp_path, change):
+    assert "Error: " not in refusal(changed_copy(folders / "gpt2", tmp_path / "bad", **change))
+
+
+def test_positions_that_would_fill_the_memory_are_refused(folders, tmp_path):
+    for kind in ("gptj", "gpt_neo"):
+        name = "n_positions" if kind == "gptj" else "max_position_embeddings"
+        folder = changed_copy(folders / kind, tmp_path / kind, **{name: 2**23})
+        assert re.search("masks and positions|describes", refusal(folder))
+
+
+def test_a_config_nested_too_deep_is_refused(folders, tmp_path):
+    folder = changed_copy(folders / "gpt2", tmp_path / "deep")
+    (folder / "config.json").write_text('{"model_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    assert "config.json is not JSON" in refusal(folder)
+
+
+def test_pickled_weights_that_unpack_to_more_than_they_are_are_refused(folders, tmp_path, models):
+    folder = changed_copy(folders / "gpt2", tmp_path / "bin")
+    (folder / "model.safetensors").unlink()
+    torch.save(models["gpt2"].model.state_dict(), plain := tmp_path / "plain.bin")
+    deflated(plain, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is compressed"):
+        load(folder)
 
 
 def test_architectures_without_a_row_in_the_table_are_refused(tmp_path):
@@ -427,17 +500,18 @@ def test_what_the_hub_answers_is_said_in_one_line(hub_cache, monkeypatch, error,
 
 
 def test_a_hub_id_in_the_cache_needs_no_hub(hub_cache, monkeypatch, folders, models):
-    repo = hub_cache / "models--me--mine"
-    shutil.copytree(folders / "gpt2", repo / "snapshots" / "0123")
+    repo, commit = hub_cache / "models--me--mine", "0123456789" * 4
+    shutil.copytree(folders / "gpt2", repo / "snapshots" / commit)
     (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123")
+    (repo / "refs" / "main").write_text(commit)
     with monkeypatch.context() as online:
         online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         online.setattr(type(get_session()), "send", lambda *_, **__: pytest.fail("a request"))
         lm = load("me/mine")
-        pinned = load("me/mine", revision="0123")
+        pinned = load("me/mine", revision=commit)
+        assert hub_commit("me/mine") == hub_commit("me/mine", commit) == commit
     assert lm.weight_hash == pinned.weight_hash == models["gpt2"].weight_hash
-    (repo / "snapshots" / "0123" / "model.safetensors").unlink()
+    (repo / "snapshots" / commit / "model.safetensors").unlink()
     assert "`hf download me/mine`" in refusal("me/mine")
 
 

@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import time
+import tracemalloc
 
 import pytest
 import torch
-from builders.models import ARGS, Bomb, nanogpt_logits, nanogpt_state, save_checkpoint
+from builders.models import ARGS, Bomb, deflated, nanogpt_logits, nanogpt_state, save_checkpoint
 from torch import nn
 
 from sparse_coding.config import UserError
@@ -152,6 +154,50 @@ def test_other_checkpoints_of_torch_are_refused(tmp_path):
     assert "must hold tensors by name" in refusal(save_checkpoint(path, state={"a": 1}))
     assert "no such file" in refusal(tmp_path / "none.pt")
     assert "no such file" in refusal(tmp_path)  # a folder
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
+    state = nanogpt_state(ARGS) | {"zeros": torch.zeros(2**26)}  # 256 MB, a millionth of it packed
+    plain = save_checkpoint(tmp_path / "plain.pt", state=state)
+    bomb = deflated(plain, tmp_path / "ckpt.pt")
+    plain.unlink()
+    assert bomb.stat().st_size < 2**21
+    tracemalloc.start()
+    assert "is compressed, which torch.save does not do" in refusal(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_layers_and_sizes_that_the_file_does_not_have_are_refused_at_once(tmp_path):
+    state, path = nanogpt_state(ARGS), tmp_path / "ckpt.pt"
+    for change, message in (
+        ({"n_layer": 10**6}, "model_args['n_layer'] is 1000000, `model` has 2 layers"),
+        ({"n_layer": 10**30}, "model_args['n_layer'] is huge, not a size"),
+        ({"vocab_size": 10**9}, "wte.weight is [65, 16], which does not give"),
+        ({"n_embd": 10**8}, "which does not give GPT-2's [65, 100000000]"),
+        ({"block_size": 10**9}, "wpe.weight is [24, 16]"),
+    ):
+        start = time.monotonic()
+        assert message in refusal(save_checkpoint(path, ARGS | change, state))
+        assert time.monotonic() - start < 10
+    wide = torch.zeros(1, 1).expand(10**6, 10**6)  # 4 TB of one number
+    args = ARGS | {"vocab_size": 10**6, "n_embd": 10**6}
+    large = state | {"transformer.wte.weight": wide, "lm_head.weight": wide}
+    assert "more than the file" in refusal(save_checkpoint(path, args, large))
+
+
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path):
+    name, path = "transformer.ln_f.weight", tmp_path / "ckpt.pt"
+    weight = nanogpt_state(ARGS)[name]
+    for other in (
+        weight.to_sparse(),
+        weight.to("meta"),
+        weight.int(),
+        weight.to(torch.complex64),
+        torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+    ):
+        told = refusal(save_checkpoint(path, state=nanogpt_state(ARGS) | {name: other}))
+        assert f"{name} is a" in told or "could run code" in told
 
 
 @pytest.mark.parametrize(

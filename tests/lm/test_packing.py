@@ -56,6 +56,20 @@ def test_one_document_per_row_drops_and_counts_the_short_ones(three):
     assert (bare.n_rows, bare.n_short) == (1, 2)
 
 
+def test_a_first_token_stands_before_the_same_endless_text(three):
+    rows = packed(three, [2, 0, 1], 4, first=55)
+    assert rows.rows(0, rows.n_rows).tolist() == [
+        [55, SEP, 5, 6],
+        [55, 7, 8, 9],
+        [55, SEP, 1, 2],
+        [55, 3, SEP, 4],
+    ]
+    assert not rows.keep(0, 4)[:, 0].any()
+    assert rows.document_ids(1, 3).tolist() == [20, 30]
+    starts = packed(three, [2, 1, 0], 4, first=55, packing="documents")
+    assert starts.rows(0, 2).tolist() == [[55, 5, 6, 7], [55, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("separator", [None, SEP])
 @pytest.mark.parametrize("length", [1, 2, 7, 64])
 def test_rows_equal_a_naive_concatenation_however_they_are_asked_for(tmp_path, separator, length):

@@ -248,3 +248,30 @@ def test_rows_in_bfloat16_are_read_as_they_are():
     x = reader(chunks).batch(0)
     assert x.dtype == torch.float32
     assert torch.equal(x, x.bfloat16().float())
+
+
+# --- rows that are left out ---
+
+
+def test_rows_beyond_the_norm_are_never_dealt_and_all_others_are():
+    """The norm of row 65 is 112.9, that of row 66 is 114.6: 30 rows of 96 are beyond."""
+    sizes = (50, 20, 26)
+    plain, limited = (reader(Numbered(*sizes), max_norm=m) for m in (float("inf"), 113.5))
+    steps = range(epoch_steps(limited))
+    dealt = dealt_in(limited, steps)
+    kept = [n for n in dealt_in(plain, steps) if n < 66]
+    assert dealt[:66] == kept  # in the same order
+    assert dealt == (kept + kept)[:96]  # and begun again, for whole batches
+    again = reader(Numbered(*sizes), max_norm=113.5)
+    assert dealt_in(again, range(3, 6)) == dealt[3 * BATCH :]  # resumed there
+
+
+def test_where_no_row_is_beyond_the_norm_batches_have_the_same_bits():
+    r, limited = reader(Numbered(50, 7, 90, 33)), reader(Numbered(50, 7, 90, 33), max_norm=1e4)
+    assert all(torch.equal(r.batch(step), limited.batch(step)) for step in range(25))
+
+
+def test_chunks_that_are_all_beyond_the_norm_are_refused():
+    r = reader(Numbered(48, 48), buffer_rows=48, max_norm=1.0)
+    with pytest.raises(UserError, match="--max-norm-multiple"):
+        numbers(r, range(6))

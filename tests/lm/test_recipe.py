@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.lm import metrics_by_hand, recipe_of, tiny_target
+from builders.lm import (
+    all_rows,
+    harvester_of,
+    massive_,
+    metrics_by_hand,
+    recipe_of,
+    tiny_target,
+)
 from builders.models import hooked
+from builders.scripts import ROOT
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +35,7 @@ from sparse_coding.lm.recipe import (
     unscaled,
     with_activations,
 )
+from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sae.spec import Schedule
@@ -128,7 +137,8 @@ def test_saved_autoencoders_do_on_raw_activations_what_training_did_on_scaled_on
     for i, (_, tensors) in enumerate(task.evaluate()):
         stack, k = task.ensemble.place[i]
         codes, x_hat = (t[k].clone() for t in task.ensemble.stacks[stack].forward(x * scale))
-        tensors.pop("density")
+        for name in ("density", "n_left_out"):
+            tensors.pop(name)
         sae = SparseAutoencoder(**tensors, metadata={})
         assert sae.b_dec.norm() > 0
         assert torch.allclose(sae.decode(sae.encode(x)) * scale, x_hat, atol=1e-5)
@@ -245,6 +255,27 @@ def test_the_mean_of_mean_ablation_is_that_of_the_training_text(recipe):
     log_p = torch.log_softmax(logits.double(), dim=2)[:, :-1]
     loss = -log_p.gather(2, ids[:, 1:, None]).mean().item()
     assert row["ce_mean"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_that_mean_is_of_the_first_chunks_with_as_many_rows_as_the_metrics_page_says(
+    recipe, monkeypatch
+):
+    page = (ROOT / "docs/metrics.md").read_text()
+    assert f"mean of the first {activations.STATISTICS_ROWS:,}".replace(",", " ") in page
+    monkeypatch.setattr(activations, "STATISTICS_ROWS", recipe.chunks.rows[0] + 1)
+    first_two = torch.cat([recipe.chunks.load(k).double() for k in (0, 1)])
+    assert len(recipe.chunks.rows) > 2
+    mean = activations.statistics(recipe.chunks).mean
+    torch.testing.assert_close(mean, first_two.mean(dim=0).float())
+
+
+def test_the_held_out_tokens_recorded_are_those_used(root, tmp_path):
+    target = tiny_target(root)
+    for asked, used in ((33, 48), (10**9, target.held_out.n_rows * 16)):
+        recipe = recipe_of(target, n_eval_tokens=asked)
+        (cell, *_), (evaluated, *_) = cells(), recipe.prepare(cells()).evaluate()
+        recipe.save(tmp_path, cell, evaluated[1], evaluated[0])
+        assert load_sae(sae_folder(tmp_path, cell)).metadata["n_eval_tokens"] == used
 
 
 @pytest.mark.parametrize("normalisation", ["sum", "per_feature"])
@@ -370,6 +401,76 @@ def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones
     assert str(rows[0]) == str(rows[1])  # NaN included
 
 
+@pytest.fixture
+def massive(root) -> Target:
+    return massive_(tiny_target(root, site="resid_post", held_out=0.3))
+
+
+def test_massive_activations_are_left_out_of_training_and_the_same_when_streamed(massive, root):
+    chunks = harvester_of(massive)
+    norms = all_rows(chunks).float().norm(dim=1)
+    max_norm = 10 * chunks.load(0).float().norm(dim=1).median().item()
+    assert 0 < int((norms > max_norm).sum()) < 100
+    streamed = recipe_of(massive, shuffle_gb=0.0001)
+    known = streamed.statistics
+    assert known.max_norm == pytest.approx(max_norm)
+    assert known.n_left_out == int((norms[: known.n_rows] > max_norm).sum()) > 0
+    run = dict(folder=root / "run", cells=cells())
+    stored = with_activations(streamed, massive, **run, max_bytes=1e9)
+    tasks = [r.prepare(cells()) for r in (streamed, stored)]
+    for step in range(200):  # two epochs
+        x, same = (task.batch_at(step) for task in tasks)
+        assert torch.equal(x, same)
+        assert x.shape == (64, 16)
+        assert float(x.norm(dim=1).max()) <= 1.01 * max_norm * known.scale
+    for task in tasks:
+        task.close()
+    unlimited = recipe_of(massive, max_norm_multiple=0.0)
+    assert unlimited.statistics.n_left_out == 0
+    assert unlimited.statistics.scale < 0.6 * known.scale
+
+
+def test_what_was_left_out_is_said_and_saved(massive, root, tmp_path, capsys):
+    recipe = recipe_of(massive)
+    known, group = recipe.statistics, cells()[:1]
+    recipe = with_activations(recipe, massive, folder=tmp_path, cells=group, max_bytes=1e9)
+    line = (
+        f"left out: {known.n_left_out:,} of the first {known.n_rows:,} activations, of norms above"
+    )
+    assert line in capsys.readouterr().out
+    saved(recipe, tmp_path, group)
+    metadata = load_sae(sae_folder(tmp_path, group[0])).metadata
+    assert metadata["max_norm_multiple"] == 10
+    assert metadata["max_norm"] == known.max_norm
+    assert (metadata["n_left_out"], metadata["n_left_out_of"]) == (known.n_left_out, known.n_rows)
+    assert metadata["n_eval_left_out"] > 0
+
+
+def test_other_activations_than_a_run_was_begun_on_are_refused_and_to_merge_only_its_model_counts(
+    root, tmp_path
+):
+    target, group = tiny_target(root), cells()
+    recipe, run = recipe_of(target), dict(folder=tmp_path, cells=group, max_bytes=1e9)
+
+    def begin_on(**changes: str) -> None:
+        activations = target.metadata | changes
+        write_json(tmp_path / "config.json", {"constants": {}, "activations": activations})
+
+    begin_on()
+    with_activations(recipe, target, **run)
+    for name in ("tokens_sha256", "weight_hash"):
+        begin_on(**{name: "other"})
+        message = f"was begun on other activations .{name} other there"
+        with pytest.raises(UserError, match=message):
+            with_activations(recipe, target, **run)
+    for cell in group:
+        write_json(tmp_path / row_path(cell), {})
+    with pytest.raises(UserError, match="weight_hash other there"):
+        with_activations(recipe, target, **run)
+    begin_on(model_dtype="bfloat16", tokens_sha256="other")  # trained on a GPU, of another Python
+    assert with_activations(recipe, target, **run) is recipe
+
+
 def test_nothing_is_harvested_for_a_run_that_has_all_its_cells(root, tmp_path):
     target = tiny_target(root, held_out=0.25)
     recipe, group = recipe_of(target), cells()
@@ -470,6 +571,9 @@ def test_the_buffer_is_of_the_given_size(root):
         ({"decay": float("nan")}, "--decay nan"),
         ({"shuffle_gb": 0.0}, "--shuffle-gb 0.0"),
         ({"shuffle_gb": float("inf")}, "--shuffle-gb inf"),
+        ({"max_norm_multiple": 0.5}, "--max-norm-multiple 0.5"),
+        ({"max_norm_multiple": -1.0}, "--max-norm-multiple -1.0"),
+        ({"max_norm_multiple": float("nan")}, "--max-norm-multiple nan"),
     ],
 )
 def test_constants_out_of_range_are_refused_by_their_flag(root, change, message):

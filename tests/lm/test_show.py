@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders.lm import demo_target, held_out_of, recipe_of, tiny_target
+from builders.lm import demo_target, held_out_of, massive_, recipe_of, tiny_target
 
 from sparse_coding.config import UserError
 from sparse_coding.files import write_json
@@ -22,7 +22,9 @@ from sparse_coding.lm.show import (
     best_row,
     check_fit,
     draw_figures,
+    evaluate_one,
     is_shown,
+    say_left_out,
     show,
     verdict,
     write_page,
@@ -225,6 +227,29 @@ def test_a_page_can_be_made_where_ablation_costs_nothing(root, tmp_path):
     assert cell.name in (tmp_path / "features.html").read_text()
 
 
+def test_what_was_left_out_is_said_and_the_page_leaves_it_out_too(
+    root, tmp_path, capsys, monkeypatch
+):
+    target = massive_(tiny_target(root, site="resid_post", held_out=0.3))
+    recipe = recipe_of(target)
+    (cell,) = cells = make_grid(16, seeds=range(1), l1_exps=range(-9, -8), size_exps=range(1))
+    ((one, tensors),) = recipe.prepare(cells).evaluate()
+    recipe.save(tmp_path, cell, tensors, one | {"seconds": 1.0})
+    n, text = say_left_out(tmp_path, cells)
+    known = recipe.statistics
+    assert n == int(tensors["n_left_out"]) > 0
+    assert f"{known.n_left_out:,} of the first {known.n_rows:,} activations, {n:,} held-out" in text
+    assert capsys.readouterr().out == text + "\n"
+    pages = []
+    monkeypatch.setattr(show_module, "write_feature_page", lambda _, data, **__: pages.append(data))
+    write_page(tmp_path, cell, recipe=recipe, target=target, n_tokens=1000)
+    assert pages[0].n_tokens == recipe.held_out.n_kept - n
+    evaluate_one(load_sae(sae_folder(tmp_path, cell)), recipe)
+    said = capsys.readouterr().out
+    assert f"{recipe.held_out.n_kept - n:,} held-out tokens;" in said
+    assert f"left out: {n:,}, of norms above {known.max_norm:.4g}" in said
+
+
 def test_every_autoencoder_is_exported_with_the_same_output(shown):
     folder, _, cells, recipe, *_ = shown
     x = recipe.chunks.load(0).float()[:50]
@@ -263,7 +288,8 @@ def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monke
         sae = load_sae(sae_folder(folder, cell))
         broken = {name: t * NAN if k == best else t for name, t in sae.tensors.items()}
         density = torch.zeros(cell.n_dict) if k == best else torch.full((cell.n_dict,), 0.01)
-        recipe.save(tmp_path, cell, broken | {"density": density}, rows[k])
+        more = {"density": density, "n_left_out": torch.tensor(0)}
+        recipe.save(tmp_path, cell, broken | more, rows[k])
     bad = dict.fromkeys(("fvu", "mse", "ce_spliced", "ce_recovered"), NAN)
     with_nan = [one | bad if k == best else one for k, one in enumerate(rows)]
     choice = ShowChoice(page_l0=8.0, n_page_tokens=500, export="dictionary_learning")

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import shutil
 from collections import Counter
 from dataclasses import fields, replace
@@ -19,9 +20,11 @@ from sparse_coding.lm import target as target_module
 from sparse_coding.lm.target import (
     ModelChoice,
     TextChoice,
+    commits,
     default_folder,
     flags_of,
     losses,
+    open_target,
     stamps,
 )
 
@@ -177,43 +180,181 @@ def test_a_wrong_tokenizer_shows_as_a_loss_worse_than_token_frequencies(root):
 def test_another_choice_is_another_default_folder(change):
     model = replace(MODEL, **{k: v for k, v in change.items() if hasattr(MODEL, k)})
     text = replace(TEXT, **{k: v for k, v in change.items() if hasattr(TEXT, k)})
-    assert default_folder(model, text, CPU) != default_folder(MODEL, TEXT, CPU)
+    assert default_folder(model, text, {}, CPU) != default_folder(MODEL, TEXT, {}, CPU)
 
 
 def test_the_default_folder_has_a_name_to_recognise():
-    folder = default_folder(MODEL, TEXT, CPU)
-    assert folder == default_folder(replace(MODEL), replace(TEXT), CPU)
+    folder = default_folder(MODEL, TEXT, {}, CPU)
+    assert folder == default_folder(replace(MODEL), replace(TEXT), {}, CPU)
     assert folder.parent == Path("activations")
     assert folder.name.startswith("gpt2-layer6-mlp_act-")
     nanogpt = replace(MODEL, model="out/ckpt.pt")
-    assert default_folder(nanogpt, TEXT, CPU).name.startswith("ckpt-layer6-mlp_act-")
+    assert default_folder(nanogpt, TEXT, {}, CPU).name.startswith("ckpt-layer6-mlp_act-")
 
 
-def test_a_local_model_or_text_that_was_written_anew_is_another(root, tmp_path):
-    write_parquet(tmp_path / "t.parquet", texts(40, seed=1))
+@pytest.fixture
+def local(root, tmp_path) -> tuple[ModelChoice, TextChoice]:
+    """Choices of a model and a text below tmp_path, which may be changed."""
     tiny_target(root)  # writes the model
     shutil.copytree(root / "gpt2", tmp_path / "model")
+    write_parquet(tmp_path / "t.parquet", texts(40, seed=1))
     model = replace(MODEL, model=str(tmp_path / "model"))
-    text = replace(TEXT, dataset=str(tmp_path / "t.parquet"))
-    before = default_folder(model, text, CPU)
-    assert stamps(model, text).keys() == {"model_files", "dataset_files"}
-    assert default_folder(model, text, CPU) == before
-    write_parquet(tmp_path / "t.parquet", texts(40, seed=2))
-    after = default_folder(model, text, CPU)
-    assert after != before
-    weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert default_folder(model, text, CPU) != after
-    assert stamps(MODEL, TEXT) == {}  # of the hub: their revisions count
+    return model, replace(TEXT, dataset=str(tmp_path / "t.parquet"))
+
+
+def edit(path: Path) -> None:
+    """Another byte in the middle; size and dates stay."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("name", "stamp"),
+    [("model/model.safetensors", "model_files"), ("model/config.json", "model_files"),
+     ("model/tokenizer.json", "model_files"), ("t.parquet", "dataset_files")],
+)  # fmt: skip
+def test_an_edit_in_the_middle_of_a_file_is_another_choice(local, tmp_path, name, stamp):
+    before = stamps(*local)
+    assert before.keys() == {"model_files", "dataset_files"}
+    assert stamps(*local) == before
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes() + b" " * 3 * 2**20)  # beyond a MB at either end
+    grown = stamps(*local)
+    edit(path)
+    edited = stamps(*local)
+    assert len({before[stamp], grown[stamp], edited[stamp]}) == 3
+    assert {k: v for k, v in edited.items() if k != stamp} == {
+        k: v for k, v in before.items() if k != stamp
+    }
+    folders = {default_folder(*local, files, CPU) for files in (before, grown, edited)}
+    assert len(folders) == 3
+
+
+def test_a_file_that_is_not_read_does_not_count(local, tmp_path):
+    before = stamps(*local)
+    for name in ("notes.txt", "README.md", "optimizer.pt", "trainer_state.json", "training.log"):
+        (tmp_path / "model" / name).write_text("any")
+    (tmp_path / "beside.txt").write_text("any")
+    assert stamps(*local) == before
+
+
+def test_the_tokenizer_that_is_given_or_found_beside_a_checkpoint_counts(local, tmp_path):
+    model, text = local
+    shutil.copy(tmp_path / "model/tokenizer.json", tmp_path / "own.json")
+    given = replace(model, tokenizer=str(tmp_path / "own.json"))
+    of_file, of_folder = stamps(given, text), replace(given, tokenizer=str(tmp_path / "model"))
+    assert of_file.keys() == stamps(of_folder, text).keys() == {*stamps(*local), "tokenizer_files"}
+    edit(tmp_path / "own.json")
+    assert stamps(given, text)["tokenizer_files"] != of_file["tokenizer_files"]
+
+    (tmp_path / "ckpt.pt").write_bytes(b"weights")
+    checkpoint = replace(model, model=str(tmp_path / "ckpt.pt"))
+    assert stamps(checkpoint, text).keys() == {"model_files", "dataset_files"}
+    shutil.copy(tmp_path / "own.json", tmp_path / "tokenizer.json")
+    beside = stamps(checkpoint, text)
+    edit(tmp_path / "tokenizer.json")
+    assert stamps(checkpoint, text)["tokenizer_files"] != beside["tokenizer_files"]
+
+
+def test_the_demo_and_the_standard_library_are_known_by_their_contents(tmp_path, monkeypatch):
+    demo = replace(MODEL, model="demo"), replace(TEXT, dataset="stdlib")
+    before = stamps(*demo)
+    assert before.keys() == {"model_files", "stdlib_files"}
+    (tmp_path / "os.py").write_text("import this\n")
+    monkeypatch.setattr(target_module, "stdlib_files", lambda: [tmp_path / "os.py"])
+    shutil.copytree(target_module.DEMO_MODEL, tmp_path / "demo")
+    edit(tmp_path / "demo/model.safetensors")
+    monkeypatch.setattr(target_module, "DEMO_MODEL", tmp_path / "demo")
+    assert all(before[name] != stamp for name, stamp in stamps(*demo).items())
+
+
+def test_hub_ids_become_their_commits(local, hub_cache, monkeypatch):
+    commit = {"models--openai-community--gpt2": "a" * 40, "datasets--me--text": "b" * 40,
+              "models--me--bpe": "c" * 40}  # fmt: skip
+    for name, sha in commit.items():
+        (hub_cache / name / "refs").mkdir(parents=True)
+        (hub_cache / name / "refs/main").write_text(sha)
+        (hub_cache / name / "snapshots" / sha).mkdir(parents=True)
+        (hub_cache / name / "snapshots" / sha / "train.parquet").write_bytes(b"any")
+    text = replace(TEXT, dataset="me/text")
+    assert commits(MODEL, text) == {"model_revision": "a" * 40, "dataset_revision": "b" * 40}
+    assert commits(*local) == {"model_revision": "", "dataset_revision": ""}
+    assert stamps(MODEL, text) == {}
+    own = replace(MODEL, tokenizer="me/bpe")
+    assert stamps(own, text) == {"tokenizer_commit": "c" * 40}
+    (hub_cache / "models--openai-community--gpt2/refs/main").write_text("d" * 40)
+    (hub_cache / "models--openai-community--gpt2/snapshots" / ("d" * 40)).mkdir()
+    assert commits(MODEL, text)["model_revision"] == "d" * 40
+    with pytest.raises(UserError, match="hf download EleutherAI/pythia-70m`"):
+        commits(replace(MODEL, model="EleutherAI/pythia-70m"), text)
+    with pytest.raises(UserError, match="hf download me/none --repo-type dataset`"):
+        commits(MODEL, replace(TEXT, dataset="me/none"))
+
+
+def test_what_is_written_to_while_it_is_read_is_refused(root):
+    target = tiny_target(root)
+    target.require_same_files(target.files)
+    with pytest.raises(UserError, match=r"model_files changed while they were read: run it again"):
+        target.require_same_files(target.files | {"model_files": "0" * 16})
 
 
 def test_a_saved_autoencoder_names_the_flags_that_find_its_target(root, monkeypatch):
     target = tiny_target(root, layer=2, packing="documents")
-    loaded = lambda known: SimpleNamespace(metadata=known)  # noqa: E731
-    monkeypatch.setattr(target_module, "load_sae", loaded)
-    flags = flags_of(target.provenance | {"n_eval_tokens": 77})
+    known = target.provenance | {"n_eval_tokens": 77}
+    monkeypatch.setattr(target_module, "load_sae", lambda _: SimpleNamespace(metadata=known))
+    argv = flags_of(Path("sae"), [])
     names = {f.name for choice in (ModelChoice, TextChoice) for f in fields(choice)}
-    assert flags.keys() == names | {"n_eval_tokens"}
-    assert (flags["layer"], flags["packing"], flags["n_eval_tokens"]) == (2, "documents", 77)
-    foreign = {"model": "gpt2", "layer": 3, "hook_name": "x"}
-    assert flags_of(foreign) == {"model": "gpt2", "layer": 3}
+    given = {arg.split("=")[0].removeprefix("--").replace("-", "_") for arg in argv}
+    assert given == names | {"n_eval_tokens", "max_norm_multiple"}
+    assert {"--layer=2", "--packing=documents", "--n-eval-tokens=77"} <= set(argv)
+    assert "--max-norm-multiple=0.0" in argv  # of before there was one
+    known["max_norm_multiple"] = 10.0
+    assert "--max-norm-multiple=10.0" in flags_of(Path("sae"), [])
+
+
+def told(monkeypatch, known: dict, *given: str) -> list[str]:
+    monkeypatch.setattr(target_module, "load_sae", lambda _: SimpleNamespace(metadata=known))
+    return flags_of(Path("sae"), [f"--{name}=x" for name in given])
+
+
+def test_a_foreign_autoencoder_names_what_it_knows_and_the_rest_must_be_given(monkeypatch):
+    known = {"model": "gpt2", "layer": 3, "site": "mlp_out", "dtype": "bfloat16", "hook_name": "h"}
+    assert set(told(monkeypatch, known)) == {
+        "--model=gpt2", "--layer=3", "--site=mlp_out", "--dtype=bfloat16",
+    }  # fmt: skip
+    unknown = {"model": "gpt2", "hook_name": "blocks.3.hook_attn_out"}
+    with pytest.raises(UserError, match=r"hook blocks\.3\.hook_attn_out is at none .* --layer and"):
+        told(monkeypatch, unknown)
+    with pytest.raises(UserError, match=r"give --site$"):
+        told(monkeypatch, unknown, "layer")
+    assert told(monkeypatch, unknown, "layer", "site") == ["--model=gpt2"]
+    with pytest.raises(UserError, match=r"give --model$"):
+        told(monkeypatch, {"layer": 3, "site": "mlp_out"})
+    for nothing in ({}, {"flags": {}}):
+        with pytest.raises(UserError, match="give --layer and --model and --site"):
+            told(monkeypatch, nothing)
+
+
+def test_a_stranger_chooses_no_place_to_write(monkeypatch, root):
+    own = tiny_target(root).provenance
+    evil = {"output_dir": "/", "activations_dir": "/home", "wandb_mode": "online", "evaluate": "x"}
+    known = own | evil | {"flags": own["flags"] | evil}
+    assert sorted(told(monkeypatch, known)) == sorted(told(monkeypatch, own))
+
+
+def test_rows_begin_with_bos_where_the_autoencoder_was_trained_so(root):
+    def opened(folder: str, **options):
+        plain = tiny_target(root)
+        return open_target(plain.model, plain.text, str(root / folder), device=CPU, **options)
+
+    rows, with_bos = (t.held_out.rows(0, 5) for t in (opened("a"), opened("b", prepend_bos=True)))
+    assert (with_bos[:, 0] == SEPARATOR).all()
+    assert with_bos[:, 1:].ravel().tolist() == rows.ravel()[: 5 * (CONTEXT - 1)].tolist()
+    line = opened("b", prepend_bos=True, centred=True).introduction().splitlines()[2]
+    assert "rows begin with bos" in line
+    bytes_only = dict(prepend_bos=True, device=CPU)
+    model, text = replace(tiny_target(root).model, tokenizer="bytes"), tiny_target(root).text
+    with pytest.raises(UserError, match="prepend_bos can't be honoured: bytes has no bos token"):
+        open_target(model, text, str(root / "c"), **bytes_only)

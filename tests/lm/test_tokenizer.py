@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_unknown_characters_are_an_error_or_the_unknown_entry(tmp_path):
         ("v.json", b'{"a": ', "is not JSON"),
         ("v.json", b"\xff\xfe", "is not JSON"),
         ("v.json", b"[" * 100_000, "is not JSON"),
-        ("v.json", b"[1, 2]", "is no vocabulary"),
+        ("v.json", b"[1, 2]", "a list, not a JSON object"),
         ("v.json", b"{}", "is no vocabulary"),
         ("v.json", b'{"a": "0"}', "is no vocabulary"),
         ("v.json", b'{"a": 0, "b": 0}', "two characters share an id"),
@@ -236,6 +237,24 @@ def test_a_model_folder_without_a_whole_tokenizer_is_refused(tmp_path, files):
         (tmp_path / name).write_text('{"model": {}}')
     with pytest.raises(UserError, match=r"no tokenizer in|has no vocabulary"):
         load_tokenizer(str(tmp_path), vocab_size=50257)
+
+
+@pytest.mark.parametrize("token", [3, [], {"a": 1}], ids=repr)
+def test_a_tokenizer_config_with_an_odd_bos_is_refused(tmp_path, gpt2_like, token):
+    shutil.copytree(gpt2_like, tmp_path / "odd")
+    path = tmp_path / "odd/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": token}))
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_tokenizer(str(path.parent), vocab_size=300)
+
+
+def test_rows_can_begin_with_the_models_bos_or_else_with_its_separator(tmp_path, gpt2_like):
+    assert load_tokenizer(gpt2_like, vocab_size=300).bos == 0
+    bpe = byte_level_bpe(special=["<eos>", "<bos>"])
+    folder = save_tokenizer(tmp_path / "both", bpe, eos_token="<eos>", bos_token="<bos>")
+    both = load_tokenizer(folder, vocab_size=300)
+    assert (both.separator, both.bos) == (0, 1)
+    assert load_tokenizer("x", choice="bytes", vocab_size=256).bos is None
 
 
 def test_a_choice_that_is_a_missing_file_is_not_sought_on_the_hub():

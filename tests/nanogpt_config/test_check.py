@@ -7,6 +7,7 @@ from pathlib import Path
 import check
 import pytest
 import torch
+from builders.models import bin_manifest
 from builders.scripts import ROOT
 
 from sparse_coding.config import UserError
@@ -93,7 +94,7 @@ def test_settings_with_which_nanogpt_would_stop_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (tmp_path / "bad.py").write_text("n_heads = 8\n")
     (tmp_path / "torn.py").write_text("n_head = \n")
-    manifest = {"end_of_text": 0, "train": {"tokens": 1000}, "val": {"tokens": 100}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    val = {"documents": 1, "tokens": 100, "bytes": 99, "sha256": "0" * 64}
+    bin_manifest(tmp_path, val=val)
     with pytest.raises(UserError, match=reason):
         check.main(argv.format(tmp=tmp_path).split())

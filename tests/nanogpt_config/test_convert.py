@@ -15,7 +15,7 @@ import prepare
 import pytest
 import tiktoken
 import torch
-from builders.models import nanogpt_state, save_checkpoint, small_gpt2, write_jsonl
+from builders.models import bin_manifest, nanogpt_state, save_checkpoint, small_gpt2, write_jsonl
 from builders.scripts import ROOT, clean_environment
 
 from sparse_coding.config import UserError
@@ -34,8 +34,7 @@ def write_data(folder: Path, texts: dict[str, bytes]) -> None:
     """Bins of bytes as prepare.py writes them."""
     for name, text in texts.items():
         np.array([*text, 256], np.uint16).tofile(folder / f"{name}.bin")
-    manifest = {"constants": {"tokenizer": "bytes"}, "vocab_size": 257, "end_of_text": 256}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    bin_manifest(folder)
 
 
 def test_a_checkpoint_becomes_a_folder_with_the_same_logits(tmp_path):

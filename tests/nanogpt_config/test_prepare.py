@@ -197,6 +197,35 @@ def test_a_folder_with_other_bins_is_not_touched(tmp_path, source, capsys):
         prepare.main([*argv[:-1], str(tmp_path)])
 
 
+DAMAGE = {
+    "manifest.json": ["{", "[]", "{}", '{"constants": []}', '{"constants": ' + "[" * 100_000],
+    "progress.json": [
+        "{", "{}", '{"constants": {}, "splits": []}', '{"constants": {}, "splits": {"train": {}}}',
+    ],
+}  # fmt: skip
+
+
+def test_a_damaged_manifest_or_progress_is_refused_by_its_name(tmp_path, source):
+    argv = ["--source", source, "--tokenizer", "bytes", "--output-dir", str(tmp_path / "out")]
+    assert prepare.main(argv) == 0
+    manifest, progress = (tmp_path / "out" / name for name in DAMAGE)
+    made = json.loads(manifest.read_text())
+    for path in (manifest, progress):
+        for content in DAMAGE[path.name]:
+            path.write_text(content)
+            with pytest.raises(UserError, match=f"{path}.*choose another --output-dir, or --fresh"):
+                prepare.main(argv)
+        manifest.unlink(missing_ok=True)
+    sizes = dict.fromkeys(("documents", "bytes"), 0) | {"tokens": 10**15}
+    for splits, reason in (
+        ({"train": {"tokens": "3"}, "val": {}}, "tokens 3 is not of prepare"),
+        ({"train": sizes, "val": {}}, r"train\.bin is damaged: [\d,]+ bytes, not 2,000,000,"),
+    ):
+        progress.write_text(json.dumps({"constants": made["constants"], "splits": splits}))
+        with pytest.raises(UserError, match=reason):
+            prepare.main(argv)
+
+
 def test_bad_flags_and_texts_are_refused(tmp_path, source):
     (tmp_path / "one.txt").write_text("a single document")
     out = ["--output-dir", str(tmp_path / "out")]

@@ -1,6 +1,8 @@
 """The market, against a server that speaks the documented API."""
 
 import json
+import math
+import re
 import time
 
 import pytest
@@ -90,6 +92,60 @@ def test_ssh_is_tried_directly_first_then_through_the_proxy():
     assert Instance.of_row(row).endpoints == (("1.2.3.4", 40022), ("ssh5.vast.ai", 10022))
 
 
+ROW = {"id": 3, "label": "sae1/run/1/a1/exp=9", "actual_status": "running"}
+DIRECT = {"public_ipaddr": "1.2.3.4", "ports": {"22/tcp": [{"HostPort": "40022"}]}}
+
+
+@pytest.mark.parametrize("host", [
+    "1.2.3.4\n  ProxyCommand touch /tmp/x", "1.2.3.4\nHost *", "-oProxyCommand=x", "%h", "a b",
+    '"', "a;b", "$(x)", "é.de", 300 * "a", ["1.2.3.4"], {"a": 1}, 7.5, True, "", "::1 x",
+])  # fmt: skip
+def test_what_is_no_address_never_gets_to_ssh(host, tmp_path):
+    for row in ({**DIRECT, "public_ipaddr": host}, {"ssh_host": host, "ssh_port": 22}):
+        endpoints = Instance.of_row(ROW | row).endpoints
+        assert [h for h, _ in endpoints if not re.fullmatch(r"[A-Za-z0-9.]+", h)] == []
+
+
+@pytest.mark.parametrize("port", ["22\n  ProxyCommand x", "-1", 0, 65536, "٢٢", 22.5, [22], "0x16"])
+def test_what_is_no_port_never_gets_to_ssh(port):
+    mapped = {"public_ipaddr": "1.2.3.4", "ports": {"22/tcp": [{"HostPort": port}]}}
+    for row in (mapped, {"ssh_host": "a.b", "ssh_port": port}):
+        assert Instance.of_row(ROW | row).endpoints == ()
+
+
+@pytest.mark.parametrize("ports", [[], "x", 7, {"22/tcp": "x"}, {"22/tcp": []}, {"22/tcp": [None]}])
+def test_an_odd_list_of_ports_hides_no_instance(ports):
+    row = ROW | DIRECT | {"ports": ports, "ssh_host": "::1", "ssh_port": 22}
+    assert Instance.of_row(row | {"ssh_host": "a.b"}).endpoints == (("a.b", 22),)
+
+
+@pytest.mark.parametrize("label", [
+    "sae1/../1/a1/exp=9", "sae1/./1/a1/exp=9", "sae1/.x/1/a1/exp=9", "sae1/a\n/1/a1/exp=9",
+    "sae1/x/99999/a1/exp=9", "sae1/x/1/a1/exp=" + 5000 * "9", "sae1/x/٣/a1/exp=9", 7, ["x"],
+])  # fmt: skip
+def test_a_label_that_names_no_run_is_none_of_ours(label):
+    assert Instance.of_row(ROW | {"label": label}).label is None
+
+
+@pytest.mark.parametrize("price", ["NaN", "x", -1, float("nan"), float("inf"), 10**400, [1], {}],
+                         ids=range(8))  # fmt: skip
+def test_what_is_no_price_is_none(price):
+    assert math.isnan(Instance.of_row(ROW | {"dph_total": price}).dph_total)
+    with pytest.raises(BadAnswer):
+        Offer.of_row(OFFER | {"dph_total": price}, **ON_DEMAND)
+
+
+def test_texts_of_the_service_are_one_line_without_control_characters():
+    odd = "a\x1b[2J\x07b\r\nc\u202ed" + 900 * "x"
+    row = ROW | {"status_msg": odd, "gpu_name": odd, "actual_status": "running\x1b[2J"}
+    instance = Instance.of_row(row)
+    assert instance.status == "unknown"
+    offer = Offer.of_row(OFFER | {"gpu_name": odd, "geolocation": odd}, **ON_DEMAND)
+    for text in (instance.message, instance.gpu_name, offer.gpu_name, offer.place):
+        assert text.startswith("a [2J b c d")
+        assert len(text) <= 200
+
+
 # --- buying and ending ---
 
 
@@ -173,6 +229,24 @@ def test_an_odd_list_is_never_an_empty_one(lab, market, answer):
     lab.fault(path="/api/v1/instances/", action=answer)
     with pytest.raises(Unavailable, match="no usable answer to list"):
         market.instances()
+
+
+@pytest.mark.parametrize("body", [
+    "[" * 100_000, '{"instances": [' + 5000 * "9" + "]}",
+    '{"instances": [{"id": "3/../4", "label": "sae1/"}]}',
+    '{"instances": [{"label": "sae1/x/1/a1/exp=9"}]}', '{"instances": {"id": 3}}', "NaN", "7",
+    '{"instances": [{"label": "sae1/", "id": 1.5}]}', '{"instances": [], "next_token": "x"}',
+], ids=range(9))  # fmt: skip
+def test_a_list_of_another_shape_is_an_error_of_the_service(lab, market, body):
+    lab.fault(path="/api/v1/instances/", action="object", body=body)
+    with pytest.raises(Unavailable):
+        market.instances()
+
+
+@pytest.mark.parametrize("credit", ['"x"', "[]", "null", "-1", "1e999"])
+def test_a_credit_that_is_none_is_no_crash(lab, market, credit):
+    lab.fault(path="/users/", action="object", body=f'{{"credit": {credit}}}')
+    assert not market.credit() > 0
 
 
 @pytest.mark.parametrize("answer", ["null", "object", "html", "500"])

@@ -19,6 +19,7 @@ def test_a_cost_is_hours_and_gigabytes_times_their_rates():
     cost = RATES.cost(running_h=2, existing_h=3, gb_up=5, gb_down=10)
     assert (cost.gpu, cost.disk, cost.traffic) == pytest.approx((0.8, 0.3, 0.2))
     assert cost.total == pytest.approx(1.3)
+    assert Cost(1, 2, 3) + Cost(10, 20, 30) == Cost(11, 22, 33)
     assert str(Cost(0.05, 0.01, 0.01)) == "$0.070 (GPU 0.050, disk 0.010, traffic 0.010)"
     assert str(Cost(2, 0.5, 0)) == "$2.50 (GPU 2.00, disk 0.50, traffic 0.00)"
 

@@ -1,13 +1,16 @@
 """Results are taken only as their sums say, and merged only if they agree."""
 
 import hashlib
+import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from sparse_coding.config import UserError
-from sparse_coding.rental.remote import RemoteError, Results, wrong_files
+from sparse_coding.rental.provisioner import say
+from sparse_coding.rental.remote import Remote, RemoteError, Results, wrong_files
 from sparse_coding.rental.run import merge
 
 STATE = {"cells/a.json": "1", "cells/b.json": "2", "metrics.jsonl": "x\n"}
@@ -89,6 +92,32 @@ def test_files_that_no_sum_names_are_wrong(there, tmp_path):
     assert not (results.verified / "extra.pkl").exists()
 
 
+@pytest.mark.parametrize("name", ["/{ours}", "../{up}", "cells/../../{up}", "./x", "cells//a.json",
+                                  "", "..", "cells", "a\0b", 300 * "a"])  # fmt: skip
+def test_sums_that_name_what_is_not_below_their_folder_are_refused_and_touch_nothing(
+    there, tmp_path, name
+):
+    ours = tmp_path / "ours.txt"
+    ours.write_text("ours")
+    line = f"{64 * '0'}  {name.format(ours=ours, up=ours.name)}\n"
+    there.spoil = 3 * [lambda folder: (folder / "SHA256SUMS").open("a").write(line)]
+    results = Results(tmp_path, 1)
+    with pytest.raises(RemoteError, match="fetched 3 times"):
+        results.pull(there)
+    assert ours.read_text() == "ours"
+    assert not results.verified.exists()
+
+
+@pytest.mark.parametrize("sums", [b"\xff\xfe\n", b"no sum\n", b"00  a\n", b"", 9 * b"x", b"\n"])
+def test_sums_that_are_none_are_fetched_again_then_refused(there, tmp_path, sums):
+    there.spoil = [lambda folder: (folder / "SHA256SUMS").write_bytes(sums)]
+    assert Results(tmp_path, 1).pull(there)
+    there.state = make(there.folder, STATE | {"cells/c.json": "3"})
+    there.spoil = 3 * [lambda folder: (folder / "SHA256SUMS").write_bytes(sums)]
+    with pytest.raises(RemoteError, match="fetched 3 times"):
+        Results(tmp_path, 1).pull(there)
+
+
 def test_a_command_killed_between_two_renames_finds_the_old_state_again(there, tmp_path):
     results = Results(tmp_path, 1)
     results.pull(there)
@@ -96,6 +125,31 @@ def test_a_command_killed_between_two_renames_finds_the_old_state_again(there, t
     again = Results(tmp_path, 1)
     assert again.state == there.state
     assert wrong_files(again.verified) == []
+
+
+STATUS = {"running": True, "exit": None, "line": "", "tail": ""}
+
+
+@pytest.mark.parametrize(("verb", "text"), [
+    ("status", "no JSON"), ("status", "[]"), ("status", "null"), ("status", "{}"), ("status", ""),
+    ("status", 9999 * "["), ("status", '{"exit": ' + 5000 * "9" + "}"),
+    ("snapshot", '{"state": 1}'), *[("status", json.dumps(STATUS | odd)) for odd in (
+        {"line": 5}, {"line": None}, {"tail": ["x"]}, {"exit": "0"}, {"exit": {}}, {"running": 1},
+    )],
+    ("check 2 any", '{"python": "", "gpu": "", "free_gb": "x", "missing": {}, "problems": []}'),
+    ("check 2 any", '{"python": "", "gpu": "", "free_gb": 1, "missing": {}, "problems": "x"}'),
+])  # fmt: skip
+def test_an_answer_of_a_machine_that_is_none_is_a_failure_of_it(tmp_path, monkeypatch, verb, text):
+    remote = Remote(1, (("127.0.0.1", 1),), tmp_path, tmp_path / "key", threading.Event())
+    monkeypatch.setattr(Remote, "run", lambda self, command, **options: text)
+    with pytest.raises(RemoteError, match=f"no answer to {verb}, but "):
+        remote.ask(verb)
+
+
+def test_what_a_machine_says_gets_onto_the_screen_without_control_characters(capfd):
+    say("a\x1b[2Jb\rc\x07\x9b\u202e \ud800\nd\0", 3)
+    line = capfd.readouterr().out
+    assert line.endswith(" shard 3: a [2Jb c\nd\n")
 
 
 def test_two_shards_make_one_folder_and_a_cell_twice_must_be_the_same(tmp_path):
@@ -109,6 +163,15 @@ def test_two_shards_make_one_folder_and_a_cell_twice_must_be_the_same(tmp_path):
     make(second.verified, {"cells/a.json": "other"})
     with pytest.raises(UserError, match=r"a\.json is there already with other contents"):
         merge([first, second], tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [("a", "a/b.json"), ("a/b.json", "a")])
+def test_a_file_of_one_shard_where_another_has_a_folder_is_refused(tmp_path, names):
+    shards = [Results(tmp_path, 1), Results(tmp_path, 2)]
+    for results, name in zip(shards, names, strict=True):
+        make(results.verified, {name: "1"})
+    with pytest.raises(UserError, match="is there already with other contents"):
+        merge(shards, tmp_path / "out")
 
 
 def test_a_state_that_was_edited_at_home_is_not_merged(tmp_path):

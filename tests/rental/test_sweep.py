@@ -17,6 +17,7 @@ from builders.rented import (
     FAST,
     HASTY,
     JOB,
+    Screen,
     assert_no_secret_shows,
     assert_nothing_lives,
     assert_whole,
@@ -360,6 +361,17 @@ def test_while_the_job_runs_a_second_command_is_refused_and_a_killed_one_goes_on
     user.let_go()
     assert_whole(user, user.sweep(instances=1, job=job), machines=1 if killed else 2)
     assert user.trained() == 6
+
+
+@pytest.mark.parametrize(("what", "signum"), [("close", signal.SIGHUP), ("stop", signal.SIGINT)])
+def test_machines_end_whatever_happens_to_the_screen(user, what, signum):
+    screen = Screen()
+    process = user.start_sweep(job=user.held(), stdout=screen.name)
+    user.until_fetched(process)
+    getattr(screen, what)()
+    process.signal(signum)
+    assert process.wait().code == 128 + signum
+    assert_nothing_lives(user)
 
 
 CALLS = ["/asks/", "/api/v1/instances/", "/instances/", "/bundles/", "/ssh/", "/users/"]

@@ -158,7 +158,7 @@ def test_a_save_that_is_killed_leaves_no_folder_that_looks_whole(tmp_path, monke
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saved, "write_json", killed)
+    monkeypatch.setattr(saved, "write_record", killed)
     with pytest.raises(KeyboardInterrupt):
         save_sae(tmp_path, random_tensors(), metadata={})
     with pytest.raises(UserError, match=r"has no cfg\.json"):
@@ -257,13 +257,13 @@ def test_a_folder_that_is_none_or_is_no_sae_is_said_to_be_so(tmp_path):
     folder = write_foreign(tmp_path / "sae", BY_HAND)
     weights = folder / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"is damaged .* write or fetch"):
         load_sae(folder)
     (folder / "cfg.json").write_text('{"architecture": ')
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         load_sae(folder)
     (folder / "cfg.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="not of SAELens 6"):
+    with pytest.raises(UserError, match="a list, not a JSON object"):
         load_sae(folder)
     weights.unlink()
     with pytest.raises(UserError, match=r"no sae_weights\.safetensors"):
@@ -317,3 +317,25 @@ def test_what_is_more_than_a_relu_is_not_exported(tmp_path, more):
     with pytest.raises(UserError, match="plain ReLU"):
         export_dictionary_learning(tmp_path, random_sae(**more), metadata={})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_one_flipped_bit_of_ours_is_refused(tmp_path, name):
+    save_sae(tmp_path, random_tensors(), metadata=ABOUT)
+    load_sae(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[content.index(b"128") + 1 if name == "cfg.json" else -2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged \(its checksum differs\): write or"):
+        load_sae(tmp_path)
+
+
+def test_files_without_a_checksum_are_read_as_they_are(tmp_path):
+    tensors = random_tensors()
+    save_sae(tmp_path, tensors, metadata=ABOUT)
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    del config["checksum"]
+    config["metadata"]["sparse_coding"]["layer"] = 7
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    assert load_sae(tmp_path).metadata["layer"] == 7

@@ -1,24 +1,29 @@
 """Run folders and checkpoints: refusal and fall-back."""
 
+import contextlib
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparse_coding.config import UserError
-from sparse_coding.files import write_json, write_tensors
-from sparse_coding.sweep.grid import make_grid
+from sparse_coding.files import Damaged, read_record, write_record, write_tensors
+from sparse_coding.sae.saved import save_sae
+from sparse_coding.sweep.grid import Shard, make_grid
 from sparse_coding.sweep.metrics import mmcs, mmcs_with_larger
 from sparse_coding.sweep.run_folder import (
     CheckpointStore,
     checkpoints_of,
     close_run_folder,
+    finished_rows,
     groups_to_train,
     locked,
     merged_rows,
     missing_cells,
-    open_run_folder,
+    opened_run_folder,
     provenance,
     row_path,
     sae_folder,
@@ -63,14 +68,46 @@ def test_without_a_readable_checkpoint_there_is_none(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("in_header", [True, False])
+def test_a_checkpoint_with_one_bit_flipped_falls_back_to_the_previous(tmp_path, capsys, in_header):
+    store = store_with(tmp_path, 10, 20)
+    newest = store.paths()[0]
+    content = bytearray(newest.read_bytes())
+    content[content.index(b"step") + 8 if in_header else -50] ^= 1
+    newest.write_bytes(content)
+    tensors, info = store.load()
+    assert (info["step"], tensors["w"][0]) == (10, 10)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{newest} is damaged (its checksum differs): going back to the" in line
+
+
 CONSTANTS = {"n_steps": 5, "law": "post"}
+
+
+def opened(folder, constants=CONSTANTS, *, origin=None, fresh=False, cells=(), shard=None):
+    """Opens the folder, and closes it again."""
+    with opened_run_folder(
+        folder,
+        constants=constants,
+        origin=origin or {},
+        fresh=fresh,
+        cells=list(cells),
+        shard=shard or Shard(),
+    ):
+        pass
+
+
+def files_in(folder) -> list[str]:
+    """All but locks."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    return sorted(str(p.relative_to(folder)) for p in paths)
 
 
 def test_a_folder_opens_again_for_the_same_constants_and_keeps_its_files(tmp_path):
     folder = tmp_path / "run"
-    open_run_folder(folder, constants=CONSTANTS, origin={"command": "first"}, fresh=False)
+    opened(folder, origin={"command": "first"})
     (folder / "kept").write_text("x")
-    open_run_folder(folder, constants=dict(CONSTANTS), origin={"command": "second"}, fresh=False)
+    opened(folder, dict(CONSTANTS), origin={"command": "second"})
     assert (folder / "kept").exists()
     assert json.loads((folder / "config.json").read_text())["command"] == "first"
 
@@ -78,7 +115,7 @@ def test_a_folder_opens_again_for_the_same_constants_and_keeps_its_files(tmp_pat
 def test_a_resume_by_other_code_is_warned_of_and_recorded(tmp_path, capsys):
     for commit in ("a", "a", "b", "b"):
         origin = {"git_commit": commit, "versions": {"torch": "2"}}
-        open_run_folder(tmp_path / "run", constants=CONSTANTS, origin=origin, fresh=False)
+        opened(tmp_path / "run", origin=origin)
     assert capsys.readouterr().err.count("begun with other git_commit\n") == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["git_commit"] == "a"
@@ -86,40 +123,135 @@ def test_a_resume_by_other_code_is_warned_of_and_recorded(tmp_path, capsys):
 
 
 def test_a_finished_folder_is_opened_by_other_code_without_a_note(tmp_path, capsys):
-    open_run_folder(tmp_path, constants=CONSTANTS, origin={"git_commit": "a"}, fresh=False)
+    opened(tmp_path, origin={"git_commit": "a"})
+    (tmp_path / "results.csv").write_text("a\n1\n")
     close_run_folder(tmp_path)
     before = (tmp_path / "config.json").read_text()
-    open_run_folder(tmp_path, constants=CONSTANTS, origin={"git_commit": "b"}, fresh=False)
+    opened(tmp_path, origin={"git_commit": "b"})
     assert (tmp_path / "config.json").read_text() == before
     assert capsys.readouterr().err == ""
 
 
-def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path):
+def test_other_constants_are_refused_by_name_and_fresh_starts_again(tmp_path, cells):
     folder = tmp_path / "run"
-    open_run_folder(folder, constants=CONSTANTS, origin={}, fresh=False)
-    (folder / "old").write_text("x")
+    opened(folder)
+    write(folder, cells[0])
     other = CONSTANTS | {"n_steps": 6}
     with pytest.raises(UserError, match="n_steps 5 there, 6 here"):
-        open_run_folder(folder, constants=other, origin={}, fresh=False)
-    assert (folder / "old").exists()
+        opened(folder, other)
+    assert (folder / row_path(cells[0])).exists()
     with locked(folder, "-shard-1-of-2"), pytest.raises(UserError, match="another process"):
-        open_run_folder(folder, constants=other, origin={}, fresh=True)
-    open_run_folder(folder, constants=other, origin={}, fresh=True)
-    assert os.listdir(folder) == ["config.json"]
+        opened(folder, other, fresh=True)
+    opened(folder, other, fresh=True)
+    assert files_in(folder) == ["config.json"]
+    assert read_record(folder / "config.json")["constants"] == other
+
+
+def test_fresh_deletes_what_runs_wrote_and_leaves_and_names_all_else(tmp_path, cells, capsys):
+    opened(tmp_path)
+    write(tmp_path, cells[0])
+    store_with(tmp_path / "checkpoints", 10)
+    ours = ["results.csv", "DONE", "metrics.jsonl", "figures/mmcs.png", "figures/mmcs.csv",
+            "wandb/offline-run-1/run.wandb", "saes/seed0_x/.cfg.json.0123abcd.tmp"]  # fmt: skip
+    theirs = ["notes.txt", "saes/mine/cfg.json", "other run/config.json", "other run/results.csv"]
+    for name in ours + theirs:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    opened(tmp_path, fresh=True)
+    assert files_in(tmp_path) == sorted(["config.json", *theirs])
+    assert "since no run wrote it: notes.txt, other run/config.json" in capsys.readouterr().out
+    assert not (tmp_path / "figures").exists()
+
+
+def test_fresh_never_opens_a_gap_through_which_another_process_comes_in(tmp_path, monkeypatch):
+    """Deleting the folder deletes its lock, and the next one finds another lock to take."""
+    opened(tmp_path)
+    (tmp_path / "results.csv").write_text("a\n1\n")
+    refused = []
+
+    def write_while_another_tries(path, record, real=write_record):
+        refused.append(is_refused(tmp_path))
+        real(path, record)
+
+    monkeypatch.setattr("sparse_coding.sweep.run_folder.write_record", write_while_another_tries)
+    with opened_run_folder(tmp_path, constants=CONSTANTS, origin={}, fresh=True, cells=[],
+                           shard=Shard()):  # fmt: skip
+        assert refused == [True]
+        assert is_refused(tmp_path)
+    assert not is_refused(tmp_path)
+
+
+@pytest.mark.parametrize("fails_at", range(1, 8))
+def test_fresh_that_is_cut_short_is_gone_on_with_by_the_same_command(
+    tmp_path, cells, monkeypatch, fails_at
+):
+    opened(tmp_path, CONSTANTS | {"n_steps": 1})
+    write(tmp_path, cells[0])
+    (tmp_path / "results.csv").write_text("a\n1\n")
+    close_run_folder(tmp_path)
+    calls = []
+
+    def unlink(path, missing_ok=False, real=Path.unlink):
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        real(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", unlink)
+        opened(tmp_path, fresh=True)
+    assert not (len(calls) > 1 and (tmp_path / "DONE").exists())
+    opened(tmp_path, fresh=True)
+    assert files_in(tmp_path) == ["config.json"]
+    assert read_record(tmp_path / "config.json")["constants"] == CONSTANTS
+
+
+@pytest.mark.parametrize("name", ["config.json", "DONE", "results.csv"])
+def test_a_damaged_record_of_a_run_is_never_believed(tmp_path, capsys, name):
+    opened(tmp_path)
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    close_run_folder(tmp_path)
+    assert finished_rows(tmp_path) == [{"a": 1, "b": 2}]
+    content = bytearray((tmp_path / name).read_bytes())
+    content[content.index(b": 5") + 2 if name == "config.json" else 4] ^= 1
+    (tmp_path / name).write_bytes(content)
+    if name == "config.json":
+        with pytest.raises(UserError, match=r"config.json is damaged .* or --fresh to start again"):
+            opened(tmp_path)
+        opened(tmp_path, fresh=True)
+    else:
+        assert finished_rows(tmp_path) is None
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "results.csv is damaged" in line
+        assert line.endswith("made again from cells/")
+
+
+def test_a_table_of_before_checksums_is_read_if_it_is_one(tmp_path, capsys):
+    (tmp_path / "DONE").touch()
+    (tmp_path / "results.csv").write_text("a,b\n1,2.5\n")
+    assert finished_rows(tmp_path) == [{"a": 1, "b": 2.5}]
+    (tmp_path / "results.csv").write_text("a,b\n1,2.;\n")
+    assert finished_rows(tmp_path) is None
+    (tmp_path / "results.csv").unlink()
+    assert finished_rows(tmp_path) is None
+    assert capsys.readouterr().err.count("damaged") == 2
 
 
 def test_a_process_killed_while_it_made_the_folder_does_not_block_the_next(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".config.json.123.tmp").write_text("{")
-    open_run_folder(folder, constants=CONSTANTS, origin={}, fresh=False)
+    (folder / ".run.lock").touch()
+    opened(folder)
     assert json.loads((folder / "config.json").read_text())["constants"] == CONSTANTS
 
 
 def test_closing_joins_the_series_and_leaves_no_checkpoint_and_no_temporary_file(tmp_path):
-    open_run_folder(tmp_path / "run", constants=CONSTANTS, origin={}, fresh=False)
     folder = tmp_path / "run"
+    opened(folder)
     (folder / "cells").mkdir()
+    (folder / "results.csv").write_text("a\n1\n")
+    (folder / "cells" / ".tmpk3dF0a").touch()  # of the safetensors library
     (folder / "cells" / ".a.json.123.tmp").write_text("torn")
     (folder / "cells" / "a.json").write_text("{}")
     store_with(folder / "checkpoints", 10)
@@ -128,15 +260,15 @@ def test_closing_joins_the_series_and_leaves_no_checkpoint_and_no_temporary_file
     (folder / "metrics-shard-2-of-2.jsonl").write_text('{"step": 3}\n')
     close_run_folder(folder)
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
-    left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    assert left == ["DONE", "cells/a.json", "config.json", "metrics.jsonl"]
+    names = ["DONE", "cells/a.json", "config.json", "metrics.jsonl", "results.csv"]
+    assert files_in(folder) == names
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_that_is_not_ours_is_never_touched(tmp_path, fresh):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"thesis\.tex"):
-        open_run_folder(tmp_path, constants=CONSTANTS, origin={}, fresh=fresh)
+        opened(tmp_path, fresh=fresh)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
@@ -144,7 +276,7 @@ def test_a_file_or_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="choose another one"):
-            open_run_folder(path, constants=CONSTANTS, origin={}, fresh=False)
+            opened(path)
 
 
 def is_refused(folder, shard_suffix: str = "") -> bool:
@@ -189,9 +321,11 @@ def dictionary(cell) -> torch.Tensor:
 
 
 def write(folder, cell) -> None:
-    weights = sae_folder(folder, cell) / "sae_weights.safetensors"
-    write_tensors(weights, {"W_dec": dictionary(cell)})
-    write_json(folder / row_path(cell), {"name": cell.name})
+    W_dec = dictionary(cell)
+    biases = {"b_enc": torch.zeros(cell.n_dict), "b_dec": torch.zeros(8)}
+    tensors = {"W_dec": W_dec, "W_enc": W_dec.T, **biases}
+    save_sae(sae_folder(folder, cell), tensors, metadata={})
+    write_record(folder / row_path(cell), {"name": cell.name, "l0": 3.0})
 
 
 def test_a_cell_is_missing_until_its_row_is_written(tmp_path, cells):
@@ -228,6 +362,7 @@ def test_merge_compares_with_the_next_two_larger_of_the_same_l1_alpha(tmp_path, 
     rows = merged_rows(
         tmp_path,
         cells,
+        columns=("name", "mmcs_with_larger"),
         compare={"mmcs_with_larger": mmcs_with_larger},
         device=torch.device("cpu"),
     )
@@ -238,3 +373,61 @@ def test_merge_compares_with_the_next_two_larger_of_the_same_l1_alpha(tmp_path, 
     assert found[0] == pytest.approx((mmcs(W[0], W[1]) + mmcs(W[0], W[2])).item() / 2)
     assert found[2] == pytest.approx(mmcs(W[2], W[3]).item())
     assert found[3] is None
+
+
+WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
+
+
+@pytest.mark.parametrize("name", ["cells", WEIGHTS, CFG, "sparsity.safetensors"])
+@pytest.mark.parametrize("harm", ["one bit", "torn", "empty"])
+def test_a_cell_with_a_damaged_file_is_missing_again_and_that_is_said(
+    tmp_path, cells, capsys, name, harm
+):
+    opened(tmp_path)
+    for cell in cells[:3]:
+        write(tmp_path, cell)
+        write_tensors(sae_folder(tmp_path, cell) / "sparsity.safetensors", {"s": torch.ones(4)})
+    row, sae = tmp_path / row_path(cells[1]), sae_folder(tmp_path, cells[1])
+    path = row if name == "cells" else sae / name
+    content = bytearray(path.read_bytes())
+    at = {"cells": b"3.0", CFG: b"d_in"}.get(name)
+    content[content.index(at) if at else -3] ^= 1
+    path.write_bytes({"one bit": content, "torn": content[:-9], "empty": b""}[harm])
+    opened(tmp_path, cells=cells)
+    assert missing_cells(tmp_path, cells) == [cells[1], *cells[3:]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {sae if name == CFG else path} is damaged (")
+    assert line.endswith(f": {cells[1].name} is trained again")
+
+
+def test_a_cell_without_its_autoencoder_is_missing(tmp_path, cells, capsys):
+    write(tmp_path, cells[0])
+    (sae_folder(tmp_path, cells[0]) / WEIGHTS).unlink()
+    write_record(tmp_path / "config.json", {"constants": CONSTANTS})
+    opened(tmp_path, cells=cells)
+    assert missing_cells(tmp_path, cells) == cells
+    assert "it is missing" in capsys.readouterr().err
+
+
+def test_a_shard_looks_at_its_own_cells_only(tmp_path, cells, capsys):
+    opened(tmp_path)
+    write(tmp_path, cells[0])
+    (tmp_path / row_path(cells[0])).write_text("torn")
+    parts = [Shard(0, 2), Shard(1, 2)]
+    for shard in parts:
+        opened(tmp_path, cells=cells, shard=shard)
+    assert capsys.readouterr().err.count("is trained again") == 1
+
+
+def test_the_merge_refuses_what_was_damaged_meanwhile(tmp_path, cells):
+    for cell in cells:
+        write(tmp_path, cell)
+    path = sae_folder(tmp_path, cells[5]) / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 128
+    path.write_bytes(content)
+    columns = dict(columns=("name",), compare={"mmcs_with_larger": mmcs_with_larger})
+    with pytest.raises(
+        Damaged, match=f"{re.escape(str(path))} is damaged .* the same command makes it again"
+    ):
+        merged_rows(tmp_path, cells, **columns, device=torch.device("cpu"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
-from sparse_coding.files import write_json
+from sparse_coding.files import read_record, write_record
 from sparse_coding.sweep.grid import Shard, make_grid
 from sparse_coding.sweep.run_folder import row_path
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
@@ -64,14 +64,16 @@ def test_the_name_of_the_run_says_which_shard_it_is_and_the_device_is_on_record(
 
 def test_a_run_is_done_when_its_folder_says_so(tmp_path):
     run = planned(output_dir=str(tmp_path / "out"))
-    run.open(CELLS, fresh=False)
-    assert not run.done
+    with run.opened(CELLS, Shard()):
+        assert run.finished_rows() is None
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["constants"] == run.constants
+    (tmp_path / "out" / "results.csv").write_text("a\n1\n")
     (tmp_path / "out" / "DONE").touch()
-    assert run.done
-    with pytest.raises(UserError, match=r"lr 0\.1 there, 0\.2 here"):
-        planned(output_dir=str(tmp_path / "out"), lr=0.2).open(CELLS, fresh=False)
+    assert run.finished_rows() == [{"a": 1}]
+    other = planned(output_dir=str(tmp_path / "out"), lr=0.2)
+    with pytest.raises(UserError, match=r"lr 0\.1 there, 0\.2 here"), other.opened([], Shard()):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -90,10 +92,10 @@ def test_constants_out_of_range_are_refused_by_their_flag(change, flag):
 
 def train(folder: Path, shard: Shard = Shard(), present=lambda rows: {}) -> list[dict]:  # noqa: B008
     run = planned(output_dir=str(folder), suffix=shard.suffix)
-    run.open(CELLS, fresh=False)
-    return train_planned(
-        RECIPE, CELLS, run, shard=shard, options=OPTIONS, config=CONFIG, present=present
-    )
+    with run.opened(CELLS, shard):
+        return train_planned(
+            RECIPE, CELLS, run, shard=shard, options=OPTIONS, config=CONFIG, present=present
+        )
 
 
 def table(folder: Path) -> list[dict]:
@@ -148,14 +150,19 @@ def test_if_presenting_fails_the_run_is_not_done_and_the_same_command_finishes(t
 
 
 def test_what_a_gpu_has_trained_is_merged_on_a_laptop_but_not_gone_on_with(tmp_path):
-    there = planned(output_dir=str(tmp_path), more={"device_type": "cuda"})
+    train(tmp_path)
+    config = read_record(tmp_path / "config.json")
+    constants = config["constants"] | {"device_type": "cuda"}
+    write_record(tmp_path / "config.json", config | {"constants": constants})
     here = planned(output_dir=str(tmp_path), more={"device_type": "cpu"})
-    there.open(CELLS, fresh=False)
-    with pytest.raises(UserError, match="device_type cuda there, cpu here"):
-        here.open(CELLS, fresh=False)
-    for cell in CELLS:
-        write_json(tmp_path / row_path(cell), {})
-    here.open(CELLS, fresh=False)  # all cells are there
+    with here.opened(CELLS, Shard()):  # all cells are there
+        pass
     other = planned(output_dir=str(tmp_path), lr=0.2)
-    with pytest.raises(UserError, match=r"lr 0\.1 there, 0\.2 here"):
-        other.open(CELLS, fresh=False)
+    with pytest.raises(UserError, match=r"lr 0\.1 there, 0\.2 here"), other.opened(CELLS, Shard()):
+        pass
+    # one cell is damaged: to be trained, on the kind of machine that the others were
+    (tmp_path / row_path(CELLS[0])).write_text("torn")
+    for _ in range(2):
+        refused = pytest.raises(UserError, match="device_type cuda there, cpu here")
+        with refused, here.opened(CELLS, Shard()):
+            pass
