@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 C = TypeVar("C")
+PASSING_S = 2.0  # nobody asks how long it will take before
 # what the system may answer to a write at any moment: what it means, what to do
 DISK_ERRORS = {
     errno.ENOSPC: ("disk full", "free some space"),
@@ -167,6 +168,12 @@ def progress_bar(items: Iterable | None = None, **options: object) -> "tqdm":
     interval = 0.1 if sys.stderr and sys.stderr.isatty() else 30.0
     silent = sys.stderr is None
     return tqdm(items, mininterval=interval, dynamic_ncols=True, disable=silent, **options)
+
+
+def passing_bar(items: Iterable, *, desc: str, **options: object) -> "tqdm":
+    """A progress_bar of what mostly takes no time: it is shown from then on when it does, and gone
+    at the end."""
+    return progress_bar(items, desc=desc, leave=False, delay=PASSING_S, **options)
 
 
 def pick(cls: type[C], config: object, **more: object) -> C:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sparse_coding.config import passing_bar
 from sparse_coding.lm.activations import is_kept
 from sparse_coding.lm.model import LanguageModel, Site, activations, logits, next_token_loss
 from sparse_coding.lm.packing import Packed
@@ -47,9 +48,14 @@ class HeldOut:
         line = f"{self.n_tokens:,} held-out tokens requested, {self.n_read:,} available\n"
         return line * (self.n_read < self.n_tokens)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids, keep), each (rows, context_length); keep: tokens that autoencoders are for."""
-        for ids_and_keep in self.text.batches(0, self.n_rows, size=self.lm_batch_size):
+    def batches(self, purpose: str = "evaluation") -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, keep), each (rows, context_length); keep: tokens that autoencoders are for.
+
+        purpose: for the bar that tells how long it will take
+        """
+        batches = self.text.batches(0, self.n_rows, size=self.lm_batch_size)
+        n_batches = -(-self.n_rows // self.lm_batch_size)
+        for ids_and_keep in passing_bar(batches, desc=purpose, total=n_batches, unit="batch"):
             yield tuple(torch.from_numpy(array).to(self.lm.device) for array in ids_and_keep)
 
     @property
@@ -66,7 +72,7 @@ class HeldOut:
             sae: on the model's device, in float32
             max_norm: tokens whose activations are beyond it are dropped, too
         """
-        for ids, keep in self.batches():
+        for ids, keep in self.batches("features"):
             x = activations(self.lm, self.site, ids).float()
             keep = keep & is_kept(x, max_norm)
             yield ids, keep, sae.encode(x) * keep.unsqueeze(2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_coding.config import named_seed, require, require_flag
+from sparse_coding.config import named_seed, passing_bar, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sweep.grid import Cell, specs_of
@@ -115,7 +115,8 @@ def fresh_batches(data: ToyData, world: World, seed: int, device: torch.device) 
     """The samples of a world on which autoencoders are evaluated: none of those they trained on."""
     data = replace(data, batch_size=EVALUATION["batch_size"])
     stream = ToyStream(data, world, batch_seed=named_seed(seed, "evaluation"), device=device)
-    return map(stream.batch, range(EVALUATION["n_batches"]))
+    numbers = range(EVALUATION["n_batches"])
+    return map(stream.batch, passing_bar(numbers, desc="evaluation", unit="batch"))
 
 
 @full_float32()

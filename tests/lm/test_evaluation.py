@@ -1,6 +1,8 @@
 """Metrics equal a few lines written independently; planted autoencoders score what they must."""
 
+import io
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -113,6 +115,21 @@ def test_the_tokens_used_are_counted_and_a_text_that_has_fewer_is_said(root):
     assert less.n_read == available
     asked = f"{available + 1:,} held-out tokens requested, {available:,} available"
     assert less.shortage() == asked + "\n"
+
+
+@pytest.mark.parametrize(("shown_after_s", "shown"), [(0.0, True), (60.0, False)])
+def test_what_takes_long_shows_how_long_it_takes(root, shown_after_s, shown, monkeypatch):
+    held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS, lm_batch_size=3)
+    sae, screen = random_sae(40), io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("sparse_coding.config.PASSING_S", shown_after_s)
+    evaluate(held_out, [sae], mean=torch.ones(40))
+    assert ("evaluation:   0%" in screen.getvalue()) is shown
+    for _ in held_out.codes(sae):
+        pass
+    assert ("features:   0%" in screen.getvalue()) is shown
+    assert screen.getvalue().count("0/7 [") == 2 * shown
 
 
 def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):
