@@ -24,7 +24,7 @@ from sparse_coding.files import Damaged, read_record, write_record
 from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.features.collected import FeatureCollector, logit_effects, nearest_features
 from sparse_coding.lm.features.page import write_feature_page
-from sparse_coding.lm.model import FAMILIES, direct_logits
+from sparse_coding.lm.model import direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning, load_sae
@@ -248,9 +248,8 @@ def check_fit(sae: SparseAutoencoder, target: Target) -> None:
         f"{site.name} of {ours['model']} has width {site.width}: choose its own --model, "
         "--layer and --site",
     )
-    behind_norm = FAMILIES[target.lm.model.config.model_type].post_norm and site.name == "mlp_out"
     require(
-        not behind_norm or "hook_name" not in sae.metadata,
+        not (target.before_norm and sae.metadata.get("hook_name")),
         f"{sae.metadata.get('hook_name')} of {ours['model']} stands behind a norm, {site.name} "
         "here before it: evaluate it with sae_lens",
     )

@@ -23,6 +23,7 @@ from sparse_coding.lm.documents import (
     stdlib_files,
 )
 from sparse_coding.lm.model import (
+    FAMILIES,
     SITES,
     LanguageModel,
     Site,
@@ -142,7 +143,14 @@ class Target:
     @property
     def provenance(self) -> dict:
         """For saved autoencoders: the metadata, and the flags with which --evaluate opens this."""
-        return self.metadata | {"flags": asdict(self.model) | asdict(self.text)}
+        known = self.metadata | {"flags": asdict(self.model) | asdict(self.text)}
+        return known | {"hook_name": None} if self.before_norm else known
+
+    @property
+    def before_norm(self) -> bool:
+        """Whether a norm follows the site, behind which TransformerLens has its hook_mlp_out."""
+        post_norm = FAMILIES[self.lm.model.config.model_type].post_norm
+        return post_norm and self.site.name == "mlp_out"
 
     def require_same_files(self, files: dict[str, str]) -> None:
         """Raises UserError if the files were written to since `files` were their stamps."""

@@ -133,9 +133,10 @@ def _is_nan(value: object) -> bool:
 def _saelens_metadata(metadata: dict) -> dict:
     """SAELens's names for what is known, and all of `metadata` under sparse_coding."""
     site, layer = metadata.get("site"), metadata.get("layer")
+    hook = HOOKS[site].format(layer) if site in HOOKS and layer is not None else None
     known = {
         "model_name": metadata.get("model"),
-        "hook_name": HOOKS[site].format(layer) if site in HOOKS and layer is not None else None,
+        "hook_name": metadata.get("hook_name", hook),  # None: TransformerLens has none there
         "context_size": metadata.get("context_length"),
         "dataset_path": metadata.get("dataset"),
         "prepend_bos": metadata.get("prepend_bos"),

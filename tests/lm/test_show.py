@@ -1,6 +1,7 @@
 """What a finished sweep shows: the best cell, the verdict, and the files that it names."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ from sparse_coding.lm.show import (
     verdict,
     write_page,
 )
-from sparse_coding.sae.saved import SparseAutoencoder, load_sae
+from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.sweep.run_folder import row_path
 
@@ -130,6 +131,20 @@ def test_an_autoencoder_trained_elsewhere_is_warned_of_by_what_differs(root, cap
     check_fit(sae_of(40, **(ours | {name: value})), target)
     expected = f"warning: trained on {name} {value}, evaluated on {ours[name]}\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_site_before_a_norm_has_no_hook_of_transformer_lens_and_takes_no_foreign_one(
+    root, tmp_path
+):
+    target = tiny_target(root, kind="gemma2", site="mlp_out")
+    sae = sae_of(target.site.width)
+    tensors = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    save_sae(tmp_path / "sae", tensors, metadata=target.provenance)
+    assert "hook_name" not in json.loads((tmp_path / "sae/cfg.json").read_text())["metadata"]
+    check_fit(load_sae(tmp_path / "sae"), target)
+    foreign = sae_of(target.site.width, hook_name="blocks.1.hook_mlp_out")
+    with pytest.raises(UserError, match=r"blocks\.1\.hook_mlp_out of .* stands behind a norm"):
+        check_fit(foreign, target)
 
 
 # --- all files ---
