@@ -217,7 +217,8 @@ def confirm(yes: bool) -> None:
 
 @contextmanager
 def signals_stop(stop: threading.Event) -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and a closed terminal set `stop`; the list holds the first that came."""
+    """Ctrl-C, SIGTERM and, but for nohup, a closed terminal set `stop`; the list holds the first
+    that came."""
     came: list[int] = []
 
     def note(signum: int, frame: object) -> None:
@@ -230,7 +231,12 @@ def signals_stop(stop: threading.Event) -> Iterator[list[int]]:
         if came:
             say("stopping: the machines are emptied and ended, which takes a moment")
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if (
+        signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    ):  # as under nohup: it outlives its terminal
+        wanted.append(signal.SIGHUP)
+    before = {s: signal.signal(s, note) for s in wanted}
     threading.Thread(target=tell, daemon=True).start()
     try:
         yield came

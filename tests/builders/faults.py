@@ -1,6 +1,6 @@
 """A disk that fails once: the k-th open, write, fsync or replace of a script, and no other.
 
-For the server of scripts.py, whose forks call `inject` before the script starts.
+For the server of scripts.py, whose forks call one of these functions before the script starts.
 """
 
 import builtins
@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 
 KINDS = ("open", "write", "fsync", "replace")
@@ -44,6 +45,11 @@ class Written:
 def limit_file_size(n_bytes: int) -> None:
     """As `ulimit -f`: a write beyond it fails with EFBIG."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+
+def ignore_hangup() -> None:
+    """As `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def inject(kind: str, k: int, *, below: str, counts: str) -> None:

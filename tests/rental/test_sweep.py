@@ -374,6 +374,14 @@ def test_machines_end_whatever_happens_to_the_screen(user, what, signum):
     assert_nothing_lives(user)
 
 
+def test_a_sweep_under_nohup_outlives_its_terminal(user):
+    process = user.start_sweep(job=user.held(), before=("ignore_hangup", {}))
+    user.until_fetched(process)
+    process.signal(signal.SIGHUP)
+    user.let_go()
+    assert_whole(user, process.wait(), machines=2)
+
+
 CALLS = ["/asks/", "/api/v1/instances/", "/instances/", "/bundles/", "/ssh/", "/users/"]
 ANSWERS = ["429", "500", "503", "504", "drop", "html", "null", "empty", "act+504", "act+drop",
            "truncated", "delay:0.3"]  # fmt: skip
