@@ -232,9 +232,7 @@ def signals_stop(stop: threading.Event) -> Iterator[list[int]]:
             say("stopping: the machines are emptied and ended, which takes a moment")
 
     wanted = [signal.SIGINT, signal.SIGTERM]
-    if (
-        signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    ):  # as under nohup: it outlives its terminal
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: it outlives its terminal
         wanted.append(signal.SIGHUP)
     before = {s: signal.signal(s, note) for s in wanted}
     threading.Thread(target=tell, daemon=True).start()
