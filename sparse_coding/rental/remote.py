@@ -30,7 +30,8 @@ USER = "root"  # in vast.ai's containers
 REMOTE_DIR = "sparse_coding"  # below the login directory; never that itself, which ssh guards
 JOB = f"cd {REMOTE_DIR} && sh sparse_coding/rental/remote.sh"
 REPULLS = 3  # of files whose sum is wrong, before the machine counts as broken
-RSYNC_RETRY = {12, 23, 24, 30, 255}  # protocol, partial, vanished, timeout, ssh: may pass by
+# socket, protocol, partial, vanished, timeout, ssh: what may pass by
+RSYNC_RETRY = {10, 12, 23, 24, 30, 255}
 RSYNC_TRIES, PAUSE = 4, 2.0  # seconds before the second try, doubled before each further one
 TAIL = 400  # characters of stderr in messages
 ANSWERS = {  # of remote_job.py there: it may be another program by now

@@ -277,7 +277,7 @@ def assert_whole(user: User, done: Done, machines: int | None = None) -> None:
     assert done.code == 0, done.out + done.err
     assert (user.output / "results.csv").read_text() == expected_rows()
     assert_nothing_lives(user)
-    assert machines in (None, len(user.lab.ledger()))
+    assert machines in (None, len(user.lab.ledger())), done.out
 
 
 def assert_no_secret_shows(user: User, *outputs: str) -> None:

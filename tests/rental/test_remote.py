@@ -180,3 +180,16 @@ def test_a_state_that_was_edited_at_home_is_not_merged(tmp_path):
     flip(results.verified)
     with pytest.raises(UserError, match=r"a\.json has changed since it was fetched"):
         merge([results], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("code", "n_calls"), [(10, 3), (12, 3), (30, 3), (255, 3), (1, 1)])
+def test_a_connection_that_was_cut_is_made_again(tmp_path, monkeypatch, code, n_calls):
+    remote = Remote(1, (("a", 1), ("b", 1)), tmp_path, tmp_path / "key", threading.Event(), scale=0)
+    ends = [(code, "", "Broken pipe"), (code, "", "Broken pipe"), (0, "", "")]
+    monkeypatch.setattr(remote, "_finish", lambda *_, **__: ends.pop(0))
+    if n_calls == 3:
+        remote.pull_folder("there", tmp_path / "here")
+    else:  # a wrong command line stays one
+        with pytest.raises(RemoteError, match="rsync 1: Broken pipe"):
+            remote.pull_folder("there", tmp_path / "here")
+    assert len(ends) == 3 - n_calls
