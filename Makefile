@@ -2,6 +2,7 @@
 # make demo         installs into .venv, then trains autoencoders on a small language model
 # make test         installs into .venv, then runs the tests that take minutes at most
 # make test-all     runs all of them: the schedules of faults of rented machines, older Tritons
+# make torture      fuzzes, kills, damages and fills disks for half an hour: all of tests/torture
 # make test-peers   installs SAELens and dictionary_learning beside it, loads our files with them
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
@@ -12,7 +13,7 @@ QUIET = OMP_NUM_THREADS=1 $(PASSIVE)
 # most of the tests' time is waiting, for processes and for rented machines: three share two cores
 PYTEST = $(QUIET) $(PY) -m pytest --numprocesses 3 --dist worksteal
 
-.PHONY: replicate demo test test-all test-peers lint
+.PHONY: replicate demo test test-all torture test-peers lint
 
 replicate: .venv/installed
 	$(PASSIVE) $(PY) replicate_toy_models.py $(ARGS)
@@ -25,6 +26,9 @@ test: .venv/installed-tests
 
 test-all: .venv/installed-tests
 	$(PYTEST) --long $(ARGS)
+
+torture: .venv/installed-tests
+	$(PYTEST) --torture tests/torture $(ARGS)
 
 test-peers: .venv-peers/installed
 	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers.py $(ARGS)

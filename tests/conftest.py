@@ -14,13 +14,21 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="with what takes minutes, marked long")
+    parser.addoption("--torture", action="store_true", help="--long, and all of tests/torture")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked long, unless --long is given."""
-    left_out = [i for i in items if i.get_closest_marker("long") and not config.option.long]
+    """Leaves out what is marked long, unless --long or --torture is given."""
+    long = config.option.long or config.option.torture
+    left_out = [i for i in items if i.get_closest_marker("long") and not long]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether tests/torture does all of its work, by --torture; else a seeded share of it."""
+    return pytestconfig.option.torture
 
 
 @pytest.fixture(scope="session")
