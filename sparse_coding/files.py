@@ -182,7 +182,7 @@ def _tensor_info(path: Path) -> dict:
         with _opened(path) as file:
             metadata = file.metadata() or {}
         info = json.loads(metadata.get("info", "{}"))
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise Damaged(path, error) from None
     misnamed = "info" not in metadata and any(CHECKSUM in text for text in metadata.values())
     if misnamed or not isinstance(info, dict):
@@ -340,11 +340,11 @@ def read_record(path: Path) -> dict:
         Damaged: torn, or not what was written.
     """
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(_start_of(path))
     except (ValueError, RecursionError) as error:
         raise Damaged(path, f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise Damaged(path, "it holds no object")
+    if not isinstance(record, dict) or not record:
+        raise Damaged(path, "it holds no object, or an empty one")
     checksum = record.pop(CHECKSUM, None)
     if checksum not in (None, record_checksum(record)):
         raise Damaged(path, "its checksum differs")
@@ -364,8 +364,7 @@ def read_json(path: Path, *, remedy: str) -> dict:
         UserError: it can't be read, is larger than JSON_BYTES, no JSON, or no object.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(JSON_BYTES + 1)  # not its size: it may be a device
+        data = _start_of(path)
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): {remedy}") from None
     require(
@@ -375,6 +374,13 @@ def read_json(path: Path, *, remedy: str) -> dict:
     is_object = isinstance(content, dict)
     require(is_object, f"{path} holds a {type(content).__name__}, not a JSON object: {remedy}")
     return content
+
+
+def _start_of(path: Path) -> bytes:
+    """The file, or one byte more than JSON has: not asked for its size, since it may be a device.
+    Of a record that is cut so, the end is missing."""
+    with open(path, "rb") as file:
+        return file.read(JSON_BYTES + 1)
 
 
 def parse_json(data: bytes | str, source: Path | str, *, remedy: str) -> object:

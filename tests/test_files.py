@@ -122,8 +122,11 @@ def test_any_flipped_bit_of_a_record_is_refused_or_changes_no_value(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"3", b"\xff", b"[" * 200_000, b'{"n": ' + b"9" * 5000 + b"}"]
-)
+    "content",
+    [b"", b"{", b"[1]", b"3", b"\xff", b"[" * 200_000, b'{"n": ' + b"9" * 5000 + b"}", b"{}",
+     b'{"n": 1' + b" " * JSON_BYTES + b"}"],
+    ids=range(9),
+)  # fmt: skip
 def test_what_is_no_record_is_refused(tmp_path, content):
     (tmp_path / "r.json").write_bytes(content)
     with pytest.raises(Damaged, match=r"r\.json is damaged"):
@@ -138,6 +141,15 @@ def test_files_of_before_checksums_are_read(tmp_path):
     assert read_tensors(tmp_path / "t.safetensors")[1] == {"step": 1}
     safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "of others.safetensors")
     assert read_tensor_info(tmp_path / "of others.safetensors") == {}
+
+
+@pytest.mark.parametrize("info", ["{", "[]", "[" * 50_000, '{"a": ' + "7" * 5000 + "}"])
+def test_tensors_with_info_that_is_none_of_ours_are_refused(tmp_path, info):
+    path = tmp_path / "t.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, metadata={"info": info})
+    for read in (read_tensors, read_tensor_info):
+        with pytest.raises(Damaged, match=r"t\.safetensors is damaged"):
+            read(path)
 
 
 def test_a_table_is_read_with_its_checksum_only(tmp_path):

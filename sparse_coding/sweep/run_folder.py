@@ -38,18 +38,8 @@ if TYPE_CHECKING:  # what rents machines loads no torch
     import torch
     from torch import Tensor
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "safetensors",
-    "matplotlib",
-    "wandb",
-    "tyro",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "tiktoken",
-)  # named in config.json
+PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "wandb", "tyro", "transformers",
+            "tokenizers", "datasets", "tiktoken")  # named in config.json  # fmt: skip
 CONFIG, TABLE = "config.json", "results.csv"
 # all that runs write below their folder, but for config.json, which tells that it is theirs, and
 # the folder of W&B: what --fresh deletes
@@ -88,7 +78,7 @@ class CheckpointStore:
         """The info of the newest readable checkpoint, None if there is none."""
         for path in self.paths():
             with contextlib.suppress(Damaged, FileNotFoundError):  # load() will say so
-                return read_tensor_info(path)
+                return _info_of_checkpoint(path, read_tensor_info(path))
         return None
 
     def load(self) -> tuple[dict, dict] | None:
@@ -98,7 +88,8 @@ class CheckpointStore:
         """
         for path in self.paths():
             try:
-                return read_tensors(path)
+                tensors, info = read_tensors(path)
+                return tensors, _info_of_checkpoint(path, info)
             except Damaged as error:
                 error.warn("going back to the checkpoint before it, or to the start")
                 path.unlink()
@@ -107,6 +98,15 @@ class CheckpointStore:
     def remove(self) -> None:
         """Removes the folder: the group is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _info_of_checkpoint(path: Path, info: dict) -> dict:
+    """The info. Raises Damaged if it is none of CheckpointStore.save."""
+    cells, step = info.get("cells"), info.get("step")
+    named = isinstance(cells, list) and all(isinstance(name, str) for name in cells)
+    if not named or len(set(cells)) < len(cells) or type(step) is not int:
+        raise Damaged(path, "its info is none of a checkpoint")
+    return info
 
 
 @contextlib.contextmanager

@@ -58,7 +58,9 @@ class Tracker:
         """Of the W&B run, kept in the folder."""
         path = self._path.with_name(f"wandb_run-{self._path.stem}.json")
         try:
-            return read_record(path)["id"]
+            if isinstance(id := read_record(path).get("id"), str):
+                return id
+            raise Damaged(path, "it holds no id")
         except FileNotFoundError:
             pass
         except Damaged as error:
@@ -105,7 +107,7 @@ def _is_whole(line: str, keep: Callable[[dict], bool]) -> bool:
     """Whether it is a record, and one to keep."""
     try:
         return line.endswith("\n") and keep(json.loads(line))
-    except (ValueError, LookupError, AttributeError, TypeError):  # no JSON, or no record
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):  # no record
         return False
 
 

@@ -68,6 +68,18 @@ def test_without_a_readable_checkpoint_there_is_none(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("info", [
+    {}, {"step": 20}, {"cells": ["c"]}, {"step": "20", "cells": ["c"]}, {"step": 20, "cells": 3},
+    {"step": 20, "cells": [3]}, {"step": 20, "cells": ["c", "c"]}, {"step": 20, "cells": [["c"]]},
+], ids=str)  # fmt: skip
+def test_tensors_that_are_no_checkpoint_are_passed_over(tmp_path, info, capsys):
+    store = store_with(tmp_path, 10)
+    write_tensors(store.folder / "step-00000020.safetensors", {"w": torch.ones(1)}, info=info)
+    assert store.info()["step"] == 10
+    assert store.load()[1]["step"] == 10
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("in_header", [True, False])
 def test_a_checkpoint_with_one_bit_flipped_falls_back_to_the_previous(tmp_path, capsys, in_header):
     store = store_with(tmp_path, 10, 20)

@@ -186,13 +186,24 @@ def test_every_record_is_one_line_and_what_is_not_finite_is_null(tmp_path):
 
 def test_rewind_drops_a_torn_line_and_the_records_that_will_come_again(tmp_path):
     lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
-    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 30, "se')
+    odd = f"{'[' * 50_000}\n" + '{"step": ' + 5000 * "7" + '}\n{"step": "x"}\n[1]\n'
+    (tmp_path / "metrics.jsonl").write_text(lines + odd + '{"step": 30, "se')
     t = tracker(tmp_path, "disabled")
     t.rewind(lambda record: record["step"] <= 10)
     t.log({"step": 20, "seed": 5})
     t.close()
     assert jsonl(tmp_path) == [*RECORDS[:2], {"step": 20, "seed": 5}]
     assert [path.name for path in tmp_path.glob("*metrics*")] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"x": 1}', '{"id": 3}', "[" * 50_000])
+def test_a_record_without_an_id_begins_a_new_run_of_wandb(tmp_path, content, capsys):
+    path = tmp_path / "wandb_run-metrics.json"
+    path.write_text(content)
+    id = tracker(tmp_path, "disabled")._run_id()
+    assert len(id) == 8
+    assert f"{path} is damaged" in capsys.readouterr().err
+    assert tracker(tmp_path, "disabled")._run_id() == id
 
 
 def test_disabled_never_imports_wandb(tmp_path):
