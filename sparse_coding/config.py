@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 PASSING_S = 2.0  # nobody asks how long it will take before
+LONGEST = 2000  # characters of a line that quotes a file; ours, what a terminal shows at once
 # what the system may answer to a write at any moment: what it means, what to do
 DISK_ERRORS = {
     errno.ENOSPC: ("disk full", "free some space"),
@@ -56,8 +57,16 @@ def require_flag(config: object, name: str, holds: bool, rule: str) -> None:
 
 
 def one_line(text: object) -> str:
-    """The text with line breaks and control characters spelt out: it may be out of any file."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    """The text with line breaks and control characters spelt out, and the middle of a very long one
+    left out: it may be out of any file."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in _ends(str(text)))
+    return _ends(line)
+
+
+def _ends(text: str) -> str:
+    """The text, or of one that is too long its start and its end, where the remedy stands."""
+    half = LONGEST // 2 - 5
+    return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
 
 
 def run_as_script(main: Callable[[list[str]], int]) -> NoReturn:

@@ -14,6 +14,7 @@ from sparse_coding.config import (
     UserError,
     fingerprint,
     named_seed,
+    one_line,
     parse_flags,
     run_as_script,
 )
@@ -130,3 +131,12 @@ def test_fingerprint_ignores_the_order_and_sees_every_value():
     assert fingerprint({"a": 1, "b": 2.0}) == fingerprint({"b": 2.0, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert len(fingerprint({})) == 8
+
+
+def test_a_line_that_quotes_a_file_keeps_its_start_and_its_end_and_can_be_read():
+    assert one_line("a\x1b[2J\n\u202eß") == "a\\x1b[2J\\n\\u202eß"
+    for middle in (10**7 * "x", 10**6 * "\n"):
+        line = one_line(f"config.json has {middle}: mend it")
+        assert line.startswith("config.json has ")
+        assert line.endswith(": mend it")
+        assert len(line) <= 2000
