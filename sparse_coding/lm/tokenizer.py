@@ -4,6 +4,8 @@ Whatever the kind, text is text: a document that contains "<|endoftext|>" gets t
 of these characters, so that no corpus can forge the end of a document.
 """
 
+import base64
+import contextlib
 import functools
 import hashlib
 import io
@@ -12,14 +14,14 @@ import os
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_coding.config import UserError, first_line, require
 from sparse_coding.files import JSON_BYTES, read_json
-from sparse_coding.lm.model import hub_commit
+from sparse_coding.lm.model import SIZES, hub_commit
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,6 +36,11 @@ BESIDE = ("tokenizer.json", "meta.json", "meta.pkl")  # looked for beside a chec
 # names of a folder's files that AutoTokenizer may read
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json",
                    "added_tokens.json", "config.json", "*.model", "*.tiktoken")  # fmt: skip
+MOST = 2**53  # of documents, tokens or bytes: sums and doubles of such numbers are numbers, too
+WITH_IDS = ("vocab", "added_tokens", "added_tokens_decoder")  # fields of a tokenizer's JSON
+ID_FILES = ("vocab.json", "added_tokens.json")  # its files that are nothing but text -> id
+MAY_LACK = {"_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False}  # fmt: skip
 META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
 SPLIT = {"documents": int, "tokens": int, "bytes": int}
 MANIFEST = {  # fields of prepare.py's manifest.json
@@ -181,7 +188,7 @@ def check_fields(content: dict, fields: dict, path: Path, remedy: str) -> dict:
         value = content.get(name)
         if isinstance(kind, dict) and isinstance(value, dict):
             check_fields(value, kind, path, remedy)
-        elif type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+        elif type(value) is not kind or (kind is int and not 0 <= value <= MOST):
             raise UserError(f"{path}: {name} {str(value)[:60]} is not of prepare.py: {remedy}")
     return content
 
@@ -307,14 +314,57 @@ def read_meta_pickle(path: Path) -> dict:
 # --- the tokenizers and transformers libraries ---
 
 
+@contextlib.contextmanager
+def _of_library(failure: str, remedy: str) -> Iterator[None]:
+    """Turns what they raise into one line: Exception itself, or for a panic in their Rust a
+    PanicException, which is none."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"{failure} ({first_line(error)}): {remedy}") from None
+
+
+def _require_bounded(path: Path, content: dict) -> None:
+    """Raises UserError for a tokenizer's JSON of which the library would take memory without bounds
+    and be ended by the system: for all ids below the largest, and for the length that a table of
+    sentencepiece says it has."""
+    most, parts = SIZES["vocab_size"], [content, content.get("model")]
+    held = [part.get(name) for part in parts if isinstance(part, dict) for name in WITH_IDS]
+    for id in _inner([content] if path.name in ID_FILES else held):
+        require(
+            type(id) is not int or id < most,
+            f"{path} is no tokenizer's: its id {str(id)[:40]} is not below {most:,}",
+        )
+    for part in _inner([content.get("normalizer"), content.get("pre_tokenizer")]):
+        table = part.get("precompiled_charsmap") if isinstance(part, dict) else None
+        if isinstance(table, str):
+            data = base64.b64decode(table, validate=True)  # ValueError: said by _of_library
+            size = int.from_bytes(data[:4], "little")
+            whole = len(data) >= 4 + size and size % 4 == 0
+            require(whole, f"{path} is damaged: its precompiled_charsmap is not whole")
+
+
+def _inner(parts: list) -> Iterator[object]:
+    """All that is in them, at any depth, and they themselves."""
+    todo = list(parts)
+    while todo:
+        part = todo.pop()
+        yield part
+        if isinstance(part, (dict, list)):
+            todo += part.values() if isinstance(part, dict) else part
+
+
 def _from_tokenizer_json(path: Path, content: dict, *, vocab_size: int) -> Tokenizer:
     import tokenizers
 
-    try:
+    with _of_library(f"{path} is no tokenizer.json", f"choose {CHOICES}"):
+        _require_bounded(path, content)
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(f"{path} is no tokenizer.json: {error}") from None
-    ids = backend.get_vocab(with_added_tokens=True)
+        ids = backend.get_vocab(with_added_tokens=True)
     separator = next((ids[text] for text in SEPARATORS if text in ids), None)
     return _from_backend(f"vocab:{path.name}", backend, vocab_size=vocab_size, separator=separator)
 
@@ -322,25 +372,24 @@ def _from_tokenizer_json(path: Path, content: dict, *, vocab_size: int) -> Token
 def _from_transformers(where: str, vocab_size: int, *, revision: str = "") -> Tokenizer:
     """The tokenizer of a hub id or folder, by AutoTokenizer; from the cache if it is there."""
     from transformers import AutoTokenizer
+    from transformers.utils import cached_file
 
-    options = dict(revision=hub_commit(where, revision) or "main", trust_remote_code=False)
+    options = dict(revision=hub_commit(where, revision) or "main")
     for path in Path(where).glob("*.json") if Path(where).is_dir() else ():
         too_large = f"{path} is larger than {JSON_BYTES >> 20} MB: no tokenizer's; remove it"
         require(path.stat().st_size <= JSON_BYTES, too_large)
-    try:
-        own = AutoTokenizer.from_pretrained(where, **options)
+    remedy = f"`hf download {where}` where there is network puts it into the cache"
+    if Path(where).is_dir():
+        remedy = "save it there with tokenizer.save_pretrained"
+    with _of_library(f"no tokenizer in {where}", f"{remedy}; or give --tokenizer"):
+        for file in ("tokenizer.json", "tokenizer_config.json", *ID_FILES):
+            if found := cached_file(where, file, **options, **MAY_LACK):
+                _require_bounded(Path(found), read_json(Path(found), remedy=remedy))
+        own = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         first = own("a")["input_ids"][:1]
         bos, eos, special = own.bos_token_id, own.eos_token_id, set(own.all_special_ids) - {None}
         if any(type(i) is not int for i in special | {bos, eos} - {None}):
             raise ValueError("a special token has no number")
-    except Exception as error:  # the library raises Exception itself for a torn file
-        reason = first_line(error)
-        remedy = f"`hf download {where}` where there is network puts it into the cache"
-        if Path(where).is_dir():
-            remedy = "save it there with tokenizer.save_pretrained"
-        raise UserError(
-            f"no tokenizer in {where} ({reason}): {remedy}; or give --tokenizer"
-        ) from None
     backend = getattr(own, "backend_tokenizer", None)
     require(backend is not None, f"{where} has no fast tokenizer: give --tokenizer tokenizer.json")
     begins = bos is not None and first == [bos]  # texts with bos: the model was trained so
@@ -370,9 +419,11 @@ def _from_backend(
     special |= set() if separator is None else {separator}
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with _of_library(f"{name} can't encode this text", f"give --tokenizer: {CHOICES}"):
+            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    whole = backend.to_str()
+    with _of_library(f"{name} is damaged", f"give --tokenizer: {CHOICES}"):
+        whole = backend.to_str()
     byte_level = "ByteLevel" in str(json.loads(whole)["decoder"])
     pieces = {
         i: text.encode() if i in added else _piece_bytes(text, byte_level=byte_level)

@@ -239,6 +239,51 @@ def test_a_model_folder_without_a_whole_tokenizer_is_refused(tmp_path, files):
         load_tokenizer(str(tmp_path), vocab_size=50257)
 
 
+TABLES = {"AAAA": "precompiled_charsmap is not whole", "/////w==": "charsmap is not whole",
+          "????": "no tokenizer"}  # fmt: skip
+HUGE = {"type": "BPE", "vocab": {"a": 2**31}, "merges": []}
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model": HUGE}, "its id 2147483648 is not below"),
+    ({"model": HUGE | {"vocab": {"a": 10**400}}}, "its id 1000000000"),
+    ({"added_tokens": [{"id": 2**31, "content": "x"}]}, "its id 2147483648 is not below"),
+    *[({"normalizer": {"type": "Precompiled", "precompiled_charsmap": table}}, message)
+      for table, message in TABLES.items()],
+], ids=range(6))  # fmt: skip
+def test_a_tokenizer_that_would_end_the_process_is_refused(
+    tmp_path, gpt2_like, place, change, message
+):
+    shutil.copytree(gpt2_like, tmp_path / "odd")
+    path = tmp_path / "odd/tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(
+            str(path.parent), choice=str(path) if place == "file" else "auto", vocab_size=300
+        )
+
+
+class Panic(BaseException):
+    """As the Rust below the tokenizers library raises it."""
+
+    __module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize("error", [Panic("index out of bounds\nat x"), Exception("no [UNK]")])
+def test_what_the_library_raises_while_it_encodes_is_one_line(gpt2_like, monkeypatch, error):
+    tokenizer = load_tokenizer(gpt2_like, vocab_size=300)
+    (backend,) = [cell.cell_contents for cell in tokenizer.encode_batch.__closure__
+                  if hasattr(cell.cell_contents, "encode_batch_fast")]  # fmt: skip
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(backend), "encode_batch_fast", fail, raising=False)
+    with pytest.raises(UserError, match=r"can't encode this text \((index|no)[^\n]*give --tok"):
+        tokenizer.encode_batch(["a"])
+
+
 @pytest.mark.parametrize("token", [3, [], {"a": 1}], ids=repr)
 def test_a_tokenizer_config_with_an_odd_bos_is_refused(tmp_path, gpt2_like, token):
     shutil.copytree(gpt2_like, tmp_path / "odd")
