@@ -5,6 +5,7 @@ Documents are streamed in a fixed order, so memory stays flat whatever the size 
 
 import codecs
 import contextlib
+import math
 import os
 import platform
 import re
@@ -13,10 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
+
+import numpy as np
 
 from sparse_coding.config import UserError, first_line, hash63, one_line, require
 from sparse_coding.files import content_stamp, parse_json
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 # commits of hub datasets that we name, so that a run means the same text next year
 PINNED = {
@@ -33,7 +39,10 @@ LONGEST_LINE = 2**27  # characters of a line of .jsonl, which is parsed whole; o
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes it
 UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 FEW_BROKEN, BROKEN = 10, 1e-3  # characters that are no UTF-8, and their share: more is no accident
-DEEP = 500  # brackets of a line of JSON beyond which its nesting is looked at
+DEEP = 500  # of JSON from the hub at most: in its reader some thousands end the process
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)  # of JSON
+BRACKETS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # a step into it and one out of it, int8
+NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 UNREAD = 5  # files of a folder, so many of which are named
 ROWS = 16  # rows of a parquet file read at once: a few kB may hold rows of many MB
 # left out of the standard library: installed packages, and tests, which many distributions lack
@@ -265,17 +274,23 @@ def _no_column(source: Path | str, column: str, columns: Iterable[str]) -> str:
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[object]:
+    with opened_parquet(path) as file:
+        names = file.schema_arrow.names
+        require(column in names, _no_column(path, column, names))
+        for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+            yield from (text.as_py() for text in batch.column(0))
+
+
+@contextlib.contextmanager
+def opened_parquet(path: Path) -> "Iterator[ParquetFile]":
+    """The file, whose row groups are read piece by piece whatever their size. Raises UserError, on
+    opening or later, if it is damaged."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        # buffer_size: reads a row group of any size piece by piece
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)
-        with file:
-            names = file.schema_arrow.names
-            require(column in names, _no_column(path, column, names))
-            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
-                yield from (text.as_py() for text in batch.column(0))
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
+            yield file
     # damaged pages; text that is no UTF-8
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         why = one_line(first_line(error))[:200]
@@ -331,12 +346,32 @@ def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
 
 
 def _require_shallow(folder: Path) -> None:
-    """Raises UserError for JSON nested so deep that pyarrow's reader would crash."""
-    for path in sorted((*folder.rglob("*.jsonl"), *folder.rglob("*.json"))):
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.count(b"[") + line.count(b"{") > DEEP:
-                    parse_json(line, f"{path} line {number}", remedy="choose another --dataset")
+    """Raises UserError for JSON, packed or not, nested so deep that its reader would crash."""
+    import fsspec
+
+    for path in sorted(folder.rglob("*")):
+        if {".json", ".jsonl"} & set(path.suffixes) and path.is_file():
+            with fsspec.open(str(path), "rb", compression="infer") as file:
+                require(
+                    nesting(file) <= DEEP,
+                    f"{path} is nested more than {DEEP} deep: choose another --dataset",
+                )
+
+
+def nesting(file: BinaryIO) -> float:
+    """How deep its JSON is nested at most, brackets in texts aside; read block by block. Infinite
+    for a text that is too long."""
+    depth, deepest, rest = 0, 0, b""
+    while block := file.read(BLOCK + len(rest)):  # as much more as is read again
+        outside, quote, rest = STRING.sub(b"", rest + block).partition(b'"')
+        rest = quote + rest  # of a text that goes on
+        steps = np.frombuffer(outside.translate(BRACKETS, NO_BRACKETS), np.int8)
+        if len(steps):
+            depths = depth + steps.cumsum(dtype=np.int64)
+            depth, deepest = int(depths[-1]), max(deepest, int(depths.max()))
+        if len(rest) > LONGEST_LINE:
+            return math.inf
+    return deepest
 
 
 def _rows(where: str, **options: str) -> Iterator[object]:

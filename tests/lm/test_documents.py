@@ -1,6 +1,8 @@
 """Text comes whole, in order, streamed, and bad sources end in one line."""
 
+import bz2
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -21,6 +23,7 @@ from sparse_coding.lm.documents import (
     PIECE,
     document_id,
     is_held_out,
+    nesting,
     open_documents,
 )
 
@@ -178,10 +181,28 @@ def test_a_cached_file_of_nulls_before_one_of_texts_is_one_line(hub_cache):
 def test_cached_json_nested_too_deep_for_its_reader_is_refused_before_it_crashes(hub_cache):
     put_into_cache(hub_cache, "a/b", sha="c" * 40, files={"train.parquet": TEXTS})
     (path,) = hub_cache.rglob("train.parquet")
-    path.with_name("train.jsonl").write_text('{"text": "a"}\n' + LINES["deep"])
     path.unlink()
-    with pytest.raises(UserError, match=r"train\.jsonl line 2 is not JSON"):
-        open_documents("a/b")
+    lines = '{"text": "a"}\n' + LINES["deep"]
+    pretty = '[{"text":\n' + "[\n" * 5000 + "]\n" * 5000 + "}]"
+    files = {"train.jsonl": lines.encode(), "train.json": pretty.encode(),
+             "train.jsonl.gz": gzip.compress(lines.encode()),
+             "train.json.bz2": bz2.compress(pretty.encode())}  # fmt: skip
+    for name, content in files.items():
+        path.with_name(name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is nested more than 500 deep"):
+            open_documents("a/b")
+        path.with_name(name).unlink()
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 2**20])
+def test_nesting_counts_brackets_outside_of_texts_whatever_the_block(monkeypatch, block):
+    monkeypatch.setattr("sparse_coding.lm.documents.BLOCK", block)
+    for content, depth in (
+        (b"", 0), (b"[[]]", 2), (b'{"a": [1, {"b": []}]}', 4), (b"[]\n[]\n[[]]\n", 2),
+        (b'["[[[["]', 1), (rb'["\"[[[", [1]]', 2), (rb'["\\", [["\\\""]]]', 3), (b'["[[', 1),
+        (b'{"a": "' + b"[" * 1000 + b'"}', 1),
+    ):  # fmt: skip
+        assert nesting(io.BytesIO(content)) == depth, content
 
 
 def test_another_text_column_can_be_chosen(tmp_path):
