@@ -23,6 +23,7 @@ from sparse_coding.lm.documents import (
     in_batches,
     is_held_out,
     local_files,
+    opened_parquet,
     stdlib_files,
 )
 from sparse_coding.lm.tokenizer import MANIFEST, SPLIT, Tokenizer, check_fields
@@ -196,9 +197,8 @@ def text_bytes(source: str, text_column: str) -> int | None:
 
 def _column_bytes(path: Path, column: str) -> int:
     """Of a column of a parquet file, uncompressed."""
-    from pyarrow.parquet import read_metadata
-
-    metadata = read_metadata(path)
+    with opened_parquet(path) as file:
+        metadata = file.metadata
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     columns = (group.column(i) for group in groups for i in range(group.num_columns))
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)

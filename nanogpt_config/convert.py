@@ -110,9 +110,16 @@ def convert(cfg: Config, folder: Path, manifest: dict) -> None:
 def tokenizer_json(data: Path, manifest: dict) -> str:
     """The tokenizer of the bins for the tokenizers library, and so for transformers."""
     kind = manifest["constants"]["tokenizer"]
-    if kind == "bpe":
-        return (data / "tokenizer.json").read_text()
-    return {"gpt2": gpt2_tokenizer, "bytes": byte_tokenizer}[kind]().to_str()
+    made = {"gpt2": gpt2_tokenizer, "bytes": byte_tokenizer}
+    require(
+        kind in ("bpe", *made),
+        f"{data / 'manifest.json'}: constants.tokenizer {kind} is not bpe, gpt2 or bytes: make the "
+        "bins again with prepare.py --fresh",
+    )
+    if kind in made:
+        return made[kind]().to_str()
+    load_tokenizer("", choice=str(data / "tokenizer.json"), vocab_size=manifest["vocab_size"])
+    return (data / "tokenizer.json").read_text()
 
 
 def gpt2_tokenizer() -> "tokenizers.Tokenizer":
@@ -153,13 +160,19 @@ def report(lm: LanguageModel, data: Path, manifest: dict, n_tokens: int) -> None
     kind = manifest["constants"]["tokenizer"]
     choice = str(data / "tokenizer.json") if kind == "bpe" else kind
     tokenizer = load_tokenizer("", choice=choice, vocab_size=manifest["vocab_size"])
-    ids = read_windows(data / "val.bin", n_tokens, lm.max_context)
+    require(
+        tokenizer.vocab_size <= lm.vocab_size,
+        f"--data {data} has {tokenizer.vocab_size} ids, the model {lm.vocab_size}: give the folder "
+        "that it was trained on",
+    )
+    ids, train_ids = (
+        read_windows(data / f"{split}.bin", n_tokens, lm.max_context, tokenizer)
+        for split in ("val", "train")
+    )
     text = decode(ids[:, 1:], tokenizer)
     per_byte = ids[:, 1:].numel() / math.log(2) / len(text)  # nats/token -> bits/byte
     clean = mean_loss(lm, ids)
-    train_text = decode(
-        read_windows(data / "train.bin", n_tokens, lm.max_context)[:, 1:], tokenizer
-    )
+    train_text = decode(train_ids[:, 1:], tokenizer)
     print(f"on {ids[:, 1:].numel():,} held-out tokens of {len(text):,} bytes, bits per byte:")
     print(f"  model           {clean * per_byte:.3f}   ({clean:.3f} nats per token)")
     print(f"  gzip -9         {8 * len(gzip.compress(text, 9)) / len(text):.3f}")
@@ -173,11 +186,22 @@ def report(lm: LanguageModel, data: Path, manifest: dict, n_tokens: int) -> None
         print(f"  {layer:<8}{lost[0]:<13.3f}{lost[1]:.3f}")
 
 
-def read_windows(path: Path, n_tokens: int, context: int) -> Tensor:
+def read_windows(path: Path, n_tokens: int, context: int, tokenizer: Tokenizer) -> Tensor:
     """(n, context) ids from the start of a bin. Windows overlap by one token, so that every token
-    but the first is predicted once."""
+    but the first is predicted once.
+
+    Raises:
+        UserError: no such file, too short, ids that the tokenizer lacks, nothing but separators.
+    """
+    require(path.is_file(), f"{path} is missing: make it with prepare.py")
     tokens = np.fromfile(path, np.uint16, n_tokens).astype(np.int64)
     require(len(tokens) >= context, f"{path} is shorter than the model's context of {context}")
+    found, has_text = set(tokens.tolist()), bool((tokens[1:] != tokenizer.separator).any())
+    require(
+        found <= tokenizer.pieces.keys() and has_text,
+        f"{path} is damaged: it has no text, or ids that {tokenizer.name} lacks: make it again "
+        "with prepare.py --fresh",
+    )
     return torch.from_numpy(tokens).unfold(0, context, context - 1)
 
 

@@ -152,6 +152,7 @@ def learnt_bpe(cfg: Config, documents: Documents, folder: Path) -> str:
     """tokenizer.json of the folder if it is there, else learnt on the documents for train.bin."""
     path = folder / "tokenizer.json"
     if path.exists() and not cfg.fresh:
+        load_tokenizer("", choice=str(path), vocab_size=cfg.vocab_size)  # raises where it is none
         return path.read_text()
     print(f"learning a BPE of {cfg.vocab_size} tokens", flush=True)
     texts = (text for text in documents if not is_held_out(document_id(text), cfg.held_out))

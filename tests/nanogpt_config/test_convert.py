@@ -113,6 +113,28 @@ def test_what_an_mlp_is_worth_is_the_loss_without_its_activations(tmp_path, caps
             assert zero[layer] == pytest.approx(lost, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: (data / "val.bin").unlink(), r"val\.bin is missing"),
+        (lambda data: (data / "val.bin").write_bytes(b"\xff" * 200), r"val\.bin is damaged"),
+        (lambda data: (data / "train.bin").write_bytes(b"\0\1" * 99), r"train\.bin is damaged"),
+        (lambda data: bin_manifest(data, vocab_size=300), "has 300 ids, the model 257"),
+        (lambda data: bin_manifest(data, constants={"tokenizer": "x"}), "tokenizer x"),
+        (lambda data: bin_manifest(data, constants={"tokenizer": "bpe"}), "no tokenizer .*json"),
+    ],
+    ids=range(6),
+)
+def test_data_that_are_damaged_are_one_line(tmp_path, damage, message):
+    write_checkpoint(tmp_path / "ckpt.pt", scale=0.5)
+    write_data(tmp_path, {"train": b"some text of bytes" * 5, "val": b"other text of bytes" * 5})
+    damage(tmp_path)
+    argv = ["--checkpoint", str(tmp_path / "ckpt.pt"), "--data", str(tmp_path)]
+    for more in ([], ["--output-dir", str(tmp_path / "model")]):
+        with pytest.raises(UserError, match=message):
+            convert.main([*argv, *more])
+
+
 def test_convert_refuses_what_is_no_checkpoint_or_no_data(tmp_path):
     (tmp_path / "ckpt.pt").write_text("no checkpoint")
     for argv, reason in (
