@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
+from sparse_coding.config import UserError, parse_flags, pick, require, require_flag, run_as_script
 from sparse_coding.lm import show
 from sparse_coding.lm.activations import Harvester
 from sparse_coding.lm.evaluation import HeldOut
@@ -214,7 +214,11 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
         default = dataclasses.replace(default, batch_size=1)
         default = parse_flags(default, saved, description="", source=f"{cfg.evaluate}/cfg.json")
     cfg = dataclasses.replace(parse_flags(default, argv, description=DESCRIPTION), preset=preset)
-    check(cfg)
+    try:
+        check(cfg)
+    except UserError as error:
+        where = f" (if not given, it is of {cfg.evaluate}/cfg.json)" * bool(cfg.evaluate)
+        raise UserError(f"{error}{where}") from None
     return cfg
 
 
