@@ -44,7 +44,7 @@ MAY_LACK = {"_raise_exceptions_for_missing_entries": False,
 META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
 SPLIT = {"documents": int, "tokens": int, "bytes": int}
 MANIFEST = {  # fields of prepare.py's manifest.json
-    "constants": {"tokenizer": str},
+    "constants": {"tokenizer": ("bpe", "bytes", "gpt2")},
     "tokenizer": {"name": str, "fingerprint": str},
     "vocab_size": int,
     "end_of_text": int,
@@ -180,7 +180,7 @@ def read_bin_manifest(folder: Path) -> dict:
 def check_fields(content: dict, fields: dict, path: Path, remedy: str) -> dict:
     """The content of a file of prepare.py, if its fields are of these types.
 
-    fields: type by name; of a field that is an object, its fields in turn
+    fields: type by name, or the values that it may have; of an object, its fields in turn
     Raises:
         UserError: one is missing or of another type.
     """
@@ -188,7 +188,9 @@ def check_fields(content: dict, fields: dict, path: Path, remedy: str) -> dict:
         value = content.get(name)
         if isinstance(kind, dict) and isinstance(value, dict):
             check_fields(value, kind, path, remedy)
-        elif type(value) is not kind or (kind is int and not 0 <= value <= MOST):
+            continue
+        good = value in kind if isinstance(kind, tuple) else type(value) is kind
+        if not good or (kind is int and not 0 <= value <= MOST):
             raise UserError(f"{path}: {name} {str(value)[:60]} is not of prepare.py: {remedy}")
     return content
 
