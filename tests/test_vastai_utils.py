@@ -299,7 +299,10 @@ def test_a_plan_a_record_or_secrets_that_are_torn_or_foreign_are_one_line(user, 
     {"shard": 2}, {"done": 1}, {"avoid": 7}, {"avoid": ["x"]}, {"attempts": {"x": 1}},
     {"attempts": [7]}, {"more": 1}, {"attempts": [{}]}, *[{"attempts": odd} for odd in (
         {"expires": "x"}, {"ordered": None}, {"id": "5"}, {"gone": []}, {"running": [7]},
-        {"gb_up": math.nan}, {"rates": {"gpu": "x"}}, {"rates": []}, {"number": None})],
+        {"gb_up": math.nan}, {"rates": {"gpu": "x"}}, {"rates": []}, {"number": None},
+        {"running": {}}, {"running": [[None, 2]]}, {"gpu_name": None}, {"why": []},
+        {"machine_id": []}, {"machine_id": "7"})],
+    {"avoid": {}}, {"avoid": "77"},
 ], ids=str)  # fmt: skip
 def test_a_record_with_odd_fields_is_refused(tmp_path, change):
     ledger = Ledger(tmp_path, 1)

@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 
 from sparse_coding.config import require
-from sparse_coding.files import require_private
-from sparse_coding.rental.records import read_object
+from sparse_coding.files import read_json, require_private
 from sparse_coding.sweep.run_folder import git_state as commit_of
 
 SECRET_FILES = {"secrets.json", ".env", "id_rsa", "id_ed25519", "vast_api_key", ".vast_api_key",
@@ -91,7 +90,7 @@ def secrets_for(names: tuple[str, ...], root: Path) -> bytes:
     stored = {}
     if names and path.exists():
         require_private(path)
-        stored = read_object(path)
+        stored = read_json(path, remedy="mend it: {NAME: value, ...}")
     lines = []
     for name in names:
         value = os.environ.get(name) or stored.get(name) or stored.get(name.lower())

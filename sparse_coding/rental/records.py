@@ -4,16 +4,16 @@ The service's own list is the truth about what lives; these files remember the p
 wrong where, and which shards are done.
 """
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sparse_coding.config import UserError, first_line, require
-from sparse_coding.files import write_json
+from sparse_coding.config import UserError, require
+from sparse_coding.files import read_json, write_json
 
 GRACE_H = 2 / 60  # hours past its deadline until a machine has destroyed itself, at most; ours
+REMEDY = "`reap --all` ends its machines; then remove it"  # of a record that is damaged
 LOST = "the answer to the order was lost, and no instance appeared"
 
 
@@ -166,6 +166,24 @@ class ShardRecord:
         return last if last and last.gone is None else None
 
 
+def _is_sound(record: ShardRecord) -> bool:
+    """Whether its fields are of their types, as far as computing with them does not show it."""
+    attempts = record.attempts
+    ids = [record.shard, *record.avoid, *(n for a in attempts for n in (a.number, a.machine_id))]
+    ids += [a.id for a in attempts if a.id is not None]
+    lists = [
+        record.avoid,
+        *(a.running for a in attempts),
+        *(s for a in attempts for s in a.running),
+    ]
+    texts = [text for a in attempts for text in (a.gpu_name, a.why)]
+    numbers = [cost.total for a in attempts for cost in (a.worst(), a.cost(a.expires))]
+    numbers += [a.gone for a in attempts if a.gone is not None]
+    kinds = ((ids, int), (lists, list), (texts, str), ([record.done], bool))
+    typed = all(type(value) is kind for values, kind in kinds for value in values)
+    return typed and math.isfinite(sum(numbers))
+
+
 class OverBudget(RentalError):
     """What is left of --max-total does not pay for it."""
 
@@ -186,18 +204,14 @@ class Ledger:
         if not path.exists():
             return ShardRecord(shard)
         try:
-            row = read_object(path)
-            attempts = [Attempt(**a | {"rates": Rates(**a["rates"])}) for a in row.pop("attempts")]
+            row = read_json(path, remedy=REMEDY)
+            rows = row.pop("attempts")
+            attempts = [Attempt(**a | {"rates": Rates(**a["rates"])}) for a in rows]
             record = ShardRecord(**row, attempts=attempts)
-            ids = [record.shard, *record.avoid, *(a.number for a in attempts)]
-            ids += [a.id for a in attempts if a.id is not None]
-            numbers = [cost.total for a in attempts for cost in (a.worst(), a.cost(a.expires))]
-            numbers += [a.gone for a in attempts if a.gone is not None]
-            good = all(type(id) is int for id in ids) and math.isfinite(sum(numbers))
+            good = type(rows) is list and _is_sound(record)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             good = False
-        require(good and record.shard == shard and type(record.done) is bool, f"{path} is no "
-                "record of a shard: `reap --all` ends its machines; then remove it")  # fmt: skip
+        require(good and record.shard == shard, f"{path} is no record of a shard: {REMEDY}")
         return record
 
     def save(self, record: ShardRecord) -> None:
@@ -238,19 +252,10 @@ def read_plan(folder: Path) -> dict:
         runs = sorted(p.parent.name for p in folder.parent.glob("*/plan.json"))
         there = f"there are {', '.join(runs)}" if runs else "there is none yet"
         raise UserError(f"no run {folder.name} in {folder.parent}/: {there}")
-    plan = read_object(path)
+    remedy = f"`reap --all` ends its machines; then remove {folder}"
+    plan = read_json(path, remedy=remedy)
     words, n = plan.get("command"), plan.get("instances")
     good = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    require(good and type(n) is int and 0 < n < 10_000, f"{path} is no plan of a run: `reap --all` "
-            f"ends its machines; then remove {folder}")  # fmt: skip
+    good = good and type(n) is int and 0 < n < 10_000
+    require(good, f"{path} is no plan of a run: {remedy}")
     return plan
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object of ours or of the user. Raises UserError for a file that holds none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {first_line(error)}") from None
-    require(isinstance(found, dict), f"{path} holds no JSON object")
-    return found
