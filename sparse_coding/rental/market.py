@@ -36,6 +36,7 @@ TIMEOUT = 30.0  # seconds for one answer
 LOOK_TIMEOUT, LOOK_SECONDS = (4.0, 8.0), 12.0
 AUTH = "auth_error"  # in the 404 that a wrong key gets: not every 404 means that nothing is there
 PAGE = 25  # instances per answer, the service's limit
+PAGES = 400  # of a list at most: 10,000 instances; ours
 RUN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}")  # a name or address, and nothing for ssh
 STATUS = re.compile(r"[a-z_]{1,30}")
@@ -325,16 +326,20 @@ class Market:
             answer = self.sdk.show_instances_v1(params)
             rows = _rows(_dict(answer).get("instances"))
             ours = [row for row in rows if str(row.get("label")).startswith(f"{PREFIX}/")]
-            return [Instance.of_row(row) for row in ours], answer.get("next_token")
+            token = answer.get("next_token")
+            if not isinstance(token, (str, type(None))):
+                raise BadAnswer("a page of a list without its number")
+            return [Instance.of_row(row) for row in ours], token
 
-        while True:
+        for _ in range(PAGES):
             more, token = self._ask("list", page)
             instances += more
             if not token:
                 return instances
             if token == params.get("after_token"):
-                raise Unavailable("vast.ai's list of instances has no end")
+                break
             params["after_token"] = token
+        raise Unavailable("vast.ai's list of instances has no end")
 
     def exists(self, id: int) -> bool:
         """Whether the instance is still there, asked by its number and not by a list."""

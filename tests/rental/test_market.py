@@ -236,11 +236,24 @@ def test_an_odd_list_is_never_an_empty_one(lab, market, answer):
     '{"instances": [{"id": "3/../4", "label": "sae1/"}]}',
     '{"instances": [{"label": "sae1/x/1/a1/exp=9"}]}', '{"instances": {"id": 3}}', "NaN", "7",
     '{"instances": [{"label": "sae1/", "id": 1.5}]}', '{"instances": [], "next_token": "x"}',
-], ids=range(9))  # fmt: skip
+    '{"instances": [], "next_token": NaN}', '{"instances": [], "next_token": [1]}',
+], ids=range(11))  # fmt: skip
 def test_a_list_of_another_shape_is_an_error_of_the_service(lab, market, body):
     lab.fault(path="/api/v1/instances/", action="object", body=body)
     with pytest.raises(Unavailable):
         market.instances()
+
+
+def test_a_list_of_ever_new_pages_has_an_end(market, monkeypatch):
+    pages = iter(range(10**9))
+
+    def answer(params: dict) -> dict:
+        return {"instances": [], "next_token": str(next(pages))}
+
+    monkeypatch.setattr(market.sdk, "show_instances_v1", answer)
+    with pytest.raises(Unavailable, match="has no end"):
+        market.instances()
+    assert next(pages) <= 10_000
 
 
 @pytest.mark.parametrize("credit", ['"x"', "[]", "null", "-1", "1e999"])
