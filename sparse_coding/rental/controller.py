@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparse_coding.rental.market import Instance, Unavailable
 from sparse_coding.rental.provisioner import MachineLost, Outbid, Provisioner, say
-from sparse_coding.rental.records import RentalError, ShardRecord
+from sparse_coding.rental.records import RentalError, ShardRecord, printable
 from sparse_coding.rental.remote import REMOTE_DIR, Remote, RemoteError, Results, Stopped
 
 NEEDED_GB = 2.0  # free disk for a job's results and checkpoints, at least
@@ -23,6 +23,7 @@ HAVE_RSYNC = (
 RESTARTS = 3  # of a job that was killed, on one machine
 LAST_PULL = 120.0  # seconds for what can still be fetched when a run is stopped
 MARGIN = 120.0  # seconds before the end of its lifetime in which a machine is emptied, at most
+TAIL_LINES = 8  # of a job's log in messages, as remote_job.py sends them
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -45,6 +46,11 @@ class Job:
     files: list[str]
     secrets: bytes
     need_gpu: bool
+
+
+def _tail(status: dict) -> str:
+    """The last lines of the job's log: a machine may say as many as it likes."""
+    return "\n".join(status["tail"].split("\n")[-TAIL_LINES:])
 
 
 class Controller:
@@ -209,7 +215,7 @@ class Controller:
             self.remote.ask("install", timeout=1800)
             report = self.remote.ask(check)
         if report["problems"]:
-            raise MachineLost("; ".join(map(str, report["problems"])))
+            raise MachineLost(printable("; ".join(map(str, report["problems"])), 500))
         self.say(
             f"instance {self.record.current.id} is set up: {report['gpu'] or 'no GPU'}, "
             f"Python {report['python']}, {report['free_gb']:.0f} GB free"
@@ -291,7 +297,7 @@ class Controller:
         if not status["running"]:
             self.restarts += 1
             if self.restarts > RESTARTS:
-                raise JobFailed(f"the job was killed {self.restarts} times:\n{status['tail']}")
+                raise JobFailed(f"the job was killed {self.restarts} times:\n{_tail(status)}")
             self.submit()
         elif time.monotonic() - self.pulled > 60 * self.terms.pull_minutes:
             self.pull()
@@ -312,7 +318,7 @@ class Controller:
         self.phase = "fetching"
         self.pull()
         if status["exit"] != 0:
-            raise JobFailed(f"the job ends with exit code {status['exit']}:\n{status['tail']}")
+            raise JobFailed(f"the job ends with exit code {status['exit']}:\n{_tail(status)}")
         self.record.done = True
         self.ledger.save(self.record)
         with contextlib.suppress(RemoteError):  # so that it ends itself, should we be cut off now

@@ -6,6 +6,7 @@ comes back counts only once every file matches the sums that were taken there; t
 is kept whole beside the next one, and from it a shard goes on elsewhere when its machine is lost.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
+from typing import BinaryIO
 
 from sparse_coding.config import require
 from sparse_coding.files import require_private, sha256, write_atomic
@@ -34,6 +36,7 @@ REPULLS = 3  # of files whose sum is wrong, before the machine counts as broken
 RSYNC_RETRY = {10, 12, 23, 24, 30, 255}
 RSYNC_TRIES, PAUSE = 4, 2.0  # seconds before the second try, doubled before each further one
 TAIL = 400  # characters of stderr in messages
+MOST_SAID = 2**22  # bytes that a command there may say: answers are a few kB
 ANSWERS = {  # of remote_job.py there: it may be another program by now
     "check": {"python": str, "gpu": str, "free_gb": (int, float), "missing": dict,
               "problems": list},
@@ -129,7 +132,7 @@ class Remote:
         try:
             answer = json.loads(text)
             kinds = ANSWERS[verb.split()[0]]
-            good = all(isinstance(answer[name], kind) for name, kind in kinds.items())
+            good = all(_is_kind(answer[name], kind) for name, kind in kinds.items())
         except (KeyError, RecursionError, TypeError, ValueError):
             good = False
         if not good:
@@ -191,19 +194,57 @@ class Remote:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is ours to act on, not ssh's
         ) as process:  # fmt: skip
-            sent: bytes | None = stdin
-            while True:
-                try:
-                    out, err = process.communicate(sent, timeout=0.2)
-                    return process.returncode, *(t.decode(errors="replace") for t in (out, err))
-                except subprocess.TimeoutExpired:
-                    sent = None  # communicate goes on with what it was given first
-                if self.stop.is_set() or time.monotonic() > end:
+            talk = _Talk(process, stdin)
+            while not (over := talk.over(0.2)) or talk.too_long:
+                if talk.too_long or self.stop.is_set() or time.monotonic() > end:
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.communicate()
-                    if self.stop.is_set():
-                        raise Stopped
-                    raise RemoteError("unreachable", f"{command[0]} did not end in {timeout:.0f} s")
+                    break
+            code = process.wait()
+        if talk.too_long:
+            raise RemoteError("failed", f"{command[0]} is told more than {MOST_SAID >> 20} MB")
+        if over:
+            return code, talk.out.decode(errors="replace"), talk.err.decode(errors="replace")
+        if self.stop.is_set():
+            raise Stopped
+        raise RemoteError("unreachable", f"{command[0]} did not end in {timeout:.0f} s")
+
+
+def _is_kind(value: object, kind: type | tuple) -> bool:
+    """An integer must be one that can become a float."""
+    return isinstance(value, kind) and not (type(value) is int and abs(value) >= 2**63)
+
+
+class _Talk:
+    """With a process: what it says is kept up to MOST_SAID, beyond which it is not listened to."""
+
+    def __init__(self, process: subprocess.Popen, stdin: bytes):
+        self.out, self.err = bytearray(), bytearray()
+        work = [(_hear, process.stdout, self.out), (_hear, process.stderr, self.err)]
+        work.append((_tell, process.stdin, stdin))
+        self.threads = [threading.Thread(target=w[0], args=w[1:], daemon=True) for w in work]
+        for thread in self.threads:
+            thread.start()
+
+    @property
+    def too_long(self) -> bool:
+        """Whether it says more than anybody has to say."""
+        return len(self.out) > MOST_SAID or len(self.err) > MOST_SAID
+
+    def over(self, seconds: float) -> bool:
+        """Whether it has ended, in so many seconds at most."""
+        for thread in self.threads:
+            thread.join(seconds)
+        return not any(thread.is_alive() for thread in self.threads)
+
+
+def _hear(pipe: BinaryIO, said: bytearray) -> None:
+    while len(said) <= MOST_SAID and (data := pipe.read1(2**16)):
+        said += data
+
+
+def _tell(pipe: BinaryIO, text: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), pipe:
+        pipe.write(text)
 
 
 def _bytes(out: str, name: str) -> int:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from sparse_coding.config import UserError
 from sparse_coding.rental.provisioner import say
-from sparse_coding.rental.remote import Remote, RemoteError, Results, wrong_files
+from sparse_coding.rental.remote import Remote, RemoteError, Results, Stopped, wrong_files
 from sparse_coding.rental.run import merge
 
 STATE = {"cells/a.json": "1", "cells/b.json": "2", "metrics.jsonl": "x\n"}
@@ -138,12 +139,40 @@ STATUS = {"running": True, "exit": None, "line": "", "tail": ""}
     )],
     ("check 2 any", '{"python": "", "gpu": "", "free_gb": "x", "missing": {}, "problems": []}'),
     ("check 2 any", '{"python": "", "gpu": "", "free_gb": 1, "missing": {}, "problems": "x"}'),
+    ("check 2 any", f'{{"python": "", "gpu": "", "free_gb": {10**400}, "missing": {{}}, '
+                    '"problems": []}'),
 ])  # fmt: skip
 def test_an_answer_of_a_machine_that_is_none_is_a_failure_of_it(tmp_path, monkeypatch, verb, text):
     remote = Remote(1, (("127.0.0.1", 1),), tmp_path, tmp_path / "key", threading.Event())
     monkeypatch.setattr(Remote, "run", lambda self, command, **options: text)
     with pytest.raises(RemoteError, match=f"no answer to {verb}, but "):
         remote.ask(verb)
+
+
+@pytest.mark.parametrize("words", [["cat", "/dev/zero"], ["sh", "-c", "cat /dev/zero >&2"],
+                                   ["sh", "-c", "exec 2>&-; exec cat /dev/zero"]])  # fmt: skip
+def test_a_machine_that_never_ends_what_it_says_fills_no_memory(tmp_path, monkeypatch, words):
+    remote = Remote(1, (("127.0.0.1", 1),), tmp_path, tmp_path / "key", threading.Event())
+    monkeypatch.setattr(Remote, "ssh_command", lambda self, *command: words)
+    tracemalloc.start()
+    with pytest.raises(RemoteError, match="told more than 4 MB"):
+        remote.run("status", timeout=30)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_a_command_gets_its_input_and_is_heard_to_its_end(tmp_path, monkeypatch):
+    remote = Remote(1, (("127.0.0.1", 1),), tmp_path, tmp_path / "key", threading.Event())
+    monkeypatch.setattr(Remote, "ssh_command", lambda self, *command: ["sh", "-c", *command])
+    assert remote.run("cat; echo c", stdin=b"a\xff\nb\n") == "a\ufffd\nb\nc\n"
+    assert remote.run("exec 0<&-; echo c", stdin=10**6 * b"x") == "c\n"  # which reads nothing
+    with pytest.raises(RemoteError, match=r"^d$"):
+        remote.run("echo d >&2; exit 3")
+    with pytest.raises(RemoteError, match="did not end in 0 s"):
+        remote.run("sleep 9", timeout=0.3)
+    remote.stop.set()
+    with pytest.raises(Stopped):
+        remote.run("sleep 9")
 
 
 def test_what_a_machine_says_gets_onto_the_screen_without_control_characters(capfd):
