@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_coding.sae.spec import Schedule, initial_autoencoder
+from sparse_coding.sae.spec import Factors, Schedule, initial_autoencoder
 
 
 def factors(schedule: Schedule, kind: str, steps) -> list[float]:
@@ -41,6 +41,12 @@ def test_l0_is_sought_from_the_rise_of_l1_to_the_end():
     assert found == [False, False, True, True, True, True]
 
 
+def test_a_step_is_told_all_its_factors():
+    schedule = Schedule(n_steps=100, lr_warmup=4, l1_warmup=10)
+    assert schedule.at(2) == Factors(lr=0.6, l1=0.2, seek_l0=False)
+    assert schedule.at(10) == Factors(lr=1.0, l1=1.0, seek_l0=True)
+
+
 def test_a_tied_start_has_half_the_decoder_as_encoder_and_no_bias():
     start = initial_autoencoder(8, 200, seed=1, tied=True)
     assert torch.equal(start["W_enc"], start["W_dec"] / 2)
@@ -49,6 +55,12 @@ def test_a_tied_start_has_half_the_decoder_as_encoder_and_no_bias():
     assert start["W_dec"].mean(dim=0).norm() < 0.15  # on the whole sphere: 1/√200 by chance
     other = initial_autoencoder(8, 200, seed=2, tied=True)
     assert not torch.allclose(start["W_dec"], other["W_dec"])
+
+
+def test_without_tying_encoder_and_bias_are_uniform_as_in_a_linear_layer():
+    start, bound = initial_autoencoder(16, 200, seed=1), 16**-0.5
+    for name in ("W_enc", "b_enc"):
+        assert 0.9 * bound < start[name].abs().max() <= bound
 
 
 def test_more_features_than_dimensions_start_with_orthonormal_columns():

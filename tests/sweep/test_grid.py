@@ -1,9 +1,18 @@
 """The grid, its split over shards and over memory."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from sparse_coding.config import UserError
-from sparse_coding.sweep.grid import Shard, find_shard, make_grid, plan_groups, split_by_cost
+from sparse_coding.sweep.grid import (
+    Shard,
+    check_grid,
+    find_shard,
+    make_grid,
+    plan_groups,
+    split_by_cost,
+)
 
 
 def full_grid(n_seeds: int = 1):
@@ -29,6 +38,35 @@ def test_names_sort_by_seed_then_size():
 def test_sizes_that_are_no_whole_number_of_features_are_refused(base, low, size):
     with pytest.raises(UserError, match=size):
         make_grid(base, seeds=range(1), l1_exps=range(1), size_exps=range(low, 1))
+
+
+FLAGS = dict(seed=0, n_seeds=1, l1_exp_low=-8, l1_exp_high=9, size_low=-3, size_high=6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"n_seeds": 1000},
+        {"l1_exp_low": -40, "l1_exp_high": -39},
+        {"size_low": 39, "size_high": 40},
+    ],
+    ids=str,
+)
+def test_flags_at_the_ends_of_their_range_are_taken(change):
+    check_grid(SimpleNamespace(**FLAGS | change), "size")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_seeds": 0}, {"n_seeds": 1001}, {"seed": -1}, {"l1_exp_low": -41}, {"l1_exp_high": -8},
+     {"l1_exp_high": 41}, {"size_low": -41}, {"size_high": -3}, {"size_high": 41}],
+    ids=str,
+)  # fmt: skip
+def test_flags_out_of_their_range_are_refused_by_name(change):
+    ((name, value),) = change.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value} must be"):
+        check_grid(SimpleNamespace(**FLAGS | change), "size")
 
 
 @pytest.mark.parametrize("n_shards", [1, 2, 3, 7, 200])
@@ -72,6 +110,15 @@ def test_groups_hold_one_seed_and_fit_the_budget():
         assert sum(cell.n_dict for cell in group) <= 100_000
         assert len({cell.seed for cell in group}) == 1
     assert len(plan_groups(cells, budget=1e9, memory_of=sum)) == 2  # one per seed
+
+
+def test_what_needs_the_budget_to_the_byte_fits():
+    cells = make_grid(4, seeds=range(1), l1_exps=range(4), size_exps=range(1))
+    for budget, sizes in ((8, [2, 2]), (7, [1] * 4), (4, [1] * 4)):
+        groups = plan_groups(cells, budget=budget, memory_of=sum)
+        assert [len(group) for group in groups] == sizes
+    with pytest.raises(UserError, match="n_dict 4 needs"):
+        plan_groups(cells, budget=3, memory_of=sum)
 
 
 def test_a_cell_larger_than_the_budget_is_refused_with_both_sizes():

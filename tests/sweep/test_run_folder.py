@@ -26,6 +26,7 @@ from sparse_coding.sweep.run_folder import (
     opened_run_folder,
     provenance,
     row_path,
+    run_folder_bytes,
     sae_folder,
     unfinished_groups,
 )
@@ -289,6 +290,17 @@ def test_a_file_or_a_path_below_a_file_is_refused(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="choose another one"):
             opened(path)
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="run can't be written: choose another one"):
+        opened(tmp_path / "run")
+
+
+def test_the_disk_plan_is_four_bytes_for_each_number_once_saved_and_nine_times_in_checkpoints():
+    numbers = (2 * 10 * 8 + 10 + 8) + (2 * 20 * 8 + 20 + 8)  # three checkpoints of Adam's three
+    assert run_folder_bytes([10, 20], width=8) == 4 * numbers * 10
 
 
 def is_refused(folder, shard_suffix: str = "") -> bool:
