@@ -189,17 +189,20 @@ def test_a_damaged_corpus_is_encoded_again(tmp_path, byte_ids, name, harm, capsy
         assert line.endswith("the text is encoded again")
 
 
-@pytest.mark.parametrize("at", [2**40, -8])
-def test_documents_that_lie_elsewhere_are_noticed_without_a_checksum_too(tmp_path, byte_ids, at):
+@pytest.mark.parametrize(("column", "value"), [(0, 2**40), (0, -8), (1, 0), (1, 2**40)])
+def test_documents_that_lie_elsewhere_are_noticed_without_a_checksum_too(
+    tmp_path, byte_ids, column, value
+):
     build_corpus(tmp_path, documents(), byte_ids)
     metadata = json.loads((tmp_path / "corpus.json").read_text())
     del metadata["documents_sha256"], metadata["checksum"]
     (tmp_path / "corpus.json").write_text(json.dumps(metadata))
     index = np.load(tmp_path / "documents.npy")
-    sound = index[0, 0]
-    index[0, 0] = at
+    sound = index[0, :2].tolist()
+    index[0, column] = value
     np.save(tmp_path / "documents.npy", index)
-    assert build_corpus(tmp_path, documents(), byte_ids).offsets[0] == sound
+    again = build_corpus(tmp_path, documents(), byte_ids)
+    assert [again.offsets[0], again.lengths[0]] == sound
 
 
 def test_a_corpus_of_before_checksums_is_read(tmp_path, byte_ids, monkeypatch):

@@ -22,6 +22,8 @@ from sparse_coding.lm.documents import (
     LONGEST,
     PIECE,
     document_id,
+    in_batches,
+    in_pieces,
     is_held_out,
     nesting,
     open_documents,
@@ -89,6 +91,14 @@ def test_text_that_is_no_utf_8_is_refused_with_what_to_do(tmp_path, content, req
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.txt is not text in UTF-8: .*iconv"):
         open_documents(str(tmp_path / "a.txt"))
+
+
+def test_up_to_ten_broken_characters_are_an_accident(tmp_path):
+    for n, name in ((10, "few.txt"), (11, "many.txt")):
+        (tmp_path / name).write_bytes(b"a" * 100 + b"\xff" * n)
+    assert list(open_documents(str(tmp_path / "few.txt"))) == ["a" * 100 + "\ufffd" * 10]
+    with pytest.raises(UserError, match=r"many\.txt is not text in UTF-8"):
+        open_documents(str(tmp_path / "many.txt"))
 
 
 def test_a_text_full_of_replacement_characters_is_text(tmp_path):
@@ -263,8 +273,17 @@ def test_a_line_too_long_to_be_parsed_is_refused_before_it_is_read_whole(tmp_pat
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**23
-    write_jsonl(tmp_path / "b.jsonl", ["short", "x" * (2**20 - 100)])
-    assert len(list(open_documents(str(tmp_path / "b.jsonl")))) == 2
+    longest = max(map(len, (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)))
+    monkeypatch.setattr(documents, "LONGEST_LINE", longest)
+    assert len(list(open_documents(str(tmp_path / "a.jsonl")))) == 2
+
+
+def test_batches_and_pieces_are_as_large_as_they_may_be():
+    texts = ["ab", "cd", "e", "fghij", "k"]
+    assert list(in_batches(texts, 4)) == [["ab", "cd"], ["e"], ["fghij"], ["k"]]
+    ends = ((" ", 0),)
+    assert list(in_pieces("abcdefgh", 2, longest=4, ends=ends)) == ["abcd", "efgh"]
+    assert list(in_pieces("ab cdefg", 2, longest=4, ends=ends)) == ["ab", " cde", "fg"]
 
 
 def test_a_document_keeps_its_id_and_larger_shares_hold_out_more():
@@ -275,17 +294,20 @@ def test_a_document_keeps_its_id_and_larger_shares_hold_out_more():
     # binomial: 1000 ± 31
     assert 870 < len(held) < 1130
     assert all(is_held_out(i, 0.1) for i in held)
-    assert not any(is_held_out(i, 0.0) for i in ids)
-    assert all(is_held_out(i, 1.0) for i in ids)
+    assert not any(is_held_out(i, 0.0) for i in [0, *ids])
+    assert all(is_held_out(i, 1.0) for i in [*ids, 2**63 - 1])
 
 
-def test_a_cached_hub_dataset_is_read_without_network_at_its_pinned_commit(hub_cache):
+def test_a_cached_hub_dataset_is_read_without_network_at_its_pinned_commit(hub_cache, monkeypatch):
+    copies = hub_cache.with_name("copies")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", copies)
     sha = "127bfedcd5047750df5ccf3a12979a47bfa0bafa"
     files = {"data/train-00000-of-00001-4746b8785c874cc7.parquet": TEXTS}
     put_into_cache(hub_cache, "NeelNanda/pile-10k", sha=sha, files=files)
     documents = open_documents("NeelNanda/pile-10k")
     assert list(documents) == TEXTS
     assert (documents.name, documents.revision) == ("NeelNanda/pile-10k", sha)
+    assert not list(copies.rglob("*.arrow"))
     with pytest.raises(UserError, match=r"no column 'words'.*text, meta"):
         open_documents("NeelNanda/pile-10k", text_column="words")
 

@@ -446,6 +446,15 @@ def test_what_was_left_out_is_said_and_saved(massive, root, tmp_path, capsys):
     assert metadata["n_eval_left_out"] > 0
 
 
+def test_nothing_is_said_where_nothing_was_left_out(root, tmp_path, capsys):
+    target = tiny_target(root)
+    recipe = with_activations(
+        recipe_of(target), target, folder=tmp_path, cells=cells(), max_bytes=1e9
+    )
+    assert recipe.statistics.n_left_out == 0
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_other_activations_than_a_run_was_begun_on_are_refused_and_to_merge_only_its_model_counts(
     root, tmp_path
 ):
@@ -579,3 +588,9 @@ def test_the_buffer_is_of_the_given_size(root):
 def test_constants_out_of_range_are_refused_by_their_flag(root, change, message):
     with pytest.raises(UserError, match=message):
         recipe_of(tiny_target(root), **change)
+
+
+def test_constants_at_the_ends_of_their_range_are_taken(root):
+    ends = dict(lr=1.0, warmup=1.0, l1_warmup=1.0, decay=0.0, max_norm_multiple=1.0)
+    o = recipe_of(tiny_target(root), n_tokens=1, batch_size=1, **ends).optimisation
+    assert (o.n_steps, o.buffer_rows(WIDTH)) == (1, 6250)  # 5e5 bytes, 80 a row
