@@ -2,7 +2,15 @@
 
 import pytest
 
-from sparse_coding.rental.records import Attempt, Cost, Ledger, OverBudget, Rates, ShardRecord
+from sparse_coding.rental.records import (
+    Attempt,
+    Cost,
+    Ledger,
+    OverBudget,
+    Rates,
+    ShardRecord,
+    printable,
+)
 
 RATES = Rates(gpu=0.4, disk=0.1, up=0.02, down=0.01)
 
@@ -10,6 +18,12 @@ RATES = Rates(gpu=0.4, disk=0.1, up=0.02, down=0.01)
 def attempt(**changes) -> Attempt:
     known = dict(number=1, machine_id=7, gpu_name="RTX 3090", rates=RATES, ordered=1000.0)
     return Attempt(**known | dict(expires=1000.0 + 2 * 3600) | changes)
+
+
+def test_a_strangers_text_is_one_line_without_control_characters_and_not_too_long():
+    assert printable("  a\x1b[2J\tb\r\nc  ") == "a [2J b c"
+    assert printable("x" * 300) == "x" * 200
+    assert printable(1.5, 2) == "1."
 
 
 # --- costs ---

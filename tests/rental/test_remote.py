@@ -119,6 +119,14 @@ def test_sums_that_are_none_are_fetched_again_then_refused(there, tmp_path, sums
         Results(tmp_path, 1).pull(there)
 
 
+def test_sums_larger_than_those_of_half_a_million_files_are_none(there, monkeypatch):
+    sums = there.folder / "SHA256SUMS"
+    size = sums.stat().st_size
+    for most, wrong in ((size, []), (size - 1, [sums])):
+        monkeypatch.setattr("sparse_coding.rental.remote.MOST_SUMS", most)
+        assert wrong_files(there.folder) == wrong
+
+
 def test_a_command_killed_between_two_renames_finds_the_old_state_again(there, tmp_path):
     results = Results(tmp_path, 1)
     results.pull(there)
