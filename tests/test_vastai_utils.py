@@ -178,6 +178,11 @@ def test_search_lists_the_cheapest_first_with_traffic(user):
     assert max(prices) <= 0.13
 
 
+def test_search_without_a_cap_lists_all(user):
+    done = user.call("search", "--api-spacing", "0")
+    assert (done.code, done.out.count("RTX 3090")) == (0, 8), done.err
+
+
 # --- ending ---
 
 
