@@ -183,6 +183,17 @@ def test_a_command_gets_its_input_and_is_heard_to_its_end(tmp_path, monkeypatch)
         remote.run("sleep 9")
 
 
+def test_bytes_are_counted_in_both_directions_those_of_transfers_that_were_cut_too(
+    tmp_path, monkeypatch
+):
+    said = "Total bytes sent: 1,234\nTotal bytes received: 56,789\n"
+    ends = [(23, said, "cut"), (0, said, "")]
+    monkeypatch.setattr(Remote, "_finish", lambda *arguments, **options: ends.pop(0))
+    remote = Remote(1, (("h", 22),), tmp_path, tmp_path / "key", threading.Event(), scale=0.0)
+    remote.push(tmp_path, ["a"])
+    assert (remote.up, remote.down) == (2 * 1234, 2 * 56789)
+
+
 def test_what_a_machine_says_gets_onto_the_screen_without_control_characters(capfd):
     say("a\x1b[2Jb\rc\x07\x9b\u202e \ud800\nd\0", 3)
     line = capfd.readouterr().out
