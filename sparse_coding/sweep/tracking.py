@@ -78,13 +78,13 @@ class Tracker:
             self._sink.put(record)
 
     def rewind(self, keep: Callable[[dict], bool]) -> None:
-        """Drops the records that a resumed run will log again, and lines that are torn or damaged.
+        """Drops the records that a resumed run will log again, and lines that are no records.
 
         Only the file goes back; in W&B the repeated points lie on top of the first ones.
         """
-        lines = self._path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+        series = read_series(self._path)
         self._file.close()
-        write_atomic(self._path, "".join(line for line in lines if _is_whole(line, keep)))
+        write_atomic(self._path, b"".join(line for line, record in series.items() if keep(record)))
         self._file = self._path.open("a", encoding="utf-8")
 
     def finish(self, *, figures: dict[str, Path], table: list[dict]) -> None:
@@ -103,12 +103,23 @@ class Tracker:
             self._sink = None
 
 
-def _is_whole(line: str, keep: Callable[[dict], bool]) -> bool:
-    """Whether it is a record, and one to keep."""
-    try:
-        return line.endswith("\n") and keep(json.loads(line))
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):  # no record
-        return False
+def read_series(path: Path) -> dict[bytes, dict]:
+    """The lines of a time series, each once, with the records that they hold. Lines that hold none
+    are left out, which is said; one without an end is what a killed process leaves."""
+    series, n_damaged = {}, 0
+    *lines, _ = path.read_bytes().split(b"\n")
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            series[line + b"\n"] = record
+        else:
+            n_damaged += 1
+    if n_damaged:
+        Damaged(path, f"{n_damaged} of its lines are no records").warn("they are left out")
+    return series
 
 
 class _Sink:

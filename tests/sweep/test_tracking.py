@@ -206,6 +206,17 @@ def test_a_record_without_an_id_begins_a_new_run_of_wandb(tmp_path, content, cap
     assert tracker(tmp_path, "disabled")._run_id() == id
 
 
+def test_rewind_leaves_out_lines_that_are_no_records_and_says_so(tmp_path, capsys):
+    lines = [json.dumps(record).encode() + b"\n" for record in RECORDS]
+    damaged = lines[0].replace(b'"step"', b'"st\xe9p"')
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], damaged, *lines[1:]]))
+    t = tracker(tmp_path, "disabled")
+    t.rewind(lambda record: True)
+    t.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(lines)
+    assert "metrics.jsonl is damaged (1 of its lines are no records)" in capsys.readouterr().err
+
+
 def test_disabled_never_imports_wandb(tmp_path):
     body = LOG_AND_FINISH.format(mode="disabled") + 'assert "wandb" not in sys.modules'
     assert run_script(body, cwd=tmp_path).returncode == 0
