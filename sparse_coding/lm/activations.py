@@ -258,8 +258,8 @@ def claim_folder(folder: Path) -> None:
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         require(
             not names or MANIFEST in names or names == {TEXT},
-            f"--activations-dir {folder} holds other things ({', '.join(sorted(names)[:3])}): "
-            "choose another one",
+            f"--activations-dir {folder} holds other things ({', '.join(sorted(names)[:3])}) "
+            f"and no {MANIFEST}: choose another one",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -327,6 +327,7 @@ def _write_chunk(folder: Path, harvester: Harvester, k: int, parts: list[Tensor]
     parts.clear()  # memory
     document_ids = torch.from_numpy(harvester.text.document_ids(*harvester.span(k)))
     info = {
+        "chunk": k,
         "rows": len(rows),
         "n_extreme": int((norms > EXTREME_NORM * norms.median()).sum()),
         "n_documents": len(document_ids),
@@ -394,6 +395,9 @@ def _delete(error: Damaged, path: Path) -> None:
 
 
 def _require_whole(path: Path, info: dict, n_rows: int | None) -> None:
-    """Raises Damaged unless info is that of a chunk of so many rows."""
+    """Raises Damaged unless info is that of the chunk of the path, of so many rows."""
+    k = int(path.stem.removeprefix("chunk-"))
+    if info.get("chunk", k) != k:  # older versions did not say
+        raise Damaged(path, f"it is chunk {info['chunk']}")
     if not info.keys() >= {"rows", "n_extreme", "n_documents"} or info["rows"] != n_rows:
         raise Damaged(path, f"{info.get('rows')} rows, not {n_rows}")

@@ -176,8 +176,8 @@ def _require_same(folder: Path, metadata: dict, must_match: dict) -> None:
     for name, value in must_match.items():
         require(
             metadata.get(name) == value,
-            f"{folder} holds a corpus with {name} {metadata.get(name)!r}, not {value!r}: "
-            f"delete {folder} or choose another folder",
+            f"{folder} holds a corpus with {name} {metadata.get(name)!r}, not {value!r}, says its "
+            f"corpus.json: delete {folder} or choose another folder",
         )
 
 

@@ -27,7 +27,12 @@ from builders.models import hooked
 from safetensors.torch import load_file, save_file
 
 from sparse_coding.config import UserError
-from sparse_coding.files import read_tensor_info, read_tensors, tensors_checksum
+from sparse_coding.files import (
+    read_tensor_info,
+    read_tensors,
+    tensors_checksum,
+    write_tensors,
+)
 from sparse_coding.lm import activations
 from sparse_coding.lm.activations import (
     Harvester,
@@ -332,6 +337,20 @@ def test_a_chunk_that_cannot_be_read_is_harvested_again(tmp_path, harvester, cap
     assert again.computed == [3]
     assert capsys.readouterr().err.count(f"{path} is damaged") == 1
     assert path.read_bytes() == whole
+
+
+def test_a_chunk_in_the_place_of_another_is_harvested_again(tmp_path, harvester, capsys):
+    """Whole, and of as many rows."""
+    opened(tmp_path, harvester)
+    path = chunk_path(tmp_path, 3)
+    whole, (tensors, info) = path.read_bytes(), read_tensors(path)
+    tensors["activations"] = tensors["activations"].flip(0)
+    write_tensors(path, tensors, info=info | {"chunk": 2})
+    again = counting(harvester)
+    assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
+    assert again.computed == [3]
+    assert path.read_bytes() == whole
+    assert f"{path} is damaged (it is chunk 2)" in capsys.readouterr().err
 
 
 def test_a_chunk_of_before_checksums_is_read_and_its_rows_are_checked(tmp_path, harvester, capsys):
