@@ -118,6 +118,7 @@ def main(argv: list[str]) -> int:
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     with planned.opened(cells, shard, fresh=cfg.fresh):
         if rows := planned.finished_rows():
+            replication.mend_worlds(planned.folder, recipe.data, seeds_of(rows))
             return last_lines(cfg, rows, planned.folder)
         return run(cfg, recipe, cells, planned=planned, shard=shard)
 
@@ -129,7 +130,7 @@ def run(
     config = dataclasses.asdict(cfg)
 
     def present(rows: list[dict]) -> dict[str, Path]:
-        replication.write_worlds(planned.folder, recipe.data, sorted({r["seed"] for r in rows}))
+        replication.write_worlds(planned.folder, recipe.data, seeds_of(rows))
         if cfg.verify:
             return {}
         return replication.draw(
@@ -196,6 +197,11 @@ def recipe_of(cfg: Config, device: torch.device) -> ToyRecipe:
     """How the constants say that cells are trained."""
     data = pick(ToyData, cfg, law=cfg.data_law)
     return ToyRecipe(data, cfg.l1_normalisation, cfg.lr, cfg.n_steps, device)
+
+
+def seeds_of(rows: list[dict]) -> list[int]:
+    """The seeds of a table, ascending."""
+    return sorted({row["seed"] for row in rows})
 
 
 def announce(cfg: Config, n_cells: int, shard: Shard, device: torch.device) -> None:

@@ -37,6 +37,7 @@ from sparse_coding.lm.target import (
 )
 from sparse_coding.sae.saelens import wanted_of_model
 from sparse_coding.sae.saved import load_sae
+from sparse_coding.sweep.cells import saved_width
 from sparse_coding.sweep.grid import Cell, Shard, find_shard
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
@@ -149,8 +150,9 @@ def main(argv: list[str]) -> int:
         device=describe(device),
         suffix=shard.suffix,
     )
-    if not cfg.fresh and show.is_shown(planned.folder, pick(show.ShowChoice, cfg)):
-        with planned.opened([], shard):  # refuses other constants
+    is_shown = not cfg.fresh and show.is_shown(planned.folder, pick(show.ShowChoice, cfg))
+    if is_shown and (width := saved_width(planned.folder)):
+        with planned.opened(pick(Grid, cfg).cells(width), shard):  # refuses other constants
             if rows := planned.finished_rows():
                 return last_lines(cfg, rows, planned.folder)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 PASSING_S = 2.0  # nobody asks how long it will take before
 LONGEST = 2000  # characters of a line that quotes a file; ours, what a terminal shows at once
-# what the system may answer to a write at any moment: what it means, what to do
+# what the system may answer to a read or write at any moment: what it means, what to do
 DISK_ERRORS = {
     errno.ENOSPC: ("disk full", "free some space"),
     errno.EDQUOT: ("disk quota exceeded", "free some space"),
     errno.EFBIG: ("file larger than the system allows", "raise the limit (ulimit -f)"),
     errno.EIO: ("input/output error", "see what ails the disk"),
     errno.EROFS: ("read-only disk", "make it writable"),
+    errno.EISDIR: ("a directory where a file should be", "move it away"),
 }
 
 

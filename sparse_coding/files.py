@@ -197,9 +197,9 @@ def _opened(path: Path) -> "Iterator[safe_open]":
     from safetensors import safe_open
 
     with contextlib.ExitStack() as stack:
+        open(path, "rb").close()  # what the library says of a directory names neither it nor why
         if "\\udc" in ascii(path):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            path.stat()  # raises FileNotFoundError
             link = Path(folder, "link")
             link.symlink_to(path.resolve())
             path = link
@@ -256,15 +256,35 @@ def content_stamp(paths: list[Path]) -> str:
 def kept_sha256(path: Path) -> str:
     """sha256 of a file; that of a large one is kept in the user's cache folder while the file's
     path, inode, size and dates stay as they are, and taken anew when in doubt."""
+    return _kept(path, sha256)
+
+
+def verified_checksum(path: Path) -> str | None:
+    """The checksum that a file of write_tensors holds, if the file is what was written; that of a
+    large one is kept, as by kept_sha256.
+
+    Raises:
+        Damaged: torn, or not what was written.
+    """
+
+    def verified(path: Path) -> str:
+        read_tensors(path)
+        return tensors_checksum(path) or ""
+
+    return _kept(path, verified, suffix="-verified") or None
+
+
+def _kept(path: Path, find: Callable[[Path], str], *, suffix: str = "") -> str:
+    """find(path); of a large file, as a note of that says while the file is the same."""
     if path.stat().st_size < KEPT_FROM:
-        return sha256(path)
+        return find(path)
     before, looked_at = _identity(path), time.time_ns()
-    note = hashes_folder() / f"{hash63(os.fsencode(path.resolve())):016x}"
+    note = hashes_folder() / f"{hash63(os.fsencode(path.resolve())):016x}{suffix}"
     with contextlib.suppress(OSError, ValueError):  # not there, can't be read, no text
         digest, _, seal = note.read_text().partition(" ")
         if seal == _seal(before, digest):  # else of another state of the file, or damaged
             return digest
-    digest, stat = sha256(path), path.stat()
+    digest, stat = find(path), path.stat()
     settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < looked_at - SETTLED_NS
     if settled and _identity(path) == before:
         with contextlib.suppress(OSError):  # a cache that can't be written costs time, no more
@@ -349,6 +369,13 @@ def read_record(path: Path) -> dict:
     if checksum not in (None, record_checksum(record)):
         raise Damaged(path, "its checksum differs")
     return record
+
+
+def stored_checksum(path: Path) -> str | None:
+    """The checksum that a file of write_tensors or write_record holds, unchecked; None without."""
+    if path.suffix == ".safetensors":
+        return tensors_checksum(path)
+    return json.loads(path.read_bytes()).get(CHECKSUM)
 
 
 def record_checksum(record: dict) -> str:

@@ -30,6 +30,8 @@ from sparse_coding.files import (
     read_tensor_info,
     read_tensors,
     sha256,
+    tensors_checksum,
+    verified_checksum,
     write_atomic,
     write_csv,
     write_record,
@@ -283,6 +285,22 @@ def test_a_file_is_hashed_once_and_again_after_any_edit(tmp_path, hashed):
     shutil.copy(tmp_path / "b.bin", path)
     assert kept_sha256(path) == second
     assert hashed == [path] * 3
+
+
+def test_tensors_are_verified_once_and_again_after_any_edit(tmp_path, hashed, monkeypatch):
+    path, read, real = tmp_path / "a.safetensors", [], files.read_tensors
+    monkeypatch.setattr(files, "read_tensors", lambda path: read.append(path) or real(path))
+    write_tensors(path, {"w": torch.arange(9)})
+    whole = path.read_bytes()
+    rewritten(path, whole)
+    assert [verified_checksum(path) for _ in range(3)] == [tensors_checksum(path)] * 3
+    assert read == [path]
+    rewritten(path, whole[:-1] + b"\1")
+    for _ in range(2):
+        with pytest.raises(Damaged, match="its checksum differs"):
+            verified_checksum(path)
+    rewritten(path, whole)
+    assert verified_checksum(path) == tensors_checksum(path)
 
 
 def test_what_changed_a_moment_ago_is_hashed_anew(tmp_path, hashed, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_coding.sae.saved import export_dictionary_learning, load_sae, save_sae
+from sparse_coding.sweep.cells import sae_folder
 from sparse_coding.sweep.grid import make_grid
-from sparse_coding.sweep.run_folder import sae_folder
 from sparse_coding.toy.data import ToyData
 from sparse_coding.toy.recipe import ToyRecipe
 

@@ -1,7 +1,7 @@
 """replicate_toy_models.py as a user meets it: bad input, resume, shards, signals, what is on disk.
 
-Every run is a process of its own in another directory, without network. The sweep is tiny: widths
-8, 16, 32 at three l1_alphas and two seeds, 240 steps.
+Every run is a process of its own in another directory, without network. The sweep is tiny, see
+builders/toy_sweep.py.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import torch
 from builders.faults import KINDS as FAULTS
 from builders.scripts import (
     ROOT,
+    TRAINING,
     Done,
     Server,
     assert_refused,
@@ -30,25 +31,22 @@ from builders.scripts import (
     table,
     temporaries,
 )
+from builders.sweeps import Sweep
+from builders.toy_sweep import (
+    COARSE,
+    L1_EXPS,
+    MINIMAL,
+    N_STEPS,
+    OFTEN,
+    SEEDS,
+    TINY,
+    WIDTHS,
+    assert_same_numbers,
+)
 
 SCRIPT = ROOT / "replicate_toy_models.py"
-N_STEPS, SEEDS, WIDTHS, L1_EXPS = 240, (0, 1), (8, 16, 32), (-2, -1, 0)
-TINY = (
-    "--preset smoke --activation-dim 8 --n-true-features 16 --l1-exp-low -2 --l1-exp-high 1 "
-    "--dict-ratio-exp-low -1 --dict-ratio-exp-high 2 --wandb-mode disabled --log-every 20 "
-    f"--n-steps {N_STEPS} --n-seeds 2 --device cpu"
-).split()
 SMALL_MEMORY = ("--max-memory-gb", "0.0007")  # two or more groups of cells per seed
-# figures take most of a tiny run: smaller here, and left out by most runs
-TRAINING = "sparse_coding.sae.ensemble.Ensemble.steps_"  # a call takes up to 16 steps
 N_CALLS = N_STEPS // 20 * 2  # of it per seed, as records are 20 steps apart
-COARSE = {"sparse_coding.figures.heatmap.DPI": 20}
-# a checkpoint every few steps, no figures
-OFTEN = {
-    "sparse_coding.toy.replication.FIGURES": [],
-    "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.0,
-    "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1e9,
-}
 HEADER = (
     "seed,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,mmcs_with_larger,"
     "n_recovered,n_dead,l0,fvu,mse,l1,seconds"
@@ -67,27 +65,8 @@ def finished(toy_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return cwd / "run"
 
 
-def numbers_in(folder: Path) -> dict[str, bytes | list]:
-    """What must be the same bits in two runs of the same constants."""
-    kept = {
-        name: data
-        for name, data in bytes_under(folder).items()
-        if name.startswith(("saes/", "figures/", "world."))
-    }
-    return kept | {"results.csv": [row | {"seconds": 0} for row in table(folder)]}
-
-
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_numbers(folder: Path, finished: Path, *, figures: bool = False) -> None:
-    ours, theirs = numbers_in(folder), numbers_in(finished)
-    if not figures:
-        theirs = {name: data for name, data in theirs.items() if not name.startswith("figures/")}
-        ours = {name: ours[name] for name in ours if not name.startswith("figures/")}
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -222,63 +201,13 @@ def test_a_disk_that_fills_up_while_training_is_one_line_and_the_same_command_go
     assert "free some space" in done.err_lines[0]
 
 
-MINIMAL = ("--n-seeds", "1", "--n-steps", "40", "--l1-exp-low", "0", "--dict-ratio-exp-low", "0",
-           "--dict-ratio-exp-high", "2", "--output-dir", "run")  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def minimal(toy_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two cells, with figures. Nobody may write to it."""
-    cwd = tmp_path_factory.mktemp("minimal")
-    assert toy_server.run(*TINY, *MINIMAL, cwd=cwd, patch=OFTEN | COARSE).code == 0
-    return cwd / "run"
-
-
-def fails_once(server: Server, cwd: Path, kind: str, k: int) -> tuple[Done, int]:
-    """A run of the two cells in which the k-th operation of the kind fails (0: none fails), and how
-    many there were."""
-    fault = {"kind": kind, "k": k, "below": str(cwd), "counts": f"{cwd}.counts"}
-    before = ("inject", fault)
-    done = server.run(*TINY, *MINIMAL, cwd=cwd, patch=OFTEN | COARSE, before=before)
-    return done, os.stat(fault["counts"]).st_size
-
-
-def assert_fails_and_goes_on(server: Server, cwd: Path, kind: str, k: int, minimal: Path) -> None:
-    cwd.mkdir()
-    done, n_happened = fails_once(server, cwd, kind, k)
-    if n_happened < k:  # checkpoints go by the clock: there were fewer of them this time
-        assert done.code == 0, done.err
-        return
-    assert_refused(done, "then run it again")
-    assert temporaries(cwd) == []
-    again = server.run(*TINY, *MINIMAL, cwd=cwd, patch=COARSE)
-    assert again.code == 0, again.err
-    assert again.err_lines == []
-    assert_same_numbers(cwd / "run", minimal)
-    shutil.rmtree(cwd)
-
-
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_write_that_fails_is_one_line_and_the_same_command_goes_on(
-    kind: str, minimal: Path, toy_server: Server, tmp_path: Path
+    kind: str, toy_sweep: Sweep, tmp_path: Path
 ):
-    (tmp_path / "none").mkdir()
-    done, n = fails_once(toy_server, tmp_path / "none", kind, 0)
-    assert done.code == 0, done.err
+    n = toy_sweep.n_operations((kind,))
     for k in (1, 2, n // 2, n):
-        assert_fails_and_goes_on(toy_server, tmp_path / f"{kind}{k}", kind, k, minimal)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", FAULTS)
-def test_whichever_write_fails_the_same_command_ends_with_the_same_bits(
-    kind: str, minimal: Path, toy_server: Server, tmp_path: Path
-):
-    (tmp_path / "none").mkdir()
-    _, n = fails_once(toy_server, tmp_path / "none", kind, 0)
-    assert n > 10
-    for k in range(1, n + 1):
-        assert_fails_and_goes_on(toy_server, tmp_path / f"{kind}{k}", kind, k, minimal)
+        toy_sweep.assert_fails_and_goes_on(tmp_path / f"{kind}{k}", kind, k)
 
 
 @pytest.mark.parametrize("n_bytes", [1500, 6000])
@@ -569,6 +498,7 @@ def test_what_a_stranger_writes_into_cfg_json_chooses_the_world_and_nothing_else
     config = json.loads(path.read_text())
     del config["checksum"]
     own = config["metadata"]["sparse_coding"]["flags"]
+    del config["checksum"]
 
     def evaluated(flags: object) -> Done:
         config["metadata"]["sparse_coding"]["flags"] = flags
@@ -600,6 +530,9 @@ def test_a_folder_from_before_november_2026_is_merged(
         (old / "dictionaries").mkdir(exist_ok=True)
         weights.rename(old / "dictionaries" / f"{weights.parent.name}.safetensors")
     shutil.rmtree(old / "saes")
+    for path in old.glob("cells/*.json"):
+        row = json.loads(path.read_text())
+        path.write_text(json.dumps({column: row[column] for column in HEADER.split(",")}))
     config = json.loads((old / "config.json").read_text())
     config["constants"]["learning_rate"] = config["constants"].pop("lr")
     del config["checksum"]
@@ -726,7 +659,7 @@ def flipped(data: bytes, place: int) -> bytes:
 
 
 WRITTEN = ["cells/{}.json", "saes/{}/sae_weights.safetensors", "saes/{}/cfg.json", "results.csv",
-           "DONE", "metrics.jsonl"]  # fmt: skip
+           "DONE", "metrics.jsonl", "world.safetensors"]  # fmt: skip
 
 
 @pytest.mark.parametrize("harm", ["one bit", "torn", "empty", "missing"])
@@ -751,6 +684,17 @@ def test_whatever_is_damaged_in_a_finished_run_is_said_and_made_again(
     silent |= name.startswith("cells") and harm == "missing"
     assert len(done.err_lines) == (not silent), done.err
     assert all("is damaged (" in line and "again" in line for line in done.err_lines)
+
+
+def test_true_features_of_another_run_are_made_again(
+    minimal: Path, toy_server: Server, tmp_path: Path
+):
+    shutil.copytree(minimal, tmp_path / "run")
+    (sae, *_) = (minimal / "saes").glob("*/sae_weights.safetensors")
+    shutil.copy(sae, tmp_path / "run/world.safetensors")
+    done = toy_server.run(*TINY, *MINIMAL, cwd=tmp_path)
+    assert "world.safetensors is damaged (it holds other tensors)" in done.err
+    assert_same_numbers(tmp_path / "run", minimal)
 
 
 def test_of_two_fresh_starts_at_once_one_is_refused_at_every_moment(

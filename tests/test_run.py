@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,51 +20,38 @@ import pyarrow.parquet
 import pytest
 import torch
 from builders.faults import KINDS as FAULTS
-from builders.models import (
-    ARGS,
-    byte_level_bpe,
-    hooked,
-    nanogpt_state,
-    random_model,
-    save_checkpoint,
-    save_tokenizer,
-    write_parquet,
+from builders.language_sweep import (
+    CONTEXT,
+    HARVEST,
+    N_STEPS,
+    OFTEN,
+    PLACES,
+    SMALLEST,
+    WIDTH,
+    World,
+    assert_same_numbers,
+    documents,
 )
+from builders.models import ARGS, hooked, nanogpt_state, save_checkpoint
 from builders.scripts import (
     ROOT,
     SMALL,
+    TRAINING,
     Done,
-    Process,
-    Server,
     assert_done,
     assert_refused,
     bytes_under,
     mounted_tmpfs,
     run_script,
     table,
-    temporaries,
 )
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-CONTEXT, WIDTH, N_DOCUMENTS = 16, 64, 400
-LLAMA = dict(num_hidden_layers=2, intermediate_size=WIDTH)
-FAMILIES = {"gpt2": dict(n_layer=2, n_inner=WIDTH), "gpt_neox": LLAMA, "llama": LLAMA}
-PLACES = ("--output-dir", "run", "--activations-dir", "acts")
-TINY = (
-    f"--preset full --layer 1 --context-length {CONTEXT} --held-out 0.2 --n-tokens 12000 "
-    "--batch-size 64 --lm-batch-size 8 --n-eval-tokens 1000 --n-page-tokens 1000 "
-    "--l1-exp-low -8 --l1-exp-high -6 --expansion-exp-low -1 --expansion-exp-high 1 "
-    "--wandb-mode disabled --log-every 10 --device cpu"
-).split()
-N_STEPS = 12000 // 64
 # what even a short run cannot leave to the defaults
 FEW = ["--n-tokens", "4000", "--batch-size", "64", "--n-eval-tokens", "500",
        "--n-page-tokens", "500", "--expansion-exp-high", "1", "--wandb-mode", "disabled",
        "--device", "cpu"]  # fmt: skip
-HARVEST = "sparse_coding.lm.activations._write_chunk"  # called for each of seven chunks
-TRAINING = "sparse_coding.sae.ensemble.Ensemble.steps_"  # called for at most ten steps at a time
-OFTEN = SMALL | {"sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.0}
 ALL_FIGURES = {name: value for name, value in SMALL.items() if value != []}
 HEADER = (
     "seed,l1_alpha,expansion_factor,n_dict,n_tokens,fvu,l0,mse,dead_fraction,ce_clean,ce_spliced,"
@@ -85,101 +71,12 @@ def cells_of(*sizes: int, seeds: tuple[int, ...] = (0,)) -> list[str]:
 CELLS = cells_of(32, 64)
 
 
-def documents() -> list[str]:
-    """Sentences of a small language in which a word says much about the next one."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghilmnorstu", k=rng.randint(2, 7))) for _ in range(60)]
-    texts = []
-    for n in range(N_DOCUMENTS):
-        at, text = rng.randrange(60), [f"{n}:"]
-        for _ in range(rng.randint(10, 60)):
-            at = (3 * at + rng.choice((1, 1, 1, 2, 7))) % 60
-            text.append(words[at] + rng.choice(("", "", "", ",", ".")))
-        texts.append(" ".join(text))
-    return texts
-
-
-@dataclass(frozen=True)
-class World:
-    """A parquet file and a folder of models, none of which anybody may change, and the tiny sweep
-    on them: into run/ and acts/ below cwd, unless `more` says otherwise."""
-
-    root: Path
-    server: Server
-
-    @property
-    def text(self) -> Path:
-        return self.root / "train.parquet"
-
-    def flags(self, kind: str = "gpt2") -> list[str]:
-        return [*TINY, "--model", str(self.root / kind), "--dataset", str(self.text)]
-
-    def start(self, *more: object, cwd: Path, kind: str = "gpt2", **options: object) -> Process:
-        return self.server.start(*self.flags(kind), *PLACES, *more, cwd=cwd, **options)
-
-    def run(self, *more: object, cwd: Path, kind: str = "gpt2", **options: object) -> Done:
-        return self.server.run(*self.flags(kind), *PLACES, *more, cwd=cwd, **options)
-
-    def finish(self, *more: object, **options: object) -> Done:
-        """A run that must end well."""
-        done = self.run(*more, **options)
-        assert_done(done)
-        return done
-
-
-def train_a_little_(model, bpe, texts: list[str]) -> None:
-    """So that ablations cost something: the next word is learned, roughly."""
-    stream = torch.tensor([i for e in bpe.encode_batch(texts) for i in (0, *e.ids)])
-    rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    adam = torch.optim.Adam(model.parameters(), lr=1e-2)
-    model.train()
-    for step in range(80):
-        ids = rows[torch.arange(64) * 7 + step & 1023]
-        loss = model(ids, labels=ids).loss
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-
-
-@pytest.fixture(scope="session")
-def world(run_server: Server, tmp_path_factory: pytest.TempPathFactory) -> World:
-    root, texts = tmp_path_factory.mktemp("models"), documents()
-    bpe = byte_level_bpe(special=["<|endoftext|>"], vocab_size=320, texts=texts)
-    for kind, sizes in FAMILIES.items():
-        model = random_model(kind, noise=0.0, vocab_size=320, **sizes)
-        if kind == "gpt2":
-            train_a_little_(model, bpe, texts)
-        if kind == "llama":  # no ablation changes its predictions
-            model.lm_head.weight.data.zero_()
-        model.save_pretrained(root / kind)
-        save_tokenizer(root / kind, bpe)
-    write_parquet(root / "train.parquet", texts)
-    (root / "other.txt").write_text("<|endoftext|>".join(texts[::-1]))
-    return World(root, run_server)
-
-
 @pytest.fixture(scope="session")
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny sweep ran once, into run/ and acts/. Nobody may write to it."""
     cwd = tmp_path_factory.mktemp("elsewhere")
     world.finish(cwd=cwd, patch=ALL_FIGURES)
     return cwd
-
-
-def numbers_in(cwd: Path) -> dict[str, bytes | list]:
-    """What must be the same bits in two runs of the same constants."""
-    kept = {f"acts/{name}": data for name, data in bytes_under(cwd / "acts").items()}
-    kept |= {f"saes/{name}": data for name, data in bytes_under(cwd / "run/saes").items()}
-    return kept | {"results.csv": [row | {"seconds": 0} for row in table(cwd / "run")]}
-
-
-def assert_same_numbers(cwd: Path, finished: Path, *, store: bool = True) -> None:
-    ours, theirs = numbers_in(cwd), numbers_in(finished)
-    if not store:
-        theirs = {k: v for k, v in theirs.items() if not k.startswith("acts/chunk-")}
-        del theirs["acts/manifest.json"]
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 def litter(cwd: Path) -> list[str]:
@@ -493,6 +390,35 @@ def test_a_damaged_record_of_what_all_depends_on_is_refused_by_name(
     assert_refused(world.run(cwd=tmp_path), f"{name} is damaged", "choose another")
 
 
+@pytest.mark.parametrize("harm", ["one bit", "gone"])
+@pytest.mark.parametrize(
+    "name", ["cells/{}.json", "saes/{}/cfg.json", "saes/{}/sae_weights.safetensors",
+             "saes/{}/sparsity.safetensors"],
+)  # fmt: skip
+def test_a_finished_run_is_not_done_where_a_cell_is_damaged(name, harm, language_sweep, tmp_path):
+    shutil.copytree(language_sweep.finished, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "run" / name.format(CELLS[0])
+    content = path.read_bytes()
+    path.unlink()
+    if harm == "one bit":
+        path.write_bytes(flipped(content, content.index(b":") + 4 if "json" in name else -40))
+    done = language_sweep.run(cwd=tmp_path)
+    assert done.code == 0, done.err
+    language_sweep.assert_same(tmp_path)
+    is_named = f"{path.relative_to(tmp_path)} is damaged (" in done.err
+    assert is_named != (name.startswith("cells") and harm == "gone"), done.err
+
+
+def test_a_directory_where_a_file_should_be_is_named(language_sweep, tmp_path):
+    for name in ("run/results.csv", "run/DONE", "run/shown.json", "run/.run.lock",
+                 f"run/saes/{CELLS[0]}/sae_weights.safetensors"):  # fmt: skip
+        cwd = tmp_path / name.replace("/", " ")
+        shutil.copytree(language_sweep.finished, cwd)
+        (cwd / name).unlink()
+        (cwd / name).mkdir()
+        assert_refused(language_sweep.run(cwd=cwd), f"at {name}: move it away")
+
+
 # --- other models and texts --------------------------------------------------------------------
 
 
@@ -724,62 +650,16 @@ def test_weights_that_changed_between_two_starts_are_refused_when_streaming(worl
     assert not (tmp_path / "run/results.csv").exists()
 
 
-SMALLEST = ("--n-tokens", "4000", "--expansion-exp-high", "0", "--l1-exp-high", "-7")
-
-
-@pytest.fixture(scope="session")
-def smallest(world, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where one cell was trained. Nobody may write to it."""
-    cwd = tmp_path_factory.mktemp("smallest")
-    world.finish(*SMALLEST, cwd=cwd)
-    return cwd
-
-
-def fails_once(world, cwd: Path, kind: str, k: int) -> tuple[Done, int]:
-    """A run of one cell in which the k-th operation of the kind fails (0: none fails), and how many
-    there were."""
-    fault = {"kind": kind, "k": k, "below": str(cwd), "counts": f"{cwd}.counts"}
-    done = world.run(*SMALLEST, cwd=cwd, before=("inject", fault))
-    return done, Path(fault["counts"]).stat().st_size
-
-
-def assert_fails_and_goes_on(world, cwd: Path, kind: str, k: int, smallest: Path) -> None:
-    cwd.mkdir()
-    done, n_happened = fails_once(world, cwd, kind, k)
-    if n_happened < k:  # checkpoints go by the clock: there were fewer of them this time
-        assert done.code == 0, done.err
-        return
-    assert_refused(done, "then run it again")
-    assert temporaries(cwd) == []
-    world.finish(*SMALLEST, cwd=cwd)
-    assert_same_numbers(cwd, smallest)
-    shutil.rmtree(cwd)
-
-
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_write_that_fails_is_one_line_and_the_same_command_goes_on(
-    kind, smallest, world, tmp_path
+    kind, language_sweep, tmp_path
 ):
-    (tmp_path / "none").mkdir()
-    done, n = fails_once(world, tmp_path / "none", kind, 0)
-    assert done.code == 0, done.err
+    n = language_sweep.n_operations((kind,))
     for k in (n // 3, n):
-        assert_fails_and_goes_on(world, tmp_path / f"{kind}{k}", kind, k, smallest)
+        language_sweep.assert_fails_and_goes_on(tmp_path / f"{kind}{k}", kind, k)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", FAULTS)
-def test_whichever_write_fails_the_same_command_ends_with_the_same_bits(
-    kind, smallest, world, tmp_path
-):
-    (tmp_path / "none").mkdir()
-    _, n = fails_once(world, tmp_path / "none", kind, 0)
-    assert n > 10
-    for k in range(1, n + 1):
-        assert_fails_and_goes_on(world, tmp_path / f"{kind}{k}", kind, k, smallest)
-
-
-def test_names_that_are_no_utf8_are_read_and_written(smallest, world, tmp_path):
+def test_names_that_are_no_utf8_are_read_and_written(finished, world, tmp_path):
     text, run, acts = (os.fsdecode(name + b"\xe9") for name in (b"text", b"run", b"acts"))
     (tmp_path / text).mkdir()
     for n, document in enumerate(documents()):
@@ -792,7 +672,7 @@ def test_names_that_are_no_utf8_are_read_and_written(smallest, world, tmp_path):
     assert done.code == 0, done.err
     assert (
         bytes_under(tmp_path / acts / "text")["tokens.bin"]
-        == (smallest / "acts/text/tokens.bin").read_bytes()
+        == (finished / "acts/text/tokens.bin").read_bytes()
     )
 
 

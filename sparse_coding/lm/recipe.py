@@ -24,9 +24,10 @@ from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sae.spec import Schedule
+from sparse_coding.sweep.cells import merged_rows, missing_cells, sae_folder
 from sparse_coding.sweep.grid import Cell, check_grid, l1_divisor, make_grid, specs_of
 from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched, reconstruction
-from sparse_coding.sweep.run_folder import merged_rows, missing_cells, run_folder_bytes, sae_folder
+from sparse_coding.sweep.run_folder import run_folder_bytes
 from sparse_coding.sweep.training import Task
 
 COLUMNS = (

@@ -28,8 +28,8 @@ from sparse_coding.lm.model import direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning, load_sae
+from sparse_coding.sweep.cells import sae_folder
 from sparse_coding.sweep.grid import L1_TERMS, Cell
-from sparse_coding.sweep.run_folder import sae_folder
 
 SHOWN = "shown.json"  # the choice behind what the folder shows
 TITLE = "Sparse autoencoders on a language model"

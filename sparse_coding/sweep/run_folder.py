@@ -1,8 +1,7 @@
-"""Run folders: one per set of constants, with checkpoints that fall back and a file per cell.
+"""Run folders: one per set of constants, with checkpoints that fall back and files per cell.
 
-A cell is done when cells/<name>.json exists; its autoencoder is written before. Shards write into
-the same folder, or into folders that are copied together: the merge reads files and changes none.
-What is damaged is made again: a cell is trained, a table merged, a checkpoint does without.
+Shards write into the same folder, or into folders that are copied together. What is damaged is made
+again: a cell is trained (see cells.py), a table merged, a checkpoint does without.
 """
 
 import contextlib
@@ -13,10 +12,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sparse_coding.config import DISK_ERRORS, UserError, fingerprint, require
 from sparse_coding.files import (
@@ -32,11 +30,9 @@ from sparse_coding.files import (
     write_record,
     write_tensors,
 )
+from sparse_coding.sweep.cells import forget_damaged, missing_cells
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost, wait_for_all_ranks
-
-if TYPE_CHECKING:  # what rents machines loads no torch
-    import torch
-    from torch import Tensor
+from sparse_coding.sweep.tracking import read_series
 
 PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "wandb", "tyro", "transformers",
             "tokenizers", "datasets", "tiktoken")  # named in config.json  # fmt: skip
@@ -52,7 +48,6 @@ WRITTEN = (
 )  # fmt: skip
 # constants that matter while something is trained
 MACHINE = {"device_type", "precision", "stdlib_files"}
-N_LARGER = 2  # mmcs_with_larger compares with the next two sizes (the post's rule)
 RENAMED = {"learning_rate": "lr"}  # constants of older folders
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
@@ -81,15 +76,20 @@ class CheckpointStore:
                 return _info_of_checkpoint(path, read_tensor_info(path))
         return None
 
-    def load(self) -> tuple[dict, dict] | None:
+    def load(self, wanted: dict | None = None) -> tuple[dict, dict] | None:
         """(tensors, info) of the newest undamaged checkpoint, None if there is none.
 
         A damaged one is named on stderr and removed: the previous one takes its place.
+
+        wanted: what its info must say
         """
         for path in self.paths():
             try:
                 tensors, info = read_tensors(path)
-                return tensors, _info_of_checkpoint(path, info)
+                info = _info_of_checkpoint(path, info)
+                if info | (wanted or {}) != info:
+                    raise Damaged(path, "it is that of another group")
+                return tensors, info
             except Damaged as error:
                 error.warn("going back to the checkpoint before it, or to the start")
                 path.unlink()
@@ -106,6 +106,8 @@ def _info_of_checkpoint(path: Path, info: dict) -> dict:
     named = isinstance(cells, list) and all(isinstance(name, str) for name in cells)
     if not named or len(set(cells)) < len(cells) or type(step) is not int:
         raise Damaged(path, "its info is none of a checkpoint")
+    if step != int(path.stem.removeprefix("step-")):
+        raise Damaged(path, "it is that of another step")
     return info
 
 
@@ -164,7 +166,7 @@ def opened_run_folder(
         require_ours()  # another process may have been there meanwhile
         if fresh:
             _forget_all(folder)
-        if _forget_damaged(folder, split_by_cost(cells, shard.count)[shard.index]):
+        if forget_damaged(folder, split_by_cost(cells, shard.count)[shard.index]):
             require_ours()  # of this kind of machine, too
         config_path = folder / CONFIG
         if fresh or not config_path.exists():
@@ -189,14 +191,16 @@ def _make(folder: Path) -> None:
 
 
 def _forget_all(folder: Path) -> None:
-    """Deletes what runs wrote, DONE first. The folder and its locks stay, so that no process can
-    come in between, and config.json, without which the folder would not be ours. So do files of
-    somebody else, which are named. A link stays, what it names goes.
+    """Deletes what runs wrote: DONE first, then the rows, lest a kill leave one without what it
+    speaks of. The folder and its locks stay, so that no process can come in between, and
+    config.json, without which the folder would not be ours. So do files of somebody else, which are
+    named. A link stays, what it names goes.
     """
     (folder / "DONE").unlink(missing_ok=True)
     shutil.rmtree(folder / "wandb", ignore_errors=True)
     found = {path for pattern in WRITTEN for path in folder.glob(pattern)}
     files = [path for path in found if not path.is_dir() or path.is_symlink()]
+    files.sort(key=lambda path: path.parent.name != "cells")
     for path in [*files, *_temporaries(folder)]:
         path.unlink()
     ours = {parent for path in files for parent in path.parents if folder in parent.parents}
@@ -220,41 +224,6 @@ def _is_neutral(path: Path) -> bool:
     return is_temporary(path) or path.match(".run*.lock")
 
 
-def _forget_damaged(folder: Path, cells: list[Cell]) -> bool:
-    """Makes cells of which a file is damaged missing ones, and says so: they are trained again.
-    Whether there are any."""
-    found = False
-    for cell in cells:
-        row = folder / row_path(cell)
-        try:
-            if os.path.exists(row):
-                read_record(row)
-                _check_saved(folder, cell)
-        except Damaged as error:
-            error.warn(f"{cell.name} is trained again")
-            for path in (folder / "DONE", row):
-                path.unlink(missing_ok=True)
-            found = True
-    return found
-
-
-def _check_saved(folder: Path, cell: Cell) -> None:
-    """Raises Damaged if a file of the cell's autoencoder is damaged or missing."""
-    decoder, ours = _decoder_path(folder, cell), sae_folder(folder, cell)
-    wanted = {decoder, *ours.glob("*.safetensors")}
-    for path in sorted(wanted):
-        if not path.exists():
-            raise Damaged(path, "it is missing")
-        read_tensors(path)
-    if decoder.parent == ours:
-        from sparse_coding.sae.saelens import read_config
-
-        try:
-            read_config(ours)
-        except UserError as error:
-            raise Damaged(ours, error) from None
-
-
 def _note_other_code(config_path: Path, origin: dict) -> None:
     """Warns, and keeps a record, if this process runs other code or packages than the one before:
     then the final numbers are those of no single version."""
@@ -272,8 +241,8 @@ def close_run_folder(folder: Path) -> None:
     """Joins the shards' time series, removes what only a resume needs; writes DONE, the last, with
     the sha256 of results.csv."""
     series = [folder / "metrics.jsonl", *sorted(folder.glob("metrics-shard-*.jsonl"))]
-    lines = [line for path in series if path.exists() for line in path.read_text().splitlines(True)]
-    write_atomic(series[0], "".join(dict.fromkeys(lines)))  # each once, also if killed here before
+    lines = [line for path in series if path.exists() for line in read_series(path)]
+    write_atomic(series[0], b"".join(dict.fromkeys(lines)))  # each once, also if killed here before
     for path in series[1:]:
         path.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -373,36 +342,6 @@ def run_folder_bytes(n_dicts: list[int], width: int) -> int:
     return sum(4 * (2 * n * width + n + width) * (1 + 3 * 3) for n in n_dicts)
 
 
-def row_path(cell: Cell) -> str:
-    """Where the row of a cell is, below the run folder: the cell is done when it is there."""
-    return f"cells/{cell.name}.json"
-
-
-def sae_folder(folder: Path, cell: Cell) -> Path:
-    """Where the autoencoder of a cell is saved."""
-    return folder / "saes" / cell.name
-
-
-def saved_decoder(folder: Path, cell: Cell) -> "Tensor":
-    """W_dec of a cell, (n_dict, activation_dim), also of one that diverged, which load_sae refuses.
-
-    Raises Damaged.
-    """
-    return read_tensors(_decoder_path(folder, cell))[0]["W_dec"]
-
-
-def _decoder_path(folder: Path, cell: Cell) -> Path:
-    """Toy runs before November 2026 kept them in dictionaries/<cell>.safetensors."""
-    older = folder / "dictionaries" / f"{cell.name}.safetensors"
-    return older if older.exists() else sae_folder(folder, cell) / "sae_weights.safetensors"
-
-
-def missing_cells(folder: Path, cells: list[Cell]) -> list[Cell]:
-    """Cells that still have to be trained."""
-    # os.path: False for a name that is too long
-    return [cell for cell in cells if not os.path.exists(folder / row_path(cell))]
-
-
 def checkpoints_of(folder: Path, group: list[Cell]) -> CheckpointStore:
     """Where a group of cells that train together keeps its checkpoints."""
     return CheckpointStore(folder / "checkpoints" / group_id(group))
@@ -423,7 +362,8 @@ def unfinished_groups(folder: Path, cells: list[Cell]) -> list[list[Cell]]:
     for path in sorted((folder / "checkpoints").glob("*")):
         names = (CheckpointStore(path).info() or {}).get("cells", [])
         group = [by_name[name] for name in names if name in by_name]
-        if len(group) == len(names) and missing_cells(folder, group):
+        whole = len(group) == len(names) and group_id(group) == path.name
+        if whole and missing_cells(folder, group):
             groups.append(group)
             for name in names:  # a cell belongs to one group
                 del by_name[name]
@@ -459,35 +399,3 @@ def may_merge(folder: Path, cells: list[Cell], shard: Shard) -> bool:
         )
         return False
     return True
-
-
-def merged_rows(
-    folder: Path,
-    cells: list[Cell],
-    *,
-    columns: Sequence[str],
-    compare: "dict[str, Callable[[Tensor, list[Tensor]], float | None]]",
-    device: "torch.device",
-) -> list[dict]:
-    """One row per cell in the order of the cells, columns that compare dictionaries filled in.
-
-    Args:
-        columns: of the rows
-        compare: column -> its value from W_dec and those of the next N_LARGER sizes, ascending,
-            of the same seed and l1_alpha
-        device: on which they are compared
-    Raises:
-        Damaged: the row or the autoencoder of a cell.
-    """
-    stored = {cell: read_record(folder / row_path(cell)) for cell in cells}
-    rows = {cell: {name: row.get(name) for name in columns} for cell, row in stored.items()}
-    of_l1_alpha: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        of_l1_alpha.setdefault((cell.seed, cell.l1_exp, cell.target_l0), []).append(cell)
-    for group in of_l1_alpha.values():
-        group.sort(key=lambda cell: cell.n_dict)
-        W_dec = {cell: saved_decoder(folder, cell).to(device) for cell in group}
-        for i, cell in enumerate(group):
-            larger = [W_dec[c] for c in group[i + 1 : i + 1 + N_LARGER]]
-            rows[cell] |= {name: value(W_dec[cell], larger) for name, value in compare.items()}
-    return [rows[cell] for cell in cells]

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import Interrupted, progress_bar
-from sparse_coding.files import write_record
 from sparse_coding.sae.batches import ahead_on, step_ranges
 from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sweep.cells import mark_done
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.run_folder import (
     CheckpointStore,
     checkpoints_of,
     group_id,
     groups_to_train,
-    row_path,
 )
 from sparse_coding.sweep.tracking import Tracker
 
@@ -235,7 +234,7 @@ def _train_group(
     for cell, (row, tensors) in zip(group, task.evaluate(), strict=True):
         row["seconds"] = round(per_feature * cell.n_dict, 3)
         recipe.save(folder, cell, tensors, row)
-        write_record(folder / row_path(cell), row)  # last: marks the cell as done
+        mark_done(folder, cell, row)
     progress.end_group()
     checkpoints.remove()
 
@@ -259,7 +258,7 @@ def train_(
     Raises:
         Interrupted: a signal came; a checkpoint was written.
     """
-    first, seconds_before = _restore_(ensemble, checkpoints)
+    first, seconds_before = _restore_(ensemble, checkpoints, info)
     progress.resumed(first)
     started, clock = time.monotonic(), CheckpointClock()
     length = ensemble.engine.steps_at_a_time
@@ -283,9 +282,10 @@ def train_(
     return seconds_before + time.monotonic() - started
 
 
-def _restore_(ensemble: Ensemble, checkpoints: CheckpointStore) -> tuple[int, float]:
-    """(steps done, seconds they took) of the newest checkpoint, loaded; (0, 0.0) without one."""
-    checkpoint = checkpoints.load()
+def _restore_(ensemble: Ensemble, checkpoints: CheckpointStore, info: dict) -> tuple[int, float]:
+    """(steps done, seconds they took) of the newest checkpoint of this info, loaded; (0, 0.0)
+    without one."""
+    checkpoint = checkpoints.load(info)
     if checkpoint is None:
         return 0, 0.0
     tensors, info = checkpoint

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_coding.config import named_seed, passing_bar, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
+from sparse_coding.sweep.cells import merged_rows, sae_folder
 from sparse_coding.sweep.grid import Cell, specs_of
 from sparse_coding.sweep.hardware import free_memory
 from sparse_coding.sweep.metrics import (
@@ -23,7 +24,6 @@ from sparse_coding.sweep.metrics import (
     reconstruction,
     training_state,
 )
-from sparse_coding.sweep.run_folder import merged_rows, sae_folder
 from sparse_coding.sweep.training import Task
 from sparse_coding.toy.data import ToyData, ToyStream, World, make_world
 

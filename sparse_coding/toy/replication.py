@@ -8,7 +8,7 @@ from statistics import fmean
 
 from sparse_coding.figures.heatmap import HeatmapSpec
 from sparse_coding.figures.report import write_figures, write_report
-from sparse_coding.files import write_tensors
+from sparse_coding.files import Damaged, read_tensors, write_tensors
 from sparse_coding.sweep.grid import L1_TERMS, Cell
 from sparse_coding.sweep.metrics import ceiling_mmcs, chance_mmcs
 from sparse_coding.toy.data import ToyData, make_world
@@ -69,12 +69,28 @@ FIGURES = (
 TITLE = "Toy models: features taken out of superposition"
 
 
+WORLDS = "world.safetensors"
+
+
 def write_worlds(folder: Path, data: ToyData, seeds: list[int]) -> None:
     """world.safetensors: the true features F and Σ of every seed."""
     worlds = {seed: make_world(data, seed) for seed in seeds}
     tensors = {f"seed{seed}.features": world.features for seed, world in worlds.items()}
     tensors |= {f"seed{seed}.covariance": world.covariance for seed, world in worlds.items()}
-    write_tensors(folder / "world.safetensors", tensors)
+    write_tensors(folder / WORLDS, tensors)
+
+
+def mend_worlds(folder: Path, data: ToyData, seeds: list[int]) -> None:
+    """Writes world.safetensors of a finished run again where it is damaged, and says so."""
+    path = folder / WORLDS
+    try:
+        if not path.exists():
+            raise Damaged(path, "it is missing")
+        if {f"seed{seed}.features" for seed in seeds} - read_tensors(path)[0].keys():
+            raise Damaged(path, "it holds other tensors")
+    except Damaged as error:
+        error.warn("it is made again")
+        write_worlds(folder, data, seeds)
 
 
 def draw(

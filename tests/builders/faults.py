@@ -1,4 +1,4 @@
-"""A disk that fails once: the k-th open, write, fsync or replace of a script, and no other.
+"""A disk that fails once, a SIGKILL or a pause: at the k-th open, write, fsync or replace.
 
 For the server of scripts.py, whose forks call one of these functions before the script starts.
 """
@@ -9,9 +9,11 @@ import io
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 KINDS = ("open", "write", "fsync", "replace")
+ANY = (*KINDS, "unlink")
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
@@ -57,29 +59,43 @@ def ignore_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def inject(kind: str, k: int, *, below: str, counts: str) -> None:
-    """Makes the k-th operation of the kind fail on a file below the folder; 0: none.
+def inject(
+    kinds: list[str], k: int, *, below: str, log: str, then: str = "fails", patience_s: float = 60
+) -> None:
+    """What happens at the k-th operation of the kinds on a file below the folder; 0: nothing.
 
     Args:
-        counts: file that gets a byte for each operation of the kind
+        log: file that gets the first letter of each operation of the kinds
+        then: the operation "fails"; "kills": SIGKILL, before the operation or half way through a
+            write; "pauses": <log>.paused appears, and it goes on when <log>.resumed does
     """
-    log = os.open(counts, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     n_happened = 0
 
     def happens(what: str, path: object, before: Callable[[], None] = lambda: None) -> None:
         nonlocal n_happened
-        if what != kind or not os.path.abspath(os.fsdecode(path)).startswith(below):
+        if what not in kinds or not os.path.abspath(os.fsdecode(path)).startswith(below):
             return
         n_happened += 1
-        os.write(log, b".")
-        if n_happened == k:
-            before()
-            number = ERRORS[k % len(ERRORS)]
-            # what fails after open() does not know the file's name
-            names = () if what in ("write", "fsync") else (os.fspath(path),)
-            raise OSError(number, os.strerror(number), *names)
+        os.write(log_fd, what[:1].encode())
+        if n_happened != k:
+            return
+        if then == "pauses":
+            os.close(os.open(f"{log}.paused", os.O_CREAT))
+            end = time.monotonic() + patience_s
+            while not os.path.exists(f"{log}.resumed") and time.monotonic() < end:
+                time.sleep(0.005)
+            return
+        before()
+        if then == "kills":
+            os.kill(os.getpid(), signal.SIGKILL)
+        number = ERRORS[k % len(ERRORS)]
+        # what fails after open() does not know the file's name
+        names = () if what in ("write", "fsync") else (os.fspath(path),)
+        raise OSError(number, os.strerror(number), *names)
 
     real_open, real_fsync, real_replace = builtins.open, os.fsync, os.replace
+    real_unlink = os.unlink
 
     def opening(file: object, mode: str = "r", *args: object, **kwargs: object) -> object:
         if isinstance(file, int) or not set(mode) & set("wax+"):
@@ -95,5 +111,10 @@ def inject(kind: str, k: int, *, below: str, counts: str) -> None:
         happens("replace", source)
         real_replace(source, target)
 
+    def unlink(path: object, *, dir_fd: int | None = None) -> None:
+        folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        happens("unlink", os.path.join(folder, os.fsdecode(path)))
+        real_unlink(path, dir_fd=dir_fd)
+
     builtins.open = io.open = opening
-    os.fsync, os.replace = fsync, replace
+    os.fsync, os.replace, os.unlink = fsync, replace, unlink

@@ -25,6 +25,7 @@ TIMEOUT_S = (
     300  # of one run: a tiny one takes 1 to 5 s, kernels are compiled for 20 or, crowded, 100
 )
 
+TRAINING = "sparse_coding.sae.ensemble.Ensemble.steps_"  # a call takes up to 16 steps
 NO_FIGURES = {"sparse_coding.toy.replication.FIGURES": []}  # they take most of a tiny run
 SMALL = {  # for run.py: several chunks and checkpoints, no figure but small density histograms
     "sparse_coding.lm.activations.CHUNK_BYTES": 2**18,
@@ -34,6 +35,10 @@ SMALL = {  # for run.py: several chunks and checkpoints, no figure but small den
     "sparse_coding.lm.show.FIGURES": [],
     "sparse_coding.lm.show.FRONTIERS": [],
     "sparse_coding.figures.heatmap.DPI": 20,
+}
+EACH_STEP = {  # checkpoints come after every call of TRAINING, and not by the clock
+    "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.0,
+    "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1e9,
 }
 
 LOADED_LATE = ("safetensors.torch", "torch._dynamo")

@@ -39,8 +39,9 @@ from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import ensemble_bytes
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sae.spec import Schedule
+from sparse_coding.sweep.cells import row_path
 from sparse_coding.sweep.grid import make_grid
-from sparse_coding.sweep.run_folder import row_path, run_folder_bytes
+from sparse_coding.sweep.run_folder import run_folder_bytes
 from sparse_coding.sweep.training import Task
 
 WIDTH = 40

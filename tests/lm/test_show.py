@@ -31,8 +31,8 @@ from sparse_coding.lm.show import (
     write_page,
 )
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae
+from sparse_coding.sweep.cells import row_path
 from sparse_coding.sweep.grid import make_grid
-from sparse_coding.sweep.run_folder import row_path
 
 NAN = math.nan
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from sparse_coding.config import UserError
 from sparse_coding.files import Damaged, read_record, write_record, write_tensors
 from sparse_coding.sae.saved import save_sae
+from sparse_coding.sweep.cells import mark_done, merged_rows, missing_cells, row_path, sae_folder
 from sparse_coding.sweep.grid import Shard, make_grid
 from sparse_coding.sweep.metrics import mmcs, mmcs_with_larger
 from sparse_coding.sweep.run_folder import (
@@ -21,13 +23,9 @@ from sparse_coding.sweep.run_folder import (
     finished_rows,
     groups_to_train,
     locked,
-    merged_rows,
-    missing_cells,
     opened_run_folder,
     provenance,
-    row_path,
     run_folder_bytes,
-    sae_folder,
     unfinished_groups,
 )
 
@@ -92,6 +90,26 @@ def test_a_checkpoint_with_one_bit_flipped_falls_back_to_the_previous(tmp_path, 
     assert (info["step"], tensors["w"][0]) == (10, 10)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{newest} is damaged (its checksum differs): going back to the" in line
+
+
+@pytest.mark.parametrize("of_another", ["step", "group"])
+def test_a_checkpoint_that_took_the_place_of_another_is_not_gone_on_with(
+    tmp_path, capsys, of_another
+):
+    store = store_with(tmp_path, 10, 20)
+    newest, oldest = store.paths()
+    wanted = {"cells": ["c"]}
+    assert store.load(wanted)[1]["step"] == 20
+    if of_another == "step":
+        shutil.copy(oldest, newest)
+    else:
+        other = CheckpointStore(tmp_path / "other")
+        other.save(20, {"w": torch.zeros(100)}, info={"cells": ["d"]})
+        shutil.copy(other.paths()[0], newest)
+    tensors, info = store.load(wanted)
+    assert (info["step"], tensors["w"][0]) == (10, 10)
+    damaged = f"{newest} is damaged (it is that of another {of_another})"
+    assert damaged in capsys.readouterr().err
 
 
 CONSTANTS = {"n_steps": 5, "law": "post"}
@@ -196,9 +214,10 @@ def test_fresh_never_opens_a_gap_through_which_another_process_comes_in(tmp_path
 
 @pytest.mark.parametrize("fails_at", range(1, 8))
 def test_fresh_that_is_cut_short_is_gone_on_with_by_the_same_command(
-    tmp_path, cells, monkeypatch, fails_at
+    tmp_path, cells, monkeypatch, fails_at, capsys
 ):
-    opened(tmp_path, CONSTANTS | {"n_steps": 1})
+    old = CONSTANTS | {"n_steps": 1}
+    opened(tmp_path, old)
     write(tmp_path, cells[0])
     (tmp_path / "results.csv").write_text("a\n1\n")
     close_run_folder(tmp_path)
@@ -214,6 +233,9 @@ def test_fresh_that_is_cut_short_is_gone_on_with_by_the_same_command(
         patched.setattr(Path, "unlink", unlink)
         opened(tmp_path, fresh=True)
     assert not (len(calls) > 1 and (tmp_path / "DONE").exists())
+    with contextlib.suppress(UserError):  # config.json may be written already
+        opened(tmp_path, old, cells=cells)
+    assert "damaged" not in capsys.readouterr().err
     opened(tmp_path, fresh=True)
     assert files_in(tmp_path) == ["config.json"]
     assert read_record(tmp_path / "config.json")["constants"] == CONSTANTS
@@ -275,6 +297,19 @@ def test_closing_joins_the_series_and_leaves_no_checkpoint_and_no_temporary_file
     assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     names = ["DONE", "cells/a.json", "config.json", "metrics.jsonl", "results.csv"]
     assert files_in(folder) == names
+
+
+def test_closing_says_which_lines_of_the_series_are_damaged_and_leaves_them_out(tmp_path, capsys):
+    opened(tmp_path)
+    (tmp_path / "results.csv").write_text("a\n1\n")
+    whole = b'{"step": 1, "x": 2}\n'
+    damaged = (b'{"step": 1, "\xff": 2}\n', b"{}\n", b'{"step": "1"}\n', b"[" * 9999 + b"\n", b"\n")
+    for line in damaged:
+        (tmp_path / "metrics.jsonl").write_bytes(line + whole + b'{"step": 2, "to')
+        close_run_folder(tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "metrics.jsonl is damaged (1 of its lines" in said
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -371,6 +406,13 @@ def test_groups_that_were_begun_come_first_and_keep_their_cells(tmp_path, cells)
     assert groups == [cells[2:5], [cells[1], *cells[5:]]]
 
 
+def test_checkpoints_of_a_group_in_the_folder_of_another_begin_nothing(tmp_path, cells):
+    begin(tmp_path, cells[:2])
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    folder.rename(checkpoints_of(tmp_path, cells[2:4]).folder)
+    assert unfinished_groups(tmp_path, cells) == []
+
+
 def test_a_group_of_another_shard_or_a_finished_one_is_not_gone_on_with(tmp_path, cells):
     begin(tmp_path, cells[:2])
     assert unfinished_groups(tmp_path, cells[1:]) == []
@@ -420,8 +462,43 @@ def test_a_cell_with_a_damaged_file_is_missing_again_and_that_is_said(
     opened(tmp_path, cells=cells)
     assert missing_cells(tmp_path, cells) == [cells[1], *cells[3:]]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {sae if name == CFG else path} is damaged (")
+    assert line.startswith(f"warning: {path} is damaged (")
     assert line.endswith(f": {cells[1].name} is trained again")
+
+
+@pytest.mark.parametrize("name", ["cells", WEIGHTS, CFG, "sparsity.safetensors"])
+def test_files_of_two_cells_that_changed_places_are_noticed(tmp_path, cells, capsys, name):
+    """Each is whole, and what its checksum says."""
+    opened(tmp_path)
+    for i in (1, 3):
+        write(tmp_path, cells[i])
+        sparsity = {"sparsity": torch.full((4,), float(i))}
+        write_tensors(sae_folder(tmp_path, cells[i]) / "sparsity.safetensors", sparsity)
+        mark_done(tmp_path, cells[i], {"l0": i})
+    rows, saes = tmp_path / "cells", [sae_folder(tmp_path, cells[i]) for i in (1, 3)]
+    one, other = sorted(rows.iterdir()) if name == "cells" else [sae / name for sae in saes]
+    opened(tmp_path, cells=cells)
+    assert len(missing_cells(tmp_path, cells)) == len(cells) - 2
+    one.rename(tmp_path / "mine")
+    other.rename(one)
+    (tmp_path / "mine").rename(other)
+    opened(tmp_path, cells=cells)
+    assert missing_cells(tmp_path, cells) == cells
+    for path, line in zip((one, other), capsys.readouterr().err.splitlines(), strict=True):
+        assert line.startswith(f"warning: {path} is damaged (it is ")
+        assert line.endswith("is trained again")
+
+
+def test_a_file_that_the_row_names_and_that_is_gone_is_said(tmp_path, cells, capsys):
+    opened(tmp_path)
+    write(tmp_path, cells[0])
+    path = sae_folder(tmp_path, cells[0]) / "sparsity.safetensors"
+    write_tensors(path, {"sparsity": torch.ones(4)})
+    mark_done(tmp_path, cells[0], {"l0": 3.0})
+    path.unlink()
+    opened(tmp_path, cells=cells)
+    assert missing_cells(tmp_path, cells) == cells
+    assert f"{path} is damaged (it is missing)" in capsys.readouterr().err
 
 
 def test_a_cell_without_its_autoencoder_is_missing(tmp_path, cells, capsys):

@@ -11,8 +11,8 @@ import torch
 
 from sparse_coding.config import UserError
 from sparse_coding.files import read_record, write_record
+from sparse_coding.sweep.cells import row_path
 from sparse_coding.sweep.grid import Shard, make_grid
-from sparse_coding.sweep.run_folder import row_path
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy.data import ToyData
 from sparse_coding.toy.recipe import COLUMNS, ToyRecipe
