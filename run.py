@@ -37,7 +37,6 @@ from sparse_coding.lm.target import (
 )
 from sparse_coding.sae.saelens import wanted_of_model
 from sparse_coding.sae.saved import load_sae
-from sparse_coding.sweep.cells import saved_width
 from sparse_coding.sweep.grid import Cell, Shard, find_shard
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
@@ -151,7 +150,7 @@ def main(argv: list[str]) -> int:
         suffix=shard.suffix,
     )
     is_shown = not cfg.fresh and show.is_shown(planned.folder, pick(show.ShowChoice, cfg))
-    if is_shown and (width := saved_width(planned.folder)):
+    if is_shown and (width := planned.saved_width):
         with planned.opened(pick(Grid, cfg).cells(width), shard):  # refuses other constants
             if rows := planned.finished_rows():
                 return last_lines(cfg, rows, planned.folder)
@@ -159,7 +158,6 @@ def main(argv: list[str]) -> int:
     target, recipe = open_target_of(cfg, device)
     target.require_same_files(files)
     cells = pick(Grid, cfg).cells(target.site.width)
-    # what can never fit is refused before the harvest
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     planned = dataclasses.replace(planned, origin=planned.origin | {"activations": target.metadata})
     with planned.opened(cells, shard, fresh=cfg.fresh):

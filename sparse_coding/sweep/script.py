@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparse_coding.config import fingerprint, require_flag
 from sparse_coding.files import require_free_disk, write_csv
+from sparse_coding.sweep.cells import saved_width
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost
 from sparse_coding.sweep.hardware import memory_budget
 from sparse_coding.sweep.run_folder import (
@@ -56,6 +57,11 @@ class PlannedRun:
     def exists(self) -> bool:
         """Whether a run with these constants was begun."""
         return os.path.exists(self.folder)
+
+    @property
+    def saved_width(self) -> int | None:
+        """See cells.saved_width."""
+        return saved_width(self.folder)
 
     def finished_rows(self) -> list[dict] | None:
         """See run_folder.finished_rows."""
