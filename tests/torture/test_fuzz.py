@@ -12,7 +12,7 @@ from builders.mutations import mutated
 from builders.readers import READERS, Bench
 
 pytestmark = pytest.mark.long
-SEEDS, FEW = 250, 12
+SEEDS, FEW = 250, 8
 MENDED = {
     "tokens",
     "documents",

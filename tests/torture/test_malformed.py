@@ -315,7 +315,7 @@ TOKENIZER = {
              {"type": "BPE", "vocab": {"a": -1}, "merges": []},
              {"type": "BPE", "vocab": {"a": 2**40}, "merges": []},
              {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]},
-             {"type": "BPE", "vocab": {"a": 299, "b": 300}, "merges": []},
+             {"type": "BPE", "vocab": {"a": 0, "b": 9999}, "merges": []},
              {"type": "Unigram", "vocab": [], "unk_id": 0},
              {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 7},
              {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "x",
@@ -460,13 +460,15 @@ READ = {  # what is read in spite of the damage
 
 
 @pytest.mark.parametrize("name", HAND)
-def test_a_malformed_file_is_one_line_or_read_for_a_reason(tmp_path, name):
+def test_a_malformed_file_is_one_line_or_read_for_a_reason(tmp_path, thorough, name):
+    cases = list(HAND[name])
+    cases = cases if thorough else random.Random(name).sample(cases, len(cases) // 2)
     bench = Bench(READERS[name], tmp_path, lambda content, case: damaged(content, HAND[name][case]))
-    outcomes = read_all(list(HAND[name]), bench, tmp_path)
+    outcomes = read_all(cases, bench, tmp_path)
     assert not faults(outcomes), faults(outcomes)
     assert not (tmp_path.parent / "exploded").exists()
     read = {outcome.name for outcome in outcomes if outcome.kind == "value"}
-    assert read == READ.get(name, set())
+    assert read == READ.get(name, set()) & set(cases)
 
 
 def of_run(*flags: str) -> tuple[Callable, Callable]:
