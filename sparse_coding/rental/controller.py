@@ -215,7 +215,8 @@ class Controller:
             self.remote.ask("install", timeout=1800)
             report = self.remote.ask(check)
         if report["problems"]:
-            raise MachineLost(printable("; ".join(map(str, report["problems"])), 500))
+            why = printable("; ".join(map(str, report["problems"])), 500)
+            raise MachineLost(why or "its check fails without a word")
         self.say(
             f"instance {self.record.current.id} is set up: {report['gpu'] or 'no GPU'}, "
             f"Python {report['python']}, {report['free_gb']:.0f} GB free"
