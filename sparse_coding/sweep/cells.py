@@ -101,6 +101,8 @@ def _check_saved(folder: Path, cell: Cell, row: dict) -> None:
     missing or that of another."""
     if row.get("cell", cell.name) != cell.name:  # older versions did not say
         raise Damaged(folder / row_path(cell), f"it is that of {row['cell']}")
+    if not isinstance(row.get("saved", {}), dict):
+        raise Damaged(folder / row_path(cell), "what it says is saved is no object")
     decoder, ours = _decoder_path(folder, cell), sae_folder(folder, cell)
     saved = {ours / name: checksum for name, checksum in row.get("saved", {}).items()}
     found = {}

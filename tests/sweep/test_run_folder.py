@@ -13,7 +13,14 @@ import torch
 from sparse_coding.config import UserError
 from sparse_coding.files import Damaged, read_record, write_record, write_tensors
 from sparse_coding.sae.saved import save_sae
-from sparse_coding.sweep.cells import mark_done, merged_rows, missing_cells, row_path, sae_folder
+from sparse_coding.sweep.cells import (
+    forget_damaged,
+    mark_done,
+    merged_rows,
+    missing_cells,
+    row_path,
+    sae_folder,
+)
 from sparse_coding.sweep.grid import Shard, make_grid
 from sparse_coding.sweep.metrics import mmcs, mmcs_with_larger
 from sparse_coding.sweep.run_folder import (
@@ -65,6 +72,15 @@ def test_without_a_readable_checkpoint_there_is_none(tmp_path, capsys):
     assert store.info() is None
     assert store.load() is None
     assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [None, [], "x", 3])
+def test_a_row_that_names_no_files_is_made_again(tmp_path, saved, capsys):
+    (cell,) = make_grid(4, seeds=range(1), l1_exps=range(1), size_exps=range(1))
+    write_record(tmp_path / row_path(cell), {"cell": cell.name, "saved": saved})
+    assert forget_damaged(tmp_path, [cell])
+    assert missing_cells(tmp_path, [cell]) == [cell]
+    assert "what it says is saved is no object" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("info", [
