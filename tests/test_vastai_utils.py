@@ -23,7 +23,7 @@ from builders.rented import (
 from builders.scripts import ROOT, Done, assert_refused, run_script, table
 
 from sparse_coding.config import UserError
-from sparse_coding.rental.preflight import tracked_files
+from sparse_coding.rental.preflight import secrets_for, tracked_files
 from sparse_coding.rental.records import Attempt, Ledger, Rates
 
 TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "60",
@@ -410,6 +410,14 @@ def test_tracked_secrets_are_refused_and_a_dirty_tree_is_recorded(user):
     known = json.loads(plan.read_text())
     assert known["git_dirty"] is True
     assert "+# another line" in known["git_diff"]
+
+
+def test_secrets_need_no_file_where_none_are_sent_or_the_environment_has_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TOKEN", "x")
+    assert secrets_for((), tmp_path) == b""
+    assert secrets_for(("TOKEN",), tmp_path) == b"TOKEN=x\n"
 
 
 def test_without_rsync_or_outside_git_nothing_is_bought(user, tmp_path):

@@ -181,6 +181,12 @@ def test_memory_plan_covers_what_the_ensemble_allocates(n_dicts, engine, monkeyp
     assert allocated == ensemble_bytes(n_dicts, H, len(x), CPU)
 
 
+def test_dense_steps_are_taken_one_at_a_time():
+    """They may take seconds: signals and checkpoints are looked for after each."""
+    ensemble = Ensemble([spec(8, 0.3)], H, lr=LR, device=CPU, dtype=torch.float64)
+    assert ensemble.engine.steps_at_a_time == 1
+
+
 class FullReference(nn.Module):
     """With b_dec and gradient projection, in plain autograd and float64."""
 
