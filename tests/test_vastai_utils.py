@@ -25,6 +25,7 @@ from builders.scripts import ROOT, Done, assert_refused, run_script, table
 from sparse_coding.config import UserError
 from sparse_coding.rental.preflight import secrets_for, tracked_files
 from sparse_coding.rental.records import Attempt, Ledger, Rates
+from sparse_coding.rental.run import _words
 
 TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "60",
        "--dict-ratio-exp-high", "1", "--l1-exp-high", "0"]  # fmt: skip
@@ -395,6 +396,13 @@ def test_the_caps_have_no_default_and_the_price_wants_a_yes(user):
 )
 def test_a_command_that_can_not_be_sharded_is_refused(user, job, words):
     assert words in refused(user, "sweep", *FAST, *job)
+
+
+def test_a_command_of_one_machine_is_told_of_no_shard():
+    plan = {"command": ["python", "job.py", "--x"], "instances": 1}
+    alone = ["python", "job.py", "--x", "--output-dir", "outputs/run"]
+    assert _words(plan, 1, "run") == alone
+    assert _words(plan | {"instances": 2}, 2, "run") == [*alone, "--shard", "2/2"]
 
 
 def test_tracked_secrets_are_refused_and_a_dirty_tree_is_recorded(user):
