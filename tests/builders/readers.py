@@ -68,16 +68,13 @@ from sparse_coding.rental.remote import JOB, Remote, Results
 from sparse_coding.rental.run import merge
 from sparse_coding.sae.saelens import wanted_of_model
 from sparse_coding.sae.saved import load_sae, save_sae
+from sparse_coding.sweep.cells import mark_done, merged_rows, missing_cells, row_path, sae_folder
 from sparse_coding.sweep.grid import Shard, make_grid
 from sparse_coding.sweep.run_folder import (
     CheckpointStore,
     close_run_folder,
     finished_rows,
-    merged_rows,
-    missing_cells,
     opened_run_folder,
-    row_path,
-    sae_folder,
     unfinished_groups,
 )
 from sparse_coding.sweep.tracking import Tracker
@@ -390,7 +387,7 @@ def make_run(folder: Path) -> None:
     with opened(folder / "run"):
         for cell in CELLS:
             make_sae(sae_folder(folder / "run", cell))
-            write_record(folder / "run" / row_path(cell), {"n_dict": cell.n_dict, "fvu": 0.25})
+            mark_done(folder / "run", cell, {"n_dict": cell.n_dict, "fvu": 0.25})
 
 
 def rows_of_run(folder: Path) -> object:
