@@ -17,6 +17,12 @@ from sparse_coding.rental import remote_job
 
 METADATA = "Metadata-Version: 2.1\nName: made-on-the-spot\nVersion: 1.2\n"
 WHEEL = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+UNTIL_TOLD = """import os, time
+open('starts', 'a').write('x')
+for _ in range(600):
+    if os.path.exists('go'): break
+    time.sleep(0.05)
+"""
 COUNT = "import time\nfor i in range({n}):\n    print('step', i, flush=True); time.sleep(0.05)\n"
 
 
@@ -81,14 +87,14 @@ def test_a_job_runs_to_its_end_and_says_how(machine):
 
 
 def test_the_same_job_is_not_started_twice_and_another_not_beside_it(machine):
-    code = "open('starts', 'a').write('x')\n" + COUNT.format(n=20)
-    machine.submit(code)
-    machine.submit(code)
+    machine.submit(UNTIL_TOLD)
+    machine.submit(UNTIL_TOLD)
     refused = machine.call("submit", json.dumps({"command": ["python", "other.py"]}))
     assert refused.returncode != 0
     assert "another job is running here" in refused.stderr
+    (machine.code / "go").touch()
     assert machine.wait()["exit"] == 0
-    machine.submit(code)  # it has ended: its results are there
+    machine.submit(UNTIL_TOLD)  # it has ended: its results are there
     assert (machine.code / "starts").read_text() == "x"
 
 
