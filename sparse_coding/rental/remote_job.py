@@ -34,15 +34,14 @@ WRITE_ONCE = {".safetensors", ".json", ".csv", ".png", ".html"}  # replaced whol
 INSTALL_GB = 12.0  # a CUDA build of torch, unpacked beside its downloads; ours, generous
 
 
-def main(argv: list[str]) -> int:
-    """Answers one verb; the exit code."""
+def main(argv: list[str]) -> None:
+    """Answers one verb."""
     verbs = {"check": check, "install": install, "submit": submit, "status": status,
              "snapshot": snapshot, "_run": run_job}  # fmt: skip
     HOME.mkdir(mode=0o700, exist_ok=True)
     answer = verbs[argv[0]](*argv[1:])
     if answer is not None:
         print(json.dumps(answer), flush=True)
-    return 0
 
 
 # --- the machine ---
@@ -239,4 +238,4 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
