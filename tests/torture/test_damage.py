@@ -119,7 +119,7 @@ def is_silent(kind: str, harm: str, path: Path, before: Path) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.share(16)
+@pytest.mark.share(10)
 @pytest.mark.parametrize(("state", "kind", "harm"), CASES)
 def test_no_damage_changes_a_number(
     state, kind, harm, two_groups, left_behind, tmp_path, record_property

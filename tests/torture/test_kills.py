@@ -25,7 +25,7 @@ def fresh_if(finished: bool) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.share(3)
+@pytest.mark.share(2)
 @pytest.mark.parametrize("series", range(8))
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kills_inside_the_writers(script, series, two_groups, tmp_path, record_property):

@@ -17,7 +17,7 @@ def assert_ended_or_refused(done: Done) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.share(3)
+@pytest.mark.share(2)
 @pytest.mark.parametrize("pair", range(12))
 @pytest.mark.parametrize("script", ["toy", "language"])
 def test_of_two_at_once_one_is_refused_or_both_end(

@@ -7,7 +7,7 @@ PARTS = 6
 
 
 @pytest.mark.long
-@pytest.mark.share(3)
+@pytest.mark.share(2)
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("script", ["toy", "language"])
