@@ -288,7 +288,8 @@ def _kept(path: Path, find: Callable[[Path], str], *, suffix: str = "") -> str:
     settled = max(stat.st_mtime_ns, stat.st_ctime_ns) < looked_at - SETTLED_NS
     if settled and _identity(path) == before:
         with contextlib.suppress(OSError):  # a cache that can't be written costs time, no more
-            write_atomic(note, f"{digest} {_seal(before, digest)}")
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{digest} {_seal(before, digest)}")  # a torn one breaks its seal
     return digest
 
 
