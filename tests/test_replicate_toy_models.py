@@ -498,7 +498,6 @@ def test_what_a_stranger_writes_into_cfg_json_chooses_the_world_and_nothing_else
     config = json.loads(path.read_text())
     del config["checksum"]
     own = config["metadata"]["sparse_coding"]["flags"]
-    del config["checksum"]
 
     def evaluated(flags: object) -> Done:
         config["metadata"]["sparse_coding"]["flags"] = flags
