@@ -399,5 +399,6 @@ def _require_whole(path: Path, info: dict, n_rows: int | None) -> None:
     k = int(path.stem.removeprefix("chunk-"))
     if info.get("chunk", k) != k:  # older versions did not say
         raise Damaged(path, f"it is chunk {info['chunk']}")
-    if not info.keys() >= {"rows", "n_extreme", "n_documents"} or info["rows"] != n_rows:
+    counted = all(type(info.get(name)) is int for name in ("rows", "n_extreme", "n_documents"))
+    if not counted or info["rows"] != n_rows:
         raise Damaged(path, f"{info.get('rows')} rows, not {n_rows}")
