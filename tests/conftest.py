@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.rented import User, rental_server, renting
 from builders.scripts import LOADED_LATE, NO_FIGURES, SMALL, Server, served
 from builders.sweeps import Sweep
 
@@ -121,6 +122,20 @@ def language_sweep(world, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     flags = (*world.flags(), *PLACES, *SMALLEST, *few)
     finished = tmp_path_factory.mktemp("language_sweep") / "cwd"
     return Sweep(world.server, flags, OFTEN, assert_same_numbers, finished).made_once()
+
+
+@pytest.fixture(scope="session")
+def vast_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Forks vastai_utils.py, for renting()."""
+    with rental_server(tmp_path_factory.mktemp("vast_server")) as server:
+        yield server
+
+
+@pytest.fixture
+def user(vast_server: Server, tmp_path: Path) -> Iterator[User]:
+    """A checkout, and a market of the test's own to rent from."""
+    with renting(tmp_path, vast_server) as user:
+        yield user
 
 
 @pytest.fixture(scope="module")

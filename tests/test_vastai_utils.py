@@ -17,8 +17,6 @@ from builders.rented import (
     User,
     assert_nothing_lives,
     git,
-    rental_server,
-    renting,
 )
 from builders.scripts import ROOT, Done, assert_refused, run_script, table
 
@@ -29,18 +27,6 @@ from sparse_coding.rental.run import _words
 
 TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "60",
        "--dict-ratio-exp-high", "1", "--l1-exp-high", "0"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with rental_server(tmp_path_factory.mktemp("vastai_utils")) as server:
-        yield server
-
-
-@pytest.fixture
-def user(server, tmp_path):
-    with renting(tmp_path, server) as user:
-        yield user
 
 
 # --- the real script ---

@@ -307,9 +307,8 @@ def dataset_commit(dataset: str, revision: str) -> str:
     Raises:
         UserError: no such dataset or revision, the hub out of reach.
     """
-    if dataset == "stdlib" or os.path.exists(Path(dataset).expanduser()):
-        return revision
-    if not _is_hub_id(dataset):
+    here = dataset == "stdlib" or os.path.exists(Path(dataset).expanduser())
+    if here or not _is_hub_id(dataset):
         return revision
     revision = revision or PINNED.get(dataset, "")
     cached = _cached(dataset, revision)

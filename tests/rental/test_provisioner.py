@@ -2,6 +2,7 @@
 
 import errno
 from itertools import count
+from pathlib import Path
 
 import pytest
 from builders.vast.server import FakeVast
@@ -10,7 +11,7 @@ from sparse_coding.config import pick
 from sparse_coding.rental.controller import Controller, Job
 from sparse_coding.rental.market import Label, Market, Terms
 from sparse_coding.rental.provisioner import MachineLost, Provisioner
-from sparse_coding.rental.records import Ledger, RentalError
+from sparse_coding.rental.records import Ledger, RentalError, ShardRecord
 from sparse_coding.rental.remote import Remote, Stopped
 from vastai_utils import Config
 
@@ -47,7 +48,7 @@ def fill_disk(monkeypatch, from_call: int = 1) -> None:
     monkeypatch.setattr(Ledger, "save", full)
 
 
-def rented(provisioner: Provisioner, lab: FakeVast):
+def rented(provisioner: Provisioner, lab: FakeVast) -> ShardRecord:
     """The record of a shard with a machine, and one of a stray beside it."""
     (record,) = provisioner.ledger.shards
     provisioner.order(record)
@@ -55,6 +56,12 @@ def rented(provisioner: Provisioner, lab: FakeVast):
     lab.market.create(103, {"label": str(label), "image": "image"})
     assert len(lab.live()) == 2
     return record
+
+
+def controller_of(provisioner: Provisioner, record: ShardRecord, folder: Path) -> Controller:
+    """Of the shard, with a job that needs no GPU."""
+    job = Job([], {}, "outputs/run", folder, [], b"", need_gpu=False)
+    return Controller(provisioner, record, job, key=folder / "key")
 
 
 def test_a_machine_and_its_strays_end_though_nothing_can_be_noted(provisioner, lab, monkeypatch):
@@ -104,9 +111,8 @@ def test_a_disk_that_is_full_from_a_record_on_keeps_no_machine(
 ):
     lab.behave(**fate)
     fill_disk(monkeypatch, from_call)
-    job = Job([], {}, "outputs/run", tmp_path, [], b"", need_gpu=False)
     (record,) = provisioner.ledger.shards
-    controller = Controller(provisioner, record, job, key=tmp_path / "key")
+    controller = controller_of(provisioner, record, tmp_path)
     with pytest.raises((OSError, RentalError)):
         controller.complete()
     assert lab.live() == []
@@ -116,8 +122,7 @@ def test_results_that_are_home_keep_no_machine_though_that_can_not_be_noted(
     provisioner, lab, monkeypatch, tmp_path
 ):
     record = rented(provisioner, lab)
-    job = Job([], {}, "outputs/run", tmp_path, [], b"", need_gpu=False)
-    controller = Controller(provisioner, record, job, key=tmp_path / "key")
+    controller = controller_of(provisioner, record, tmp_path)
     monkeypatch.setattr(Controller, "pull", lambda self: None)
     monkeypatch.setattr(Controller, "work", lambda self: self.finish({"exit": 0}))
     fill_disk(monkeypatch)
@@ -130,8 +135,7 @@ def test_a_last_pull_that_finds_no_room_lets_the_machine_end(
     provisioner, lab, monkeypatch, tmp_path
 ):
     record = rented(provisioner, lab)
-    job = Job([], {}, "outputs/run", tmp_path, [], b"", need_gpu=False)
-    controller = Controller(provisioner, record, job, key=tmp_path / "key")
+    controller = controller_of(provisioner, record, tmp_path)
 
     def no_room(self) -> None:
         raise FULL

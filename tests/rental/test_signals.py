@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from builders.rented import FAST, JOB, Screen, User, assert_nothing_lives, rental_server, renting
+from builders.rented import FAST, JOB, Screen, User, assert_nothing_lives
 
 MARKET, CONTROLLER = (
     "sparse_coding.rental.market.Market",
@@ -26,18 +26,6 @@ SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "HUP": signal.SIGHUP,
 FEW = [("launch", f"{CONTROLLER}.set_up", "TERM"), ("destroy", f"{CONTROLLER}.pull", "closed"),
        ("reap", f"{MARKET}.instances", "INT")]  # fmt: skip
 ALL = [(verb, phase, how) for verb, phases in PHASES.items() for phase in phases for how in SIGNALS]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with rental_server(tmp_path_factory.mktemp("signals")) as server:
-        yield server
-
-
-@pytest.fixture
-def user(server, tmp_path):
-    with renting(tmp_path, server) as user:
-        yield user
 
 
 def interrupted(user: User, words: list[str], phase: str, how: str) -> int:

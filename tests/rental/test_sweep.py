@@ -21,24 +21,11 @@ from builders.rented import (
     assert_no_secret_shows,
     assert_nothing_lives,
     assert_whole,
-    rental_server,
     renting,
 )
 from builders.scripts import assert_refused, mounted_tmpfs
 
 long = pytest.mark.long
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with rental_server(tmp_path_factory.mktemp("rental")) as server:
-        yield server
-
-
-@pytest.fixture
-def user(server, tmp_path):
-    with renting(tmp_path, server) as user:
-        yield user
 
 
 def some(few: list, more: list) -> list:
@@ -83,8 +70,8 @@ def test_the_cost_is_that_of_the_services_ledger(user):
 
 
 @long
-def test_the_calls_keep_the_documented_intervals(server, tmp_path):
-    with renting(tmp_path, server, rate_limits=0.2) as user:
+def test_the_calls_keep_the_documented_intervals(vast_server, tmp_path):
+    with renting(tmp_path, vast_server, rate_limits=0.2) as user:
         assert_whole(user, user.sweep("--api-spacing", "0.2"))
         assert [r for r in user.lab.requests() if r["status"] == 429] == []
 

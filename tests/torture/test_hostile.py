@@ -24,8 +24,6 @@ from builders.rented import (
     assert_nothing_lives,
     assert_whole,
     git,
-    rental_server,
-    renting,
 )
 from builders.vast import api
 from builders.vast.instance import script
@@ -215,18 +213,6 @@ def test_hostile_names_in_the_sums_of_a_machine_stay_in_their_folder(tmp_path, t
 
 
 # --- whole sweeps ---
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with rental_server(tmp_path_factory.mktemp("rental")) as server:
-        yield server
-
-
-@pytest.fixture
-def user(server, tmp_path):
-    with renting(tmp_path, server) as user:
-        yield user
 
 
 def assert_printable(*outputs: str) -> None:
