@@ -35,6 +35,7 @@ SHORTEST_H = 0.1  # hours of life below which a machine is not worth its start
 ONSTART = Path(__file__).with_name("onstart.sh")  # at most 4096 characters, vast.ai's limit
 WATCH_SECONDS = 20  # between two looks at the clock of a machine that ends itself, at most
 REPORT_SECONDS = 30.0  # between two lines of progress
+HEED_SECONDS = 0.05  # until a signal is heeded, at most
 SCREEN_SECONDS = 1.0  # in which a line gets onto a screen that anybody looks at
 
 Item = TypeVar("Item")
@@ -64,8 +65,12 @@ def at_once(
     items = list(items)
     with ThreadPoolExecutor(len(items) or 1) as pool:
         futures = {item: pool.submit(step, item) for item in items}
-        while wait(futures.values(), timeout=REPORT_SECONDS).not_done:
-            report()
+        reported = time.monotonic()
+        # a signal that comes just before a wait is heeded only after it: so waits are short
+        while wait(futures.values(), timeout=HEED_SECONDS).not_done:
+            if time.monotonic() - reported >= REPORT_SECONDS:
+                report()
+                reported = time.monotonic()
     return {item: error for item, future in futures.items() if (error := future.exception())}
 
 

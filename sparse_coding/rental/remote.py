@@ -202,10 +202,10 @@ class Remote:
             code = process.wait()
         if talk.too_long:
             raise RemoteError("failed", f"{command[0]} is told more than {MOST_SAID >> 20} MB")
+        if self.stop.is_set():  # whatever came of it: else what is quick would never heed it
+            raise Stopped
         if over:
             return code, talk.out.decode(errors="replace"), talk.err.decode(errors="replace")
-        if self.stop.is_set():
-            raise Stopped
         raise RemoteError("unreachable", f"{command[0]} did not end in {timeout:.0f} s")
 
 
@@ -232,8 +232,9 @@ class _Talk:
 
     def over(self, seconds: float) -> bool:
         """Whether it has ended, in so many seconds at most."""
+        end = time.monotonic() + seconds
         for thread in self.threads:
-            thread.join(seconds)
+            thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self.threads)
 
 

@@ -179,8 +179,9 @@ def test_a_command_gets_its_input_and_is_heard_to_its_end(tmp_path, monkeypatch)
     with pytest.raises(RemoteError, match="did not end in 0 s"):
         remote.run("sleep 9", timeout=0.3)
     remote.stop.set()
-    with pytest.raises(Stopped):
-        remote.run("sleep 9")
+    for command in ("sleep 9", "true"):
+        with pytest.raises(Stopped):
+            remote.run(command)
 
 
 def test_bytes_are_counted_in_both_directions_those_of_transfers_that_were_cut_too(
