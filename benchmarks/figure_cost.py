@@ -137,7 +137,8 @@ def measure(cfg: Config, device: torch.device) -> list[dict]:
                 ensemble.stacks[0].forward(x)
             sizes = [n_dict] * len(ensemble.specs)
             del ensemble
-        line["planned_mb"] = round(ensemble_bytes(sizes, H, BATCH, device) / 1e6, 1)
+        kinds = [("relu", n_dict) for n_dict in sizes]
+        line["planned_mb"] = round(ensemble_bytes(kinds, H, BATCH, device) / 1e6, 1)
         line["taken_mb"] = round((peak_memory(device) - before) / 1e6, 1)
         table.append(line)
         print("  ".join(f"{value:>13,}" for value in line.values()), flush=True)

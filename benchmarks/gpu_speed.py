@@ -249,7 +249,7 @@ def grid(cfg: Config, device: torch.device, say: Report, peak: tuple[float, floa
     say(f"the figure: {seconds:.1f} s, {how}, data included, evaluation and drawing not")
     if device.type == "cuda":
         recipe = ToyRecipe(DATA, "per_feature", 1e-3, cfg.n_steps, device)
-        planned = recipe.memory([m.n_dict for m in task.ensemble.specs])
+        planned = recipe.memory([(m.arch, m.n_dict) for m in task.ensemble.specs])
         taken = torch.cuda.max_memory_allocated(device) / 1e9
         say(f"memory: {taken:.2f} GB taken at most, {planned / 1e9:.2f} GB planned")
     return seconds

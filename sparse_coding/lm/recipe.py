@@ -22,6 +22,7 @@ from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
+from sparse_coding.sae.families import Kind
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sae.spec import Schedule
 from sparse_coding.sweep.cells import merged_rows, missing_cells, sae_folder
@@ -188,14 +189,14 @@ class LanguageRecipe:
             "(--max-norm-multiple)"
         )
 
-    def memory(self, n_dicts: list[int]) -> int:
+    def memory(self, kinds: list[Kind]) -> int:
         """Of the ensemble, two buffers of rows, and codes of all of them at evaluation."""
-        o = self.optimisation
+        o, n_dicts = self.optimisation, [n for _, n in kinds]
         rows = 2 * 2 * self.width * min(o.buffer_rows(self.width), sum(self.chunks.rows))
         tokens = self.held_out.lm_batch_size * self.held_out.text.context_length
         one_evaluated = 4 * tokens * (4 * max(n_dicts) + 2 * self.held_out.lm.vocab_size)
         saved = sum(8 * n * self.width for n in n_dicts)
-        ensemble = ensemble_bytes(n_dicts, self.width, o.batch_size, self.device)
+        ensemble = ensemble_bytes(kinds, self.width, o.batch_size, self.device)
         return ensemble + rows + one_evaluated + saved
 
     def prepare(self, group: list[Cell]) -> Task:

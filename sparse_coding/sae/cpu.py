@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sparse_coding.config import first_line
 from sparse_coding.files import held
-from sparse_coding.sae.spec import BETAS, Factors, StepNumbers
+from sparse_coding.sae.spec import BETAS, PLACE, Factors, StepNumbers
 from sparse_coding.sae.stack import Stack
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def _zeros() -> tuple:
     idle, one = np.zeros(8, np.int32), np.zeros(1, np.float32)
     sae = Sae(W, b, W, none, W, W, b, b, W, W, none, none, idle, one, one)
     scratch, x = Scratch(8, 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
-    return sae, scratch.work(8), scratch.gradients, x, np.zeros((1, 6), np.float32), ALL, (0, 1)
+    numbers = np.zeros((1, len(PLACE)), np.float32)
+    return sae, scratch.work(8), scratch.gradients, x, numbers, ALL, (0, 1)
 
 
 @contextlib.contextmanager
@@ -324,7 +325,7 @@ def views(stack: Stack) -> "list[Sae]":
 
 
 def step_numbers(stack: Stack, n_done: int, factors: list[Factors]) -> np.ndarray:
-    """StepNumbers of each step, (n, 6) float32."""
+    """StepNumbers of each step, (n, numbers) float32."""
     numbers = [
         StepNumbers(
             rate=stack.lr * f.lr / (1 - BETAS[0] ** t),
@@ -333,6 +334,8 @@ def step_numbers(stack: Stack, n_done: int, factors: list[Factors]) -> np.ndarra
             l1_factor=f.l1,
             seeks_l0=f.seek_l0,
             project=stack.project,
+            p=f.p,
+            p_before=f.p_before,
         )
         for t, f in enumerate(factors, start=n_done + 1)
     ]

@@ -36,7 +36,7 @@ from numpy import ndarray
 from sparse_coding.sae import spec
 from sparse_coding.sae.spec import BETAS, DORMANT, L0_CLAMP, L0_GAIN, PLACE
 
-RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, PROJECT = PLACE
+RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, PROJECT, P, P_BEFORE = PLACE
 BETA1, BETA2 = BETAS
 F0, F1 = np.float32(0), np.float32(1)
 # Sums may be reordered, as in any GEMM; NaN and infinities keep their meaning
@@ -467,7 +467,7 @@ def finish(sae, work, numbers):
 
 @kernel
 def steps(sae, work, grads, xs, of_steps, todo, span):
-    """Steps on each x of xs (n, batch, h); of_steps: (n, 6), StepNumbers of each.
+    """Steps on each x of xs (n, batch, h); of_steps: (n, numbers), StepNumbers of each.
 
     todo: which phases, a sum; span: first and end of the tiles or blocks. One function for threads
     that work alone or share, since code compiled twice may round in two ways.

@@ -1,7 +1,7 @@
 """Many sparse autoencoders trained at once on one stream of batches.
 
-Autoencoders of one width form a Stack (stack.py has the formulas); all stacks see the same x. An
-engine steps them: with kernels that leave out the zeros, compiled for the CPU (cpu.py) or a
+Autoencoders of one family and width form a Stack (stack.py has the formulas); all stacks see the
+same x. Engines step them: with kernels that leave out the zeros, compiled for the CPU (cpu.py) or a
 GPU (gpu.py), else densely with torch, which is the reference. State and results are the same
 but for rounding.
 
@@ -18,12 +18,15 @@ from torch import Tensor
 
 from sparse_coding.sae import gpu
 from sparse_coding.sae.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
-from sparse_coding.sae.spec import SAESpec, Schedule
+from sparse_coding.sae.families import FAMILIES, Kind, bands
+from sparse_coding.sae.spec import Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine, Scratch, Stack
+
+COUNTS = ("idle", "silent", "n_revived")  # of a stack, beside its parameters
 
 
 class Ensemble:
-    """All autoencoders of a group of cells, stacked by width.
+    """All autoencoders of a group of cells, stacked by family and width.
 
     Args:
         specs: in any order; results come back in this order
@@ -47,17 +50,26 @@ class Ensemble:
         self.activation_dim = activation_dim
         self.specs, self.schedule, self.n_steps_done = specs, schedule, 0
         self.scratch = Scratch(device, dtype)
-        order = sorted(range(len(specs)), key=lambda i: specs[i].n_dict)  # stable
+        kinds = [(spec.n_dict, list(FAMILIES).index(spec.arch)) for spec in specs]
+        order = sorted(range(len(specs)), key=kinds.__getitem__)  # stable
         self.stacks: list[Stack] = []
         self.place: dict[int, tuple[int, int]] = {}  # of each spec: (stack, position in it)
-        for _, group in groupby(order, key=lambda i: specs[i].n_dict):
+        for _, group in groupby(order, key=kinds.__getitem__):
             indices = list(group)
             self.place |= {i: (len(self.stacks), k) for k, i in enumerate(indices)}
             of_stack = [specs[i] for i in indices]
-            options = dict(
-                lr=lr, eps=schedule.eps, scratch=self.scratch, b_dec=b_dec, project=project
+            self.stacks.append(
+                Stack(
+                    of_stack,
+                    activation_dim,
+                    lr=lr,
+                    eps=schedule.eps,
+                    scratch=self.scratch,
+                    b_dec=b_dec,
+                    project=project,
+                    dead_steps=schedule.dead_steps,
+                )
             )
-            self.stacks.append(Stack(of_stack, activation_dim, **options))
         self.engine = engine_of(self.stacks)
 
     def step_(self, x: Tensor) -> None:
@@ -76,26 +88,40 @@ class Ensemble:
 
     def dictionary(self, i: int) -> dict[str, Tensor]:
         """Autoencoder i as saved: W_enc (activation_dim, n_dict), b_enc (n_dict,),
-        W_dec (n_dict, activation_dim), b_dec (activation_dim,), on the CPU."""
+        W_dec (n_dict, activation_dim), b_dec (activation_dim,), on the CPU; and threshold (n_dict,)
+        where its family has one of each feature, or chooses by batch: then the smallest code that
+        a batch chose, on average."""
         s, k = self.place[i]
         stack = self.stacks[s]
         W_enc, b_enc, W_dec = (stack.parameters[name][k].cpu() for name in PARAMETERS)
         zero = torch.zeros(self.activation_dim, dtype=W_dec.dtype)
         b_dec = zero if stack.b_dec is None else stack.b_dec[k].cpu()
-        return {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        saved = {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        if stack.family.selection == "batchtopk":
+            saved["threshold"] = stack.smallest[k].cpu().repeat(stack.n_dict)
+        if stack.threshold is not None:
+            saved["threshold"] = stack.threshold[k].cpu()
+        return saved
 
     def l1(self, i: int) -> float:
-        """Weight of the L1 term of autoencoder i, which a controller may have moved."""
+        """Weight of the penalty of autoencoder i, which a controller may have moved."""
         s, k = self.place[i]
         return float(self.stacks[s].l1[k])
+
+    def n_revived(self, i: int) -> int:
+        """How often a dead feature of autoencoder i fired again."""
+        s, k = self.place[i]
+        return int(self.stacks[s].n_revived[k])
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and Adam's moments by name, not copied: for a checkpoint."""
         tensors = {}
         for s, stack in enumerate(self.stacks):
-            tensors[f"{s}.idle"] = stack.idle
-            if stack.seeks_l0:
+            tensors |= {f"{s}.{name}": getattr(stack, name) for name in COUNTS}
+            if stack.seeks_l0 or stack.family.penalty == "lp":
                 tensors[f"{s}.l1"] = stack.l1
+            if stack.family.selection == "batchtopk":
+                tensors[f"{s}.smallest"] = stack.smallest
             for name, parameter in stack.parameters.items():
                 tensors[f"{s}.{name}"] = parameter
                 for moment, value in stack.adam.state[parameter].items():
@@ -105,40 +131,77 @@ class Ensemble:
     def load_state_(self, tensors: dict[str, Tensor]) -> None:
         """Continues from state(), exactly."""
         self.n_steps_done = int(tensors["0.W_enc.step"])  # of Adam
-        for stack in self.stacks:
-            stack.idle.zero_()  # where checkpoints have none, all features are up to date
+        for stack in self.stacks:  # where checkpoints have none, all features are up to date
+            for name in COUNTS:
+                getattr(stack, name).zero_()
         for name, tensor in self.state().items():
-            if name in tensors or not name.endswith(".idle"):
+            if name in tensors or not name.endswith(COUNTS):
                 tensor.copy_(tensors[name])
 
 
-def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine:
+class Engines:
+    """Several engines, each for stacks of its own."""
+
+    def __init__(self, parts: list):
+        self.parts = parts
+        self.steps_at_a_time = min(part.steps_at_a_time for part in parts)
+
+    def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
+        """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
+        for part in self.parts:
+            part.steps_(xs, n_done=n_done, factors=factors)
+
+
+def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | Engines:
     """The fastest that this machine has for the stacks' device and precision."""
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
-    if on == "cpu" and dtype == torch.float32 and has_kernels() and kernels_compile():
-        return CpuEngine(stacks, n_threads=torch.get_num_threads())
-    if on == "cuda" and dtype == torch.float32 and gpu.has_triton():
-        return gpu.GpuEngine(stacks)
-    return DenseEngine(stacks)
+    fast = [stack for stack in stacks if stack.family == FAMILIES["relu"]]
+    dense = [stack for stack in stacks if stack not in fast]
+    if not fast or dtype != torch.float32:
+        return DenseEngine(stacks)
+    if on == "cpu" and has_kernels() and kernels_compile():
+        engine = CpuEngine(fast, n_threads=torch.get_num_threads())
+    elif on == "cuda" and gpu.has_triton():
+        engine = gpu.GpuEngine(fast)
+    else:
+        return DenseEngine(stacks)
+    return Engines([engine, DenseEngine(dense)]) if dense else engine
 
 
 def ensemble_bytes(
-    n_dicts: list[int], activation_dim: int, batch_size: int, device: torch.device
+    kinds: list[Kind], activation_dim: int, batch_size: int, device: torch.device
 ) -> int:
-    """Bytes that an ensemble of these widths needs: its state, and scratch for its largest stack.
+    """Bytes that an ensemble of these (family, n_dict) needs: its state, and scratch for its
+    largest stack.
 
     With Adam's moments the state is 12 (2 n_dict h + n_dict) bytes per autoencoder, h =
     activation_dim. Scratch of a stack: codes (n_dict x batch), x_hat, and for dense steps δ and two
     gradients (n_dict x h); engines with kernels have their own.
     """
     h = activation_dim
-    state = sum(12 * (2 * n * h + n) + 4 * n for n in n_dicts)
+    state = sum(12 * (2 * n * h + n) + 8 * n + 8 for _, n in kinds)
+    state += sum(12 * n for arch, n in kinds if FAMILIES[arch].selection == "jump")
     compiled = device.type == "cpu" and has_kernels()
     on_gpu = device.type == "cuda" and gpu.has_triton()
-    per_feature = batch_size if compiled or on_gpu else 2 * (batch_size + h)
-    scratch = max(n_dicts.count(n) * 4 * (n * per_feature + batch_size * h) for n in set(n_dicts))
-    if compiled:
-        scratch += engine_bytes(n_dicts, h, batch_size, n_threads=torch.get_num_threads())
-    if on_gpu:
-        scratch += gpu.engine_bytes(n_dicts, h, batch_size)
+    fast = [n for arch, n in kinds if arch == "relu" and (compiled or on_gpu)]
+    scratch = 4 * max(
+        kinds.count(kind) * _scratch_numbers(kind, h, batch_size, fast=kind[1] in fast)
+        for kind in set(kinds)
+    )
+    if fast and compiled:
+        scratch += engine_bytes(fast, h, batch_size, n_threads=torch.get_num_threads())
+    if fast and on_gpu:
+        scratch += gpu.engine_bytes(fast, h, batch_size)
     return state + scratch
+
+
+def _scratch_numbers(kind: Kind, h: int, batch: int, *, fast: bool) -> int:
+    """Of one autoencoder of a stack: codes and x_hat; δ and gradients of dense steps; and of those
+    of other families, temporaries."""
+    (arch, n), family = kind, FAMILIES[kind[0]]
+    if arch == "relu":
+        return n * (batch if fast else 2 * (batch + h)) + batch * h
+    kept = family.selection == "jump" or family.aux
+    n_errors = len(bands(n, family.nested)) + 2 * family.aux
+    # selections and penalties, of masks and powers, take three more tensors of the codes' shape
+    return n * (2 * (batch + h) + (kept + 3) * batch) + (1 + n_errors) * batch * h

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_coding.config import first_line
 from sparse_coding.sae.cpu import step_numbers
-from sparse_coding.sae.spec import Factors, SAESpec
+from sparse_coding.sae.spec import PLACE, Factors, SAESpec
 from sparse_coding.sae.stack import DenseEngine, Scratch, Stack
 
 if TYPE_CHECKING:  # Triton may be missing
@@ -80,7 +80,7 @@ def work_shapes(sizes: list[int], shape: "Shape") -> dict[str, tuple]:
     )
     return {
         "x": ((batch, h), f32),
-        "numbers": ((6,), f32),
+        "numbers": ((len(PLACE),), f32),
         "saes": ((n, 3), i32),
         "encode_tiles": ((of_encode, 2), i32),
         "list_tiles": ((of_lists, 2), i32),
@@ -222,7 +222,7 @@ class GpuEngine:
             work = make_work(self.sizes, shape, xs.device)
             self.ready = shape, work, self._replayed(launcher(self.rows, work, shape))
         _, work, step = self.ready
-        of_steps = torch.from_numpy(step_numbers(self.stacks[0], n_done, factors))  # (n, 6)
+        of_steps = torch.from_numpy(step_numbers(self.stacks[0], n_done, factors))  # (n, numbers)
         if xs.is_cuda:  # no waiting for what the GPU has still to do
             of_steps = of_steps.pin_memory().to(xs.device, non_blocking=True)
         for x, numbers in zip(xs, of_steps, strict=True):

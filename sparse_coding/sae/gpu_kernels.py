@@ -30,7 +30,7 @@ from sparse_coding.sae import spec
 
 DORMANT = tl.constexpr(spec.DORMANT)
 L0_GAIN, L0_CLAMP = tl.constexpr(spec.L0_GAIN), tl.constexpr(spec.L0_CLAMP)
-RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, _ = map(tl.constexpr, spec.PLACE)
+RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0 = map(tl.constexpr, spec.PLACE[:5])
 
 
 class Rows(NamedTuple):
@@ -61,7 +61,7 @@ class Work(NamedTuple):
     """
 
     x: Tensor  # (batch, h)
-    numbers: Tensor  # (6,)
+    numbers: Tensor  # StepNumbers
     saes: Tensor  # (n_saes, 3) int32: first row, end of rows, first tile of lists
     encode_tiles: Tensor  # (tiles, 2) int32: autoencoder, first feature
     list_tiles: Tensor  # (tiles, 2) int32: autoencoder, first slot

@@ -7,22 +7,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sparse_coding.sae.families import FAMILIES
+
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
 BETAS = 0.9, 0.999  # of Adam
 DORMANT = 200  # steps without firing, after which a feature's moments move it no more (cpu_kernels)
 # Of the controller that finds l1 for a target l0, per step; ours, LOG.md
 L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
 L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement
+DEAD_STEPS = 1000  # without firing, after which a feature counts as dead; as in SAELens
+P_END = 0.2  # of p-annealing; Karvonen et al. 2024
 
 
 @dataclass(frozen=True)
 class SAESpec:
     """One autoencoder of an ensemble.
 
-    l1: weight of mean Σ codes in the loss, l1_alpha times its normalisation (sweep/grid.py)
+    l1: weight of the penalty in the loss, of relu mean Σ codes: l1_alpha times its normalisation
+        (sweep/grid.py)
     seed: of its start
     tied: start with W_enc = W_decᵀ / 2 and b_enc = 0 instead of torch.nn.Linear's
-    target_l0: l1 is only where a controller starts that seeks this l0; 0: l1 stays
+    target_l0: k, where the family has it; else l1 is only where a controller starts that seeks this
+        l0, and 0 means that l1 stays
+    arch: its family, a name in FAMILIES
     """
 
     n_dict: int
@@ -30,6 +37,12 @@ class SAESpec:
     seed: int
     tied: bool = False
     target_l0: float = 0.0
+    arch: str = "relu"
+
+    @property
+    def seeks_l0(self) -> bool:
+        """Whether a controller moves l1."""
+        return self.target_l0 > 0 and not FAMILIES[self.arch].has_k
 
 
 class StepNumbers(NamedTuple):
@@ -41,6 +54,8 @@ class StepNumbers(NamedTuple):
     l1_factor: float
     seeks_l0: float  # 0 or 1
     project: float  # 0 or 1
+    p: float  # of p-annealing
+    p_before: float  # that of the step before
 
 
 PLACE = StepNumbers(*range(len(StepNumbers._fields)))  # of each number in the array
@@ -49,9 +64,11 @@ PLACE = StepNumbers(*range(len(StepNumbers._fields)))  # of each number in the a
 class Factors(NamedTuple):
     """What a Schedule says of one step."""
 
-    lr: float
-    l1: float
-    seek_l0: bool
+    lr: float = 1.0
+    l1: float = 1.0
+    seek_l0: bool = False
+    p: float = 1.0
+    p_before: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,8 @@ class Schedule:
     lr_warmup, l1_warmup: steps of linear growth from 0
     eps: of Adam, throughout
     decay_start: step from which the learning rate falls linearly, to 0 at n_steps
+    anneal: steps in which p of p-annealing falls from 1 to P_END, linearly
+    dead_steps: without firing, after which a feature counts as dead
     """
 
     n_steps: int = 0
@@ -68,6 +87,8 @@ class Schedule:
     l1_warmup: int = 0
     decay_start: int | None = None
     eps: float = 1e-8
+    anneal: range | None = None
+    dead_steps: int = DEAD_STEPS
 
     def lr_factor(self, step: int) -> float:
         """Factor of the learning rate at a step, counted from 0."""
@@ -84,9 +105,17 @@ class Schedule:
         """Whether the controller of l1 is at work: not while l1 is still rising."""
         return step >= self.l1_warmup
 
+    def p(self, step: int) -> float:
+        """The power of p-annealing at a step, counted from 0."""
+        if self.anneal is None or step < self.anneal.start:
+            return 1.0
+        share = min(1.0, (step - self.anneal.start) / max(len(self.anneal), 1))
+        return 1 - (1 - P_END) * share
+
     def at(self, step: int) -> Factors:
         """All factors of a step."""
-        return Factors(self.lr_factor(step), self.l1_factor(step), self.seeks_l0(step))
+        rising = (self.lr_factor(step), self.l1_factor(step), self.seeks_l0(step))
+        return Factors(*rising, self.p(step), self.p(step - 1))
 
 
 def initial_autoencoder(

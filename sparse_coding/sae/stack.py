@@ -1,22 +1,43 @@
-"""Autoencoders of one width and their dense training step.
+"""Autoencoders of one family and width, and their dense training step.
 
 One autoencoder (b_dec is fixed at 0 in the toy replication, and left out of its arithmetic):
 
-    codes = ReLU((x − b_dec) W_enc + b_enc)      (batch, n_dict)
+    pre   = (x − b_dec) W_enc + b_enc            (batch, n_dict)
+    codes = ReLU(pre) of those that the family selects, else 0
     x_hat = codes W_dec + b_dec                  (batch, activation_dim), rows of W_dec of length 1
-    loss  = mean over batch and dimensions of (x − x_hat)² + l1 · mean over batch of Σ codes
+    loss  = mean over batch and dimensions of (x − x_hat)² + l1 · mean over batch of penalty(codes)
+
+Which families there are, and their sources, is in families.py. Where several codes are equal, the
+selection of a k takes those of the lowest feature, then of the lowest sample.
 
 Inside, everything is feature-major (features in rows, samples in columns): a feature's weights,
 moments and codes are contiguous.
 
-Gradients are derived by hand (autograd agrees to 1e-9 in float64, see tests/sae/test_ensemble.py):
+Gradients are derived by hand (autograd agrees to 1e-9 in float64, see tests/sae/test_families.py):
 
     g       = 2/(batch · activation_dim) · (x_hat − x)         = ∂loss/∂x_hat
     ∂W_dec  = codesᵀ g
-    δ       = (g W_decᵀ + l1/batch) ∘ [codes > 0]              = ∂loss/∂(encoder's output)
+    δ       = (g W_decᵀ + l1/batch · penalty′(codes)) ∘ [codes > 0] = ∂loss/∂(encoder's output)
     ∂b_enc  = Σ over batch of δ
     ∂W_enc  = (x − b_dec)ᵀ δ = xᵀ δ − b_decᵀ ∂b_enc
     ∂b_dec  = Σ over batch of g − W_enc ∂b_enc
+
+penalty′ is 1 (l1), p · (codes + eps)^(p−1) (lp), slope · (1 − tanh²(slope · codes)) (l0_tanh) or 0.
+
+Nested prefixes (Matryoshka): the loss has the mean squared error of x_hat_l, from the features of
+prefix l alone, for each prefix; a feature's g is the sum over the prefixes that contain it.
+
+Thresholds θ: the step at θ has a straight-through gradient, from the window |pre − θ| < eps/2:
+
+    ∂θ = −1/eps · Σ over the window of (θ δ′ + l1/batch · [l0_step])   with δ′ = δ before its mask
+
+and δ gains θ/eps · δ′ in the window, where the family passes that gradient through the input, too.
+
+Auxiliary loss: of the features that are dead, the activation_dim/2 largest ReLU(pre) of a sample
+reconstruct e = x − x_hat, which is given: AUX · mean of (e − aux W_dec)².
+
+p-annealing: whenever p falls, l1 changes so that l1 · Σ codes^p of the batch at hand does not
+(Karvonen et al. use the mean of the last ten batches, and ten falls).
 
 Gradient projection (an option): the part of ∂W_dec along a row of W_dec only changes the row's
 length, which is put back to 1, so Adam is spared it (Bricken et al. 2023, Towards Monosemanticity).
@@ -28,8 +49,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sparse_coding.sae.families import (
+    AUX,
+    BANDWIDTH,
+    EMA,
+    FAMILIES,
+    LP_EPS,
+    SLOPE,
+    THRESHOLD,
+    bands,
+)
 from sparse_coding.sae.spec import (
     BETAS,
+    DEAD_STEPS,
     DORMANT,
     L0_CLAMP,
     L0_GAIN,
@@ -38,7 +70,7 @@ from sparse_coding.sae.spec import (
     initial_autoencoder,
 )
 
-PARAMETERS = ("W_enc", "b_enc", "W_dec")  # and b_dec, where it is trained
+PARAMETERS = ("W_enc", "b_enc", "W_dec")  # and b_dec, where it is trained, and threshold
 
 
 class Scratch:
@@ -56,7 +88,11 @@ class Scratch:
 
 
 class Stack:
-    """Autoencoders of one width, (n_saes, n_dict, activation_dim) each for W_enc and W_dec."""
+    """Autoencoders of one family and width, (n_saes, n_dict, activation_dim) each for W_enc and
+    W_dec.
+
+    dead_steps: without firing, after which a feature counts as dead
+    """
 
     def __init__(
         self,
@@ -68,78 +104,207 @@ class Stack:
         eps: float = 1e-8,
         b_dec: Tensor | None = None,
         project: bool = False,
+        dead_steps: int = DEAD_STEPS,
     ):
         self.specs, self.scratch, self.lr, self.project = specs, scratch, lr, project
-        self.n_dict = specs[0].n_dict
+        self.n_dict, self.dead_steps = specs[0].n_dict, dead_steps
+        self.family = FAMILIES[specs[0].arch]
+        self.bands = bands(self.n_dict, self.family.nested)
         to = {"device": scratch.device, "dtype": scratch.dtype}
+        shape = (len(specs), self.n_dict)
         stacked = _stacked_starts(specs, activation_dim, **to)
         if b_dec is not None:
             stacked["b_dec"] = b_dec.to(**to).repeat(len(specs), 1)  # (n_saes, h)
+        if self.family.selection == "jump":
+            stacked["threshold"] = torch.full(shape, THRESHOLD, **to)
         self.parameters = {
             k: torch.nn.Parameter(t, requires_grad=False) for k, t in stacked.items()
         }
         self.W_enc, self.b_enc, self.W_dec = (self.parameters[name] for name in PARAMETERS)
         self.b_dec = self.parameters.get("b_dec")
+        self.threshold = self.parameters.get("threshold")
         self.l1 = torch.tensor([spec.l1 for spec in specs], **to).view(-1, 1, 1)
-        self.target_l0 = torch.tensor([spec.target_l0 for spec in specs], **to).view(-1, 1, 1)
-        self.seeks_l0 = any(spec.target_l0 for spec in specs)
+        sought = [spec.target_l0 * spec.seeks_l0 for spec in specs]
+        self.target_l0 = torch.tensor(sought, **to).view(-1, 1, 1)
+        self.seeks_l0 = any(sought)
+        self.smallest = torch.zeros(len(specs), **to)  # code chosen in a batch, a running mean
         self.adam = _adam_in_place(self.parameters.values(), lr=lr, eps=eps)
         # steps since a feature fired, as far as sparse kernels count them; no moments, no hurry
-        shape = (len(specs), self.n_dict)
-        self.idle = torch.full(shape, DORMANT, dtype=torch.int32, device=scratch.device)
+        of_features = {"dtype": torch.int32, "device": scratch.device}
+        self.idle = torch.full(shape, DORMANT, **of_features)
+        self.silent = torch.zeros(shape, **of_features)  # steps since it fired, or since the start
+        self.n_revived = torch.zeros(len(specs), dtype=torch.int64, device=scratch.device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(codes feature-major (n_saes, n_dict, batch), x_hat (n_saes, batch, activation_dim)).
 
         Both are scratch: valid until the next forward of any stack.
         """
+        codes = self.select_(self.encode(x))
+        return codes, self.decode(codes)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pre-activations, feature-major (n_saes, n_dict, batch); scratch."""
         n_saes, n_dict, h = self.W_enc.shape
-        codes = self.scratch("codes", n_saes, n_dict, len(x))
-        x_hat = self.scratch("x_hat", n_saes, len(x), h)
+        pre = self.scratch("codes", n_saes, n_dict, len(x))
         x_T = x.T.expand(n_saes, h, len(x))
         bias = self.b_enc.unsqueeze(2)  # (n_saes, n_dict, 1)
+        if self.b_dec is not None:  # (x − b_dec) W_enc + b_enc without a copy of x per autoencoder
+            # one by one: bmm gives a single autoencoder other bits than it has among others
+            of_b_dec = [W @ b for W, b in zip(self.W_enc, self.b_dec, strict=True)]
+            bias = bias - torch.stack(of_b_dec).unsqueeze(2)
+        return torch.baddbmm(bias, self.W_enc, x_T, out=pre)
+
+    def select_(self, pre: Tensor) -> Tensor:
+        """Pre-activations become codes, in place."""
+        kind = self.family.selection
+        if kind == "jump":
+            pre.mul_(pre > self.threshold.unsqueeze(2))
+        codes = pre.relu_()
+        batch = codes.shape[2]
+        for of_one, spec in zip(codes, self.specs, strict=True) if self.family.has_k else ():
+            if kind == "topk":
+                of_one.mul_(largest(of_one.T, int(spec.target_l0)).T)
+            else:
+                of_one.mul_(
+                    largest(of_one.view(1, -1), int(spec.target_l0 * batch)).view_as(of_one)
+                )
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """x_hat (n_saes, batch, activation_dim); scratch."""
+        n_saes, _, h = self.W_dec.shape
+        x_hat = self.scratch("x_hat", n_saes, codes.shape[2], h)
         if self.b_dec is None:
-            torch.baddbmm(bias, self.W_enc, x_T, out=codes).relu_()
-            torch.bmm(codes.transpose(1, 2), self.W_dec, out=x_hat)
-            return codes, x_hat
-        # (x − b_dec) W_enc + b_enc without a copy of x per autoencoder
-        bias = torch.baddbmm(bias, self.W_enc, self.b_dec.unsqueeze(2), alpha=-1)
-        torch.baddbmm(bias, self.W_enc, x_T, out=codes).relu_()
-        torch.baddbmm(self.b_dec.unsqueeze(1), codes.transpose(1, 2), self.W_dec, out=x_hat)
-        return codes, x_hat
+            return torch.bmm(codes.transpose(1, 2), self.W_dec, out=x_hat)
+        b_dec = self.b_dec.unsqueeze(1)
+        return torch.baddbmm(b_dec, codes.transpose(1, 2), self.W_dec, out=x_hat)
 
     def step_(self, x: Tensor, factors: Factors) -> None:
         """One dense step of gradient descent on x (batch, activation_dim)."""
-        batch, h = x.shape
-        codes, x_hat = self.forward(x)
-        if factors.seek_l0 and self.seeks_l0:
-            self._seek_l0_(codes)
-        g = x_hat.sub_(x).mul_(2 / (batch * h))  # (n_saes, batch, h)
-        self._set_gradients_(x, codes, g, l1=self.l1 * factors.l1)
+        pre = self.encode(x)
+        dead = self.silent >= self.dead_steps
+        needed = self.threshold is not None or (self.family.aux and bool(dead.any()))
+        kept = self.scratch("pre", *pre.shape).copy_(pre) if needed else None
+        codes = self.select_(pre)
+        self._adapt_(codes, factors)
+        errors = self._errors(x, codes)
+        delta = self._set_decoder_gradients_(codes, errors, self.l1 * factors.l1, factors.p)
+        through = 0
+        if self.threshold is not None:
+            through = self._set_threshold_gradient_(kept, delta, self.l1 * factors.l1)
+        # threshold_backward: δ where codes > 0, else 0, in one pass
+        torch.ops.aten.threshold_backward.grad_input(delta, codes, 0, grad_input=delta)
+        if self.family.through_input:
+            delta += through
+        if self.family.aux and needed:
+            self._add_auxiliary_(kept, dead, delta, errors[-1])
+        self._set_encoder_gradients_(x, delta, errors[0])
         self.adam.param_groups[0]["lr"] = self.lr * factors.lr
         self.adam.step()
         normalize(self.W_dec, dim=2, out=self.W_dec)
+        if self.threshold is not None:
+            self.threshold.clamp_(min=0)
 
-    def _set_gradients_(self, x: Tensor, codes: Tensor, g: Tensor, *, l1: Tensor) -> None:
-        """Gradients of all parameters, by the formulas above."""
+    def _errors(self, x: Tensor, codes: Tensor) -> list[Tensor]:
+        """g (n_saes, batch, h) of each band of features: the sum over the prefixes with it."""
+        batch, h = x.shape
+        if len(self.bands) == 1:
+            return [self.decode(codes).sub_(x).mul_(2 / (batch * h))]
+        x_hats, so_far = [], torch.zeros_like(x) if self.b_dec is None else self.b_dec.unsqueeze(1)
+        for i, (first, end) in enumerate(self.bands):
+            x_hat = self.scratch(f"x_hat of prefix {i}", len(codes), batch, h)
+            parts = codes[:, first:end].transpose(1, 2), self.W_dec[:, first:end]
+            x_hats.append(torch.baddbmm(so_far.expand_as(x_hat), *parts, out=x_hat))
+            so_far = x_hat
+        for x_hat in x_hats:
+            x_hat.sub_(x).mul_(2 / (batch * h))
+        for inner, outer in zip(x_hats[-2::-1], x_hats[::-1], strict=False):
+            inner += outer
+        return x_hats
+
+    def _set_decoder_gradients_(
+        self, codes: Tensor, errors: list[Tensor], l1: Tensor, p: float
+    ) -> Tensor:
+        """∂W_dec; returns δ before its mask, scratch."""
+        n_saes, n_dict, batch = codes.shape
+        self.W_dec.grad = self.scratch("W_dec.grad", *self.W_dec.shape)
+        delta = self.scratch("delta", n_saes, n_dict, batch)
+        plain = l1 / batch if self.family.penalty == "l1" else torch.zeros_like(l1)
+        for (first, end), g in zip(self.bands, errors, strict=True):
+            torch.bmm(codes[:, first:end], g, out=self.W_dec.grad[:, first:end])
+            W_dec = self.W_dec[:, first:end]
+            torch.baddbmm(plain, W_dec, g.transpose(1, 2), out=delta[:, first:end])
+        if self.family.penalty == "lp":
+            delta += l1 / batch * p * (codes + LP_EPS) ** (p - 1)
+        if self.family.penalty == "l0_tanh":
+            slope = self._slope
+            delta += l1 / batch * slope * (1 - torch.tanh(slope * codes) ** 2)
+        return delta
+
+    @property
+    def _slope(self) -> float:
+        return SLOPE * self.W_dec.shape[2] ** 0.5
+
+    def _set_threshold_gradient_(self, pre: Tensor, delta: Tensor, l1: Tensor) -> Tensor:
+        """∂θ from δ before its mask; returns what of it goes through the input."""
+        theta = self.threshold.unsqueeze(2)
+        pulls = theta * delta
+        if self.family.penalty == "l0_step":
+            pulls += l1 / pre.shape[2]
+        window = (pre - theta).abs() < BANDWIDTH / 2
+        pulls.mul_(window).div_(BANDWIDTH)
+        self.threshold.grad = -pulls.sum(dim=2)
+        return pulls
+
+    def _add_auxiliary_(self, pre: Tensor, dead: Tensor, delta: Tensor, g: Tensor) -> None:
+        """Adds the gradients of the auxiliary loss to ∂W_dec and δ; g: of the whole x_hat."""
+        _, batch, h = g.shape
+        aux = pre.relu_().mul_(dead.unsqueeze(2))
+        for of_one in aux:
+            of_one.mul_(largest(of_one.T, h // 2).T)
+        left_over = g * (-batch * h / 2)  # e
+        g_aux = torch.baddbmm(left_over, aux.transpose(1, 2), self.W_dec, beta=-1)
+        g_aux *= 2 * AUX / (batch * h)
+        self.W_dec.grad.baddbmm_(aux, g_aux)
+        delta.add_(torch.bmm(self.W_dec, g_aux.transpose(1, 2)).mul_(aux > 0))
+
+    def _set_encoder_gradients_(self, x: Tensor, delta: Tensor, g: Tensor) -> None:
+        """∂W_enc, ∂b_enc and ∂b_dec from δ; projects ∂W_dec. g: the sum over all prefixes."""
         n_saes, n_dict, h = self.W_enc.shape
-        batch = len(x)
-        self.W_dec.grad = self.scratch("W_dec.grad", n_saes, n_dict, h)
-        torch.bmm(codes, g, out=self.W_dec.grad)
         W_enc_grad = self.scratch("W_enc.grad", n_saes, n_dict, h)
         if self.project:
             along = torch.mul(self.W_dec.grad, self.W_dec, out=W_enc_grad).sum(2, keepdim=True)
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
-        delta = self.scratch("delta", n_saes, n_dict, batch)
-        torch.baddbmm(l1 / batch, self.W_dec, g.transpose(1, 2), out=delta)
-        # threshold_backward: δ where codes > 0, else 0, in one pass
-        torch.ops.aten.threshold_backward.grad_input(delta, codes, 0, grad_input=delta)
-        self.W_enc.grad = torch.bmm(delta, x.expand(n_saes, batch, h), out=W_enc_grad)
+        self.W_enc.grad = torch.bmm(delta, x.expand(n_saes, *x.shape), out=W_enc_grad)
         self.b_enc.grad = delta.sum(dim=2)
         if self.b_dec is not None:
             through_encoder = self.b_enc.grad.unsqueeze(1)  # (n_saes, 1, n_dict)
-            W_enc_grad.baddbmm_(through_encoder.mT, self.b_dec.unsqueeze(1), alpha=-1)
+            W_enc_grad.addcmul_(through_encoder.mT, self.b_dec.unsqueeze(1), value=-1)
             self.b_dec.grad = g.sum(dim=1) - torch.bmm(through_encoder, self.W_enc).squeeze(1)
+
+    def _adapt_(self, codes: Tensor, factors: Factors) -> None:
+        """What follows from a batch's codes alone: l1 toward the target l0 or with p, the running
+        mean of the smallest code, and which features are silent."""
+        if self.family.penalty == "lp" and factors.p != factors.p_before:
+            active, shifted = codes > 0, codes + LP_EPS
+            sums = [(shifted**p * active).sum(dim=(1, 2)) for p in (factors.p_before, factors.p)]
+            ratio = torch.where(sums[1] > 0, sums[0] / sums[1], 1).view(-1, 1, 1)
+            self.l1.mul_(ratio)
+        if factors.seek_l0 and self.seeks_l0:
+            self._seek_l0_(codes)
+        if self.family.selection == "batchtopk":
+            for i, of_one in enumerate(codes):
+                self._track_smallest_(i, of_one)
+        fired = codes.any(dim=2)
+        self.n_revived += ((self.silent >= self.dead_steps) & fired).sum(dim=1)
+        self.silent.add_(1).mul_(~fired)
+
+    def _track_smallest_(self, i: int, codes: Tensor) -> None:
+        found = torch.where(codes > 0, codes, torch.inf).amin()
+        found = torch.where(found < torch.inf, found, self.smallest[i])
+        before = torch.where(self.smallest[i] == 0, found, self.smallest[i])
+        self.smallest[i] = before + EMA * (found - before)
 
     def _seek_l0_(self, codes: Tensor) -> None:
         """Moves l1 toward the target l0, where there is one."""
@@ -157,6 +322,20 @@ class Stack:
             for moment, beta in zip(("exp_avg", "exp_avg_sq"), BETAS, strict=True):
                 decay = beta ** missed.to(state[moment].dtype)
                 state[moment] *= decay if name == "b_enc" else decay.unsqueeze(2)
+
+
+def largest(values: Tensor, n: int) -> Tensor:
+    """Where the n largest of each row of values (rows, m) are, as a mask; all if n > m.
+
+    Of equal values the first ones are taken: in a row, the lower index.
+    """
+    n = min(n, values.shape[1])
+    if n == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    smallest = values.topk(n, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, tied = values > smallest, values == smallest
+    room = n - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1) <= room))
 
 
 def _stacked_starts(

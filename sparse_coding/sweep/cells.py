@@ -145,17 +145,17 @@ def merged_rows(
     Args:
         columns: of the rows
         compare: column -> its value from W_dec and those of the next N_LARGER sizes, ascending,
-            of the same seed and l1_alpha
+            of the same seed, family and sparsity
         device: on which they are compared
     Raises:
         Damaged: the row or the autoencoder of a cell.
     """
     stored = {cell: read_record(folder / row_path(cell)) for cell in cells}
     rows = {cell: {name: row.get(name) for name in columns} for cell, row in stored.items()}
-    of_l1_alpha: dict[tuple, list[Cell]] = {}
+    of_sparsity: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        of_l1_alpha.setdefault((cell.seed, cell.l1_exp, cell.target_l0), []).append(cell)
-    for group in of_l1_alpha.values():
+        of_sparsity.setdefault((cell.seed, cell.arch, *cell.sparsity), []).append(cell)
+    for group in of_sparsity.values():
         group.sort(key=lambda cell: cell.n_dict)
         W_dec = {cell: saved_decoder(folder, cell).to(device) for cell in group}
         for i, cell in enumerate(group):

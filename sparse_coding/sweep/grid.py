@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sparse_coding.config import UserError, named_seed, require, require_flag
+from sparse_coding.sae.families import Kind
 
 if TYPE_CHECKING:
     from sparse_coding.sae.spec import SAESpec
@@ -25,7 +26,9 @@ class Cell:
 
     l1_exp: l1_alpha = 10^(l1_exp/4)
     size_exp: size relative to the base size is 2^size_exp (dict_ratio, expansion_factor)
-    target_l0: l1_alpha is only where a controller starts that seeks this l0; 0: it stays
+    target_l0: k, where the family has it; else l1_alpha is only where a controller starts that
+        seeks this l0, and 0 means that it stays
+    arch: the family of autoencoders, see sae/families.py
     """
 
     seed: int
@@ -33,6 +36,17 @@ class Cell:
     size_exp: int
     n_dict: int
     target_l0: int = 0
+    arch: str = "relu"
+
+    @property
+    def kind(self) -> Kind:
+        """(family, n_dict): on which its memory and time depend."""
+        return self.arch, self.n_dict
+
+    @property
+    def sparsity(self) -> tuple[int, int]:
+        """What was asked of it: (l1_exp, target_l0)."""
+        return self.l1_exp, self.target_l0
 
     @property
     def l1_alpha(self) -> float:
@@ -48,7 +62,8 @@ class Cell:
     def name(self) -> str:
         """File name: sorts by seed, size, l1_alpha."""
         of_sparsity = f"l0-{self.target_l0:04d}" if self.target_l0 else f"l1exp{self.l1_exp:+03d}"
-        return f"seed{self.seed}_dict{self.n_dict:06d}_{of_sparsity}"
+        of_family = "" if self.arch == "relu" else f"_{self.arch}"
+        return f"seed{self.seed}_dict{self.n_dict:06d}{of_family}_{of_sparsity}"
 
 
 def l1_divisor(l1_normalisation: str, n_dict: int) -> int:
@@ -74,6 +89,7 @@ def specs_of(cells: list[Cell], l1_normalisation: str, *, tied: bool) -> list["S
             seed=start(cell),
             tied=tied,
             target_l0=cell.target_l0,
+            arch=cell.arch,
         )
         for cell in cells
     ]
@@ -134,26 +150,26 @@ def split_by_cost(cells: list[Cell], n_shards: int) -> list[list[Cell]]:
 
 
 def plan_groups(
-    cells: list[Cell], budget: float, memory_of: Callable[[list[int]], int]
+    cells: list[Cell], budget: float, memory_of: Callable[[list[Kind]], int]
 ) -> list[list[Cell]]:
     """Groups to train one after the other: one seed each, none larger than the budget.
 
     Args:
         budget: bytes of memory
-        memory_of: bytes that an ensemble of these widths needs
+        memory_of: bytes that an ensemble of these kinds of cells needs
     Raises:
         UserError: a single cell exceeds the budget.
     """
     groups: list[list[Cell]] = []
     for cell in cells:
-        alone = memory_of([cell.n_dict])
+        alone = memory_of([cell.kind])
         require(
             alone <= budget,
             f"n_dict {cell.n_dict} needs {alone / 1e9:.2f} GB, {budget / 1e9:.2f} GB are free: "
             "lower the high end of the sizes, or raise --max-memory-gb if it is set",
         )
         group = groups[-1] if groups and groups[-1][0].seed == cell.seed else []
-        if group and memory_of([c.n_dict for c in [*group, cell]]) <= budget:
+        if group and memory_of([c.kind for c in [*group, cell]]) <= budget:
             group.append(cell)
         else:
             groups.append([cell])

@@ -30,6 +30,7 @@ from sparse_coding.files import (
     write_record,
     write_tensors,
 )
+from sparse_coding.sae.families import Kind
 from sparse_coding.sweep.cells import forget_damaged, missing_cells
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost, wait_for_all_ranks
 from sparse_coding.sweep.tracking import read_series
@@ -371,12 +372,16 @@ def unfinished_groups(folder: Path, cells: list[Cell]) -> list[list[Cell]]:
 
 
 def groups_to_train(
-    folder: Path, cells: list[Cell], *, budget: float, memory_of: Callable[[list[int]], int]
+    folder: Path,
+    cells: list[Cell],
+    *,
+    budget: float,
+    memory_of: Callable[[list[Kind]], int],
 ) -> list[list[Cell]]:
     """Groups that cover the missing cells: those begun before, then new ones within the budget.
 
     Args:
-        budget: bytes of memory; memory_of: bytes that an ensemble of these widths needs
+        budget: bytes of memory; memory_of: bytes that an ensemble of these kinds needs
     """
     begun = unfinished_groups(folder, cells)
     in_them = {cell for group in begun for cell in group}

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparse_coding.config import Interrupted, progress_bar
 from sparse_coding.sae.batches import ahead_on, step_ranges
 from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sae.families import Kind
 from sparse_coding.sweep.cells import mark_done
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.run_folder import (
@@ -63,8 +64,8 @@ class Recipe(Protocol):
     n_steps: int
     headline: tuple[str, Callable]
 
-    def memory(self, n_dicts: list[int]) -> int:
-        """Bytes that an ensemble of these widths needs."""
+    def memory(self, kinds: list[Kind]) -> int:
+        """Bytes that an ensemble of these kinds of cells needs."""
 
     def prepare(self, group: list[Cell]) -> Task:
         """Cells of one seed, ready to train."""
@@ -193,7 +194,7 @@ def train_missing_cells(
         return
     n_cells = sum(map(len, groups))
     print(f"to train: {n_cells} SAEs x {recipe.n_steps:,} steps; the bar says how long")
-    peak = max(recipe.memory([cell.n_dict for cell in group]) for group in groups)
+    peak = max(recipe.memory([cell.kind for cell in group]) for group in groups)
     split = "" if len(groups) == 1 else f", in {len(groups)} groups one after the other"
     print(f"memory: {peak / 1e9:.2f} of {budget / 1e9:.1f} GB free{split}")
     print(f"results go to {folder}; the same command resumes", flush=True)

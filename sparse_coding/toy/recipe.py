@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_coding.config import named_seed, passing_bar, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
+from sparse_coding.sae.families import Kind
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sweep.cells import merged_rows, sae_folder
 from sparse_coding.sweep.grid import Cell, specs_of
@@ -60,11 +61,11 @@ class ToyRecipe:
         """activation_dim."""
         return self.data.activation_dim
 
-    def memory(self, n_dicts: list[int]) -> int:
-        """Bytes of the world and of an ensemble of these widths."""
+    def memory(self, kinds: list[Kind]) -> int:
+        """Bytes of the world and of an ensemble of these kinds of cells."""
         world = world_bytes(self.data)
         batch_size = max(self.data.batch_size, EVALUATION["batch_size"])
-        return world + ensemble_bytes(n_dicts, self.width, batch_size, self.device)
+        return world + ensemble_bytes(kinds, self.width, batch_size, self.device)
 
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one seed with the stream they train on and their evaluation."""

@@ -10,6 +10,11 @@ from builders.faults import ANY
 from builders.scripts import Done, Process, Server, assert_done, assert_refused, temporaries
 
 
+def n_features(kinds: list[tuple[str, int]]) -> int:
+    """Of cells of these kinds: a simple measure of the memory that they need."""
+    return sum(n_dict for _, n_dict in kinds)
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Runs in cwd, where it writes run/ and, on a language model, acts/.

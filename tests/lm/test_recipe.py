@@ -518,7 +518,7 @@ class PeakMemory(TorchDispatchMode):
 def test_the_memory_plan_covers_training_and_evaluation(root):
     recipe = on_disk(root, batch_size=256, n_tokens=256 * 6)
     group = make_grid(WIDTH, seeds=range(1), l1_exps=range(-8, -4), size_exps=range(3, 5))
-    n_dicts = [cell.n_dict for cell in group]  # 320 and 640
+    kinds = [cell.kind for cell in group]  # 320 and 640
     _ = recipe.statistics  # of its own, before training
     o = recipe.optimisation
     buffer = 2 * WIDTH * min(o.buffer_rows(WIDTH), sum(recipe.chunks.rows))
@@ -526,9 +526,9 @@ def test_the_memory_plan_covers_training_and_evaluation(root):
         task = trained(recipe.prepare(group), range(6))
     with PeakMemory() as evaluation:
         task.evaluate()
-    planned = recipe.memory(n_dicts)
+    planned = recipe.memory(kinds)
     # while it is evaluated
-    held = ensemble_bytes(n_dicts, WIDTH, o.batch_size, recipe.device) + 2 * buffer
+    held = ensemble_bytes(kinds, WIDTH, o.batch_size, recipe.device) + 2 * buffer
     assert training.peak + buffer <= planned  # one buffer is filled by the reader's thread
     assert held + evaluation.peak <= planned
     assert planned < 1.6 * (held + evaluation.peak)

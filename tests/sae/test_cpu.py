@@ -288,7 +288,7 @@ def test_without_numba_training_is_dense_and_one_line_says_so(missing, tmp_path:
         "cpu = torch.device('cpu')\n"
         "for _ in range(2):\n"
         "    ensemble = Ensemble([SAESpec(8, 1e-3, 0)], 8, lr=1e-3, device=cpu)\n"
-        "    ensemble.step_(torch.ones(4, 8)); ensemble_bytes([8], 8, 4, cpu)\n"
+        "    ensemble.step_(torch.ones(4, 8)); ensemble_bytes([('relu', 8)], 8, 4, cpu)\n"
         "print(type(ensemble.engine).__name__)\n"
     )
     done = subprocess.run(

@@ -178,7 +178,7 @@ def test_memory_plan_covers_what_the_ensemble_allocates(n_dicts, engine, monkeyp
         scratch.work(max(n_dicts))
         allocated += scratch.n_bytes * min(torch.get_num_threads(), len(n_dicts))
         allocated += 3 * 4 * x.numel() * ensemble.engine.steps_at_a_time
-    assert allocated == ensemble_bytes(n_dicts, H, len(x), CPU)
+    assert allocated == ensemble_bytes([("relu", n) for n in n_dicts], H, len(x), CPU)
 
 
 def test_dense_steps_are_taken_one_at_a_time():

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_coding.sae import cpu, gpu
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.gpu import GpuEngine, launcher, make_work, shape_of, trial_error
-from sparse_coding.sae.spec import DORMANT, Factors, SAESpec, Schedule
+from sparse_coding.sae.spec import DORMANT, PLACE, Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.toy.data import LAWS, ToyData, ToyStream, make_world
@@ -160,7 +160,7 @@ def test_lists_hold_who_fired_from_the_front_and_who_rests_from_the_back():
     )
     idle = torch.randint(DORMANT - 3, DORMANT + 3, (sum(sizes),), generator=rng)
     work.count.copy_(count)
-    work.numbers.copy_(torch.ones(6))
+    work.numbers.copy_(torch.ones(len(PLACE)))
     work.missed.fill_(-1)
     engine.rows.idle.copy_(idle)
     choose[(3,)](engine.rows, work, shape)
@@ -342,7 +342,7 @@ def test_no_kernel_writes_beside_its_tensors(xs, bad):
     shape = shape_of(H, BATCH, b_dec=True, project=True, dot="ieee", **SMALL)
     rows, work = fenced(engine.rows), fenced(make_work(engine.sizes, shape, DEVICE))
     launch = launcher(rows, work, shape)
-    work.numbers.copy_(torch.tensor([1e-3, 1.0, 1e-8, 1.0, 1.0, 1.0]))
+    work.numbers.copy_(torch.tensor([1e-3, 1.0, 1e-8, 1.0, 1.0, 1.0, 1.0, 1.0]))
     work.x.copy_(xs[0])
     launch()
     work.x[5, 3] = bad
@@ -376,7 +376,7 @@ def test_the_stacks_tensors_become_parts_of_one_matrix_and_keep_their_values():
 
 def test_the_full_grid_plans_for_less_than_16_gb_on_a_gpu():
     cells = make_grid(512, seeds=range(1), l1_exps=range(-8, 9), size_exps=range(-3, 6))
-    planned = ensemble_bytes([c.n_dict for c in cells], 256, 256, torch.device("cuda"))
+    planned = ensemble_bytes([c.kind for c in cells], 256, 256, torch.device("cuda"))
     state = 12 * 17 * 32_704 * 513
     assert state < planned < 1.6 * state < 16e9
 
@@ -446,14 +446,14 @@ def test_without_triton_a_line_says_that_a_gpu_trains_densely():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from sparse_coding.sae.ensemble import ensemble_bytes\n"
-        "print([ensemble_bytes([8], 8, 4, torch.device('cuda')) for _ in range(2)])\n"
+        "print([ensemble_bytes([('relu', 8)], 8, 4, torch.device('cuda')) for _ in range(2)])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     line, planned = done.stdout.splitlines()
     assert "Triton kernels can't be used" in line
-    assert planned == str([12 * (2 * 64 + 8) + 4 * 8 + 4 * (8 * 2 * (4 + 8) + 4 * 8)] * 2)
+    assert planned == str([12 * (2 * 64 + 8) + 8 * 8 + 8 + 4 * (8 * 2 * (4 + 8) + 4 * 8)] * 2)
     assert done.stderr == ""
 
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from builders.sweeps import n_features
 
 from sparse_coding.config import UserError
 from sparse_coding.sweep.grid import (
@@ -104,26 +105,26 @@ def test_shards_of_the_full_grid_end_together_whatever_trains_them(engine):
 
 def test_groups_hold_one_seed_and_fit_the_budget():
     cells = full_grid(2)
-    groups = plan_groups(cells, budget=100_000, memory_of=sum)
+    groups = plan_groups(cells, budget=100_000, memory_of=n_features)
     assert [cell for group in groups for cell in group] == cells
     for group in groups:
         assert sum(cell.n_dict for cell in group) <= 100_000
         assert len({cell.seed for cell in group}) == 1
-    assert len(plan_groups(cells, budget=1e9, memory_of=sum)) == 2  # one per seed
+    assert len(plan_groups(cells, budget=1e9, memory_of=n_features)) == 2  # one per seed
 
 
 def test_what_needs_the_budget_to_the_byte_fits():
     cells = make_grid(4, seeds=range(1), l1_exps=range(4), size_exps=range(1))
     for budget, sizes in ((8, [2, 2]), (7, [1] * 4), (4, [1] * 4)):
-        groups = plan_groups(cells, budget=budget, memory_of=sum)
+        groups = plan_groups(cells, budget=budget, memory_of=n_features)
         assert [len(group) for group in groups] == sizes
     with pytest.raises(UserError, match="n_dict 4 needs"):
-        plan_groups(cells, budget=3, memory_of=sum)
+        plan_groups(cells, budget=3, memory_of=n_features)
 
 
 def test_a_cell_larger_than_the_budget_is_refused_with_both_sizes():
     with pytest.raises(UserError, match="n_dict 16384"):
-        plan_groups(full_grid(), budget=16_000, memory_of=sum)
+        plan_groups(full_grid(), budget=16_000, memory_of=n_features)
 
 
 # --- shards ---

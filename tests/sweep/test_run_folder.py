@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.sweeps import n_features
 
 from sparse_coding.config import UserError
 from sparse_coding.files import Damaged, read_record, write_record, write_tensors
@@ -418,7 +419,7 @@ def test_groups_that_were_begun_come_first_and_keep_their_cells(tmp_path, cells)
     begin(tmp_path, cells[2:5])
     write(tmp_path, cells[2])  # killed while it wrote its results
     write(tmp_path, cells[0])
-    groups = groups_to_train(tmp_path, cells, budget=1e9, memory_of=sum)
+    groups = groups_to_train(tmp_path, cells, budget=1e9, memory_of=n_features)
     assert groups == [cells[2:5], [cells[1], *cells[5:]]]
 
 

@@ -88,5 +88,6 @@ def test_no_steps_and_no_learning_rate_are_refused():
 
 
 def test_the_memory_plan_counts_the_world():
-    small, large = (recipe(replace(DATA, n_true_features=n)).memory([8]) for n in (16, 4000))
+    worlds = (replace(DATA, n_true_features=n) for n in (16, 4000))
+    small, large = (recipe(data).memory([("relu", 8)]) for data in worlds)
     assert large - small == 24 * (4000**2 - 16**2)

@@ -1,0 +1,80 @@
+"""The families of sparse autoencoders, as combinations of few choices: compare with the papers.
+
+Engines know the choices, not the names: a new combination is a line of FAMILIES and a test. What
+the choices mean in formulas is in stack.py. Rows of W_dec have length 1 in every family; x is
+scaled to a mean square norm of 1 where a constant below names a value of an activation or code.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = tuple[str, int]  # name of a family, n_dict: on what an autoencoder's memory depends
+Selection = Literal["relu", "jump", "topk", "batchtopk"]
+Penalty = Literal["none", "l1", "lp", "l0_step", "l0_tanh"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of autoencoder.
+
+    selection: which positive pre-activations become codes: all (relu), those above the threshold
+        of their feature (jump), the k largest of a sample (topk), the k · batch largest of a batch
+        (batchtopk)
+    penalty: what the loss adds: a weight times the mean over samples of Σ codes (l1), Σ codes^p
+        with a p that falls (lp), the number of codes (l0_step) or Σ tanh(slope · code) (l0_tanh)
+    nested: the loss sums the errors of x_hat from the first features alone, for several prefixes
+    aux: features that have not fired for long learn to reconstruct what x_hat leaves over
+    through_input: the straight-through gradient of thresholds goes to pre-activations as well
+    """
+
+    selection: Selection
+    penalty: Penalty = "none"
+    nested: bool = False
+    aux: bool = False
+    through_input: bool = False
+
+    @property
+    def has_k(self) -> bool:
+        """Whether sparsity is a k; else the weight of a penalty decides on it."""
+        return self.selection in ("topk", "batchtopk")
+
+    @property
+    def saved_as(self) -> str:
+        """The architecture as SAELens names it: what is chosen by batch gets a threshold."""
+        return {"relu": "standard", "topk": "topk"}.get(self.selection, "jumprelu")
+
+
+FAMILIES = {
+    # Sharkey, Braun, Millidge 2022; unit rows: Bricken et al. 2023, Towards Monosemanticity
+    "relu": Family("relu", "l1"),
+    # Karvonen et al. 2024, https://arxiv.org/abs/2408.00113
+    "p_anneal": Family("relu", "lp"),
+    # Gao et al. 2024, https://arxiv.org/abs/2406.04093
+    "topk": Family("topk", aux=True),
+    # Bussmann, Leask, Nanda 2024, https://arxiv.org/abs/2412.06410
+    "batchtopk": Family("batchtopk", aux=True),
+    # Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435; here l0 is sought by the weight
+    "jumprelu": Family("jump", "l0_step"),
+    # Anthropic, January 2025, https://transformer-circuits.pub/2025/january-update
+    "jumprelu_tanh": Family("jump", "l0_tanh", through_input=True),
+    # Bussmann et al. 2025, https://arxiv.org/abs/2503.17547
+    "matryoshka": Family("batchtopk", nested=True, aux=True),
+}
+# of n_dict; the last is the whole. SynthSAEBench's 128, 512, 2048 of 4096 (arXiv 2602.14687)
+PREFIXES = (1 / 32, 1 / 8, 1 / 2, 1.0)
+# Added to codes under the power p, whose slope at 0 is infinite; ours. With 1e-3 the slopes of the
+# smallest codes are so steep that rounding decides what a run of 200 steps gives (LOG.md)
+LP_EPS = 1e-2
+# Of the threshold's straight-through gradient: width of the window around it in which a
+# pre-activation tells how l0 and error change with it. Rajamanoharan et al.: 0.001, see LOG.md
+BANDWIDTH = 0.001
+THRESHOLD = 0.001  # at the start; Rajamanoharan et al.
+SLOPE = 4.0  # of tanh, times √width, for Anthropic's x has a mean square norm of its width
+AUX = 1 / 32  # weight of the auxiliary error; Gao et al.
+EMA = 0.01  # weight of a step in the mean of the smallest code chosen; as in SAELens
+
+
+def bands(n_dict: int, nested: bool) -> list[tuple[int, int]]:
+    """(first, end) of the features that each prefix adds to the one before."""
+    ends = sorted({round(share * n_dict) for share in PREFIXES} - {0}) if nested else [n_dict]
+    return list(zip([0, *ends], ends, strict=False))
