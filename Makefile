@@ -3,7 +3,7 @@
 # make test         installs into .venv, then runs the tests that take minutes at most
 # make test-all     runs all of them: the schedules of faults of rented machines, older Tritons
 # make torture      fuzzes, kills, damages and fills disks for half an hour: all of tests/torture
-# make test-peers   installs SAELens and dictionary_learning beside it, loads our files with them
+# make test-peers   installs SAELens, dictionary_learning, sparsify beside it, loads our files there
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
 PY = .venv/bin/python

@@ -111,7 +111,7 @@ class Config:
     output_dir: str = ""  # default: outputs/run-<preset>-<hash of the constants>
     fresh: bool = False  # delete what runs wrote into --output-dir and start again
     page_l0: float = 32.0  # features.html shows the autoencoder of lowest fvu with at most this l0
-    export: Literal["none", "dictionary_learning"] = "none"  # write each autoencoder like this too
+    export: Literal["none", "dictionary_learning", "sparsify"] = "none"  # write each like this too
     evaluate: str = ""  # only evaluate this saved autoencoder, on --model and --dataset
     log_every: int = 100  # steps between records in metrics.jsonl
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key

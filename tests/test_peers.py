@@ -3,13 +3,20 @@
 Skipped where they are not installed; tests/requirements-peers.txt says how to install them.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparse_coding.sae.saved import export_dictionary_learning, load_sae, save_sae
+from sparse_coding.config import UserError
+from sparse_coding.sae.ensemble import Ensemble
+from sparse_coding.sae.exported import export_dictionary_learning, export_sparsify
+from sparse_coding.sae.families import FAMILIES
+from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae
+from sparse_coding.sae.spec import SAESpec, Schedule
 from sparse_coding.sweep.cells import sae_folder
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.toy.data import ToyData
@@ -27,6 +34,13 @@ def sae_lens() -> ModuleType:
 @pytest.fixture(scope="module")
 def dictionary_learning() -> ModuleType:
     return pytest.importorskip("dictionary_learning")
+
+
+@pytest.fixture(scope="module")
+def sparsify() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:  # Triton is no decoder for a CPU
+        patch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+        return pytest.importorskip("sparsify")
 
 
 @pytest.fixture
@@ -145,3 +159,126 @@ def test_dictionary_learning_loads_the_folder_by_its_config(dictionary_learning,
     with torch.no_grad():
         assert_equal(reconstruct(random_tensors(), x), theirs(x))
     assert (config["trainer"]["lm_name"], config["buffer"]["ctx_len"]) == ("demo", 128)
+
+
+# --- every family: trained, saved and loaded by each library that has its parts ---
+
+N_STEPS, BATCH, SCALE = 50, 256, 7.0
+DICT_CLASSES = {
+    "relu": "AutoEncoder",
+    "p_anneal": "AutoEncoder",
+    "topk": "AutoEncoderTopK",
+    "batchtopk": "BatchTopKSAE",
+    "jumprelu": "JumpReluAutoEncoder",
+    "jumprelu_tanh": "JumpReluAutoEncoder",
+    "matryoshka": "MatryoshkaBatchTopKSAE",
+}
+
+
+def raw_batch(step: int, n: int = BATCH) -> Tensor:
+    """Mixtures of 60 directions around a mean, as long as activations may be."""
+    rng = torch.Generator().manual_seed(3)
+    directions = torch.nn.functional.normalize(torch.randn(60, ACTIVATION_DIM, generator=rng))
+    mean = torch.randn(ACTIVATION_DIM, generator=rng)
+    rng.manual_seed(100 + step)
+    active = torch.rand(n, 60, generator=rng) < 0.08
+    return SCALE * ((torch.rand(n, 60, generator=rng) * active) @ directions + 0.2 * mean)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
+    """Folder of an autoencoder of each family after 50 steps; its tensors for raw activations."""
+    arch, folder = request.param, tmp_path_factory.mktemp(request.param) / "cell"
+    family = FAMILIES[arch]
+    l1 = {"l1": 3e-2, "lp": 3e-2, "l0_step": 1e-3, "l0_tanh": 1e-3, "none": 0.0}[family.penalty]
+    spec = SAESpec(N_DICT, l1, 0, tied=True, target_l0=6, arch=arch)
+    b_dec = raw_batch(0).mean(dim=0) / SCALE
+    to = dict(lr=3e-3, device=torch.device("cpu"), b_dec=b_dec, project=True)
+    ensemble = Ensemble([spec], ACTIVATION_DIM, **to, schedule=Schedule(anneal=range(20, 40)))
+    for step in range(N_STEPS):
+        ensemble.step_(raw_batch(step) / SCALE)
+    in_raw_units = {"b_enc", "b_dec", "threshold"}
+    tensors = {
+        name: tensor * SCALE if name in in_raw_units else tensor
+        for name, tensor in ensemble.dictionary(0).items()
+    }
+    top_k = 6 if family.selection == "topk" else None
+    save_sae(folder, tensors, metadata=ABOUT | {"arch": arch, "target_l0": 6}, top_k=top_k)
+    return folder, tensors
+
+
+def fvu_and_l0(codes: Tensor, x_hat: Tensor, x: Tensor) -> tuple[float, float]:
+    missed = (x_hat - x).double().square().sum() / (x - x.mean(dim=0)).double().square().sum()
+    return float(missed), float((codes > 0).double().sum(dim=1).mean())
+
+
+def assert_same_metrics(
+    ours: SparseAutoencoder, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
+) -> None:
+    """fvu and L0 on 2 000 samples that it has not seen."""
+    x = raw_batch(-1, n=2000)
+    with torch.no_grad():
+        codes = ours.encode(x)
+        expected = fvu_and_l0(codes, ours.decode(codes), x)
+        codes = encode(x)
+        found = fvu_and_l0(codes, decode(codes), x)
+    assert 0 < expected[0] < 1
+    assert 1 < expected[1] < N_DICT / 2
+    assert found == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+def test_a_family_is_what_it_was_trained_to_be(trained):
+    """Its saved form, against the formulas in float64."""
+    folder, tensors = trained
+    ours = load_sae(folder)
+    t = {name: tensor.double() for name, tensor in tensors.items()}
+
+    def encode(x: Tensor) -> Tensor:
+        codes = ((x.double() - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+        if "threshold" in t:
+            return codes * (codes > t["threshold"])
+        if ours.top_k:
+            return codes * (codes >= codes.sort(dim=1).values[:, -6:-5])
+        return codes
+
+    assert_same_metrics(ours, encode, lambda codes: codes @ t["W_dec"] + t["b_dec"])
+
+
+def test_sae_lens_has_a_class_for_every_family(sae_lens, trained):
+    folder, _ = trained
+    ours, theirs = load_sae(folder), sae_lens.SAE.load_from_disk(folder)
+    assert theirs.cfg.architecture() == FAMILIES[ours.metadata["arch"]].saved_as
+    assert_same_metrics(ours, theirs.encode, theirs.decode)
+
+
+def test_dictionary_learning_has_a_class_for_every_family(dictionary_learning, trained, tmp_path):
+    from dictionary_learning.utils import load_dictionary
+
+    ours = load_sae(trained[0])
+    export_dictionary_learning(tmp_path, ours, metadata=ours.metadata)
+    theirs, config = load_dictionary(str(tmp_path), device="cpu")
+    assert type(theirs).__name__ == DICT_CLASSES[ours.metadata["arch"]]
+    assert config["trainer"]["dict_class"] == type(theirs).__name__
+    assert_same_metrics(ours, theirs.encode, theirs.decode)
+
+
+def test_sparsify_has_topk(sparsify, trained, tmp_path):
+    ours = load_sae(trained[0])
+    if ours.metadata["arch"] != "topk":
+        with pytest.raises(UserError, match="topk SAEs alone"):
+            export_sparsify(tmp_path, ours, metadata=ours.metadata)
+        return
+    export_sparsify(tmp_path, ours, metadata=ours.metadata)
+    theirs = sparsify.Sae.load_from_disk(tmp_path)
+
+    def encode(x: Tensor) -> Tensor:
+        values, indices, _ = theirs.encode(x)
+        return torch.zeros(len(x), N_DICT).scatter(1, indices, values)
+
+    def decode(codes: Tensor) -> Tensor:
+        return theirs.decode(*codes.topk(theirs.cfg.k, dim=1))
+
+    assert_same_metrics(ours, encode, decode)
+    x = raw_batch(-1, n=2000)
+    with torch.no_grad():
+        assert_equal(ours.decode(ours.encode(x)), theirs(x).sae_out)

@@ -27,7 +27,9 @@ from sparse_coding.lm.features.page import write_feature_page
 from sparse_coding.lm.model import direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density
 from sparse_coding.lm.target import Target
-from sparse_coding.sae.saved import SparseAutoencoder, export_dictionary_learning, load_sae
+from sparse_coding.sae.exported import EXPORTERS
+from sparse_coding.sae.families import FAMILIES
+from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sweep.cells import sae_folder
 from sparse_coding.sweep.grid import L1_TERMS, Cell
 
@@ -104,7 +106,7 @@ def show(
         context: what was run, for the report
     """
     sound = [c for c, row in zip(cells, rows, strict=True) if math.isfinite(row["fvu"])]
-    _export(folder, sound if choice.export == "dictionary_learning" else [])
+    _export(folder, sound, choice.export)
     if sound:
         best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
         write_page(folder, best, recipe=recipe, target=target, n_tokens=choice.n_page_tokens)
@@ -146,13 +148,22 @@ def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
     return n, text
 
 
-def _export(folder: Path, cells: list[Cell]) -> None:
-    """Each autoencoder once more, for dictionary_learning: dictionary_learning/<cell>/."""
-    for cell in cells:
+def require_exportable(cells: list[Cell], export: str) -> None:
+    """Raises UserError if --export names a library that lacks the family of a cell."""
+    others = sorted({c.arch for c in cells if FAMILIES[c.arch].selection != "topk"})
+    require(
+        export != "sparsify" or not others,
+        f"--export sparsify: it has topk alone, not {', '.join(others)}: choose --export "
+        "dictionary_learning, which has every family",
+    )
+
+
+def _export(folder: Path, cells: list[Cell], export: str) -> None:
+    """Each autoencoder once more, for the library of this name: <library>/<cell>/."""
+    require_exportable(cells, export)
+    for cell in cells if export != "none" else ():
         sae = load_sae(sae_folder(folder, cell))
-        export_dictionary_learning(
-            folder / "dictionary_learning" / cell.name, sae, metadata=sae.metadata
-        )
+        EXPORTERS[export](folder / export / cell.name, sae, metadata=sae.metadata)
 
 
 def write_page(

@@ -2,12 +2,9 @@
 
 A saved one is a SAELens-6 folder: sae_weights.safetensors, then cfg.json. Those of sae_lens 6 load
 as well, if their architecture is standard, jumprelu or topk; others have parts that the formulas
-here lack, so they are refused by name.
-
-Autoencoders are written in dictionary_learning's format as well.
+here lack, so they are refused by name. Formats of other libraries are written by exported.py.
 """
 
-import io
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import UserError, require
-from sparse_coding.files import (
-    Damaged,
-    read_tensors,
-    require_free_disk,
-    write_atomic,
-    write_json,
-    write_record,
-    write_tensors,
-)
+from sparse_coding.files import Damaged, read_tensors, write_record, write_tensors
 from sparse_coding.sae.saelens import (
     AGAIN,
     CONFIG,
@@ -94,11 +83,15 @@ class SparseAutoencoder:
         return replace(self, **moved)
 
 
-def save_sae(folder: Path, tensors: dict[str, Tensor], *, metadata: dict) -> None:
+def save_sae(
+    folder: Path, tensors: dict[str, Tensor], *, metadata: dict, top_k: int | None = None
+) -> None:
     """Writes a folder that `sae_lens.SAE.load_from_disk` and `load_sae` read; cfg.json last.
 
     Args:
-        tensors: W_enc, b_enc, W_dec, b_dec for raw activations: any scaling is folded in
+        tensors: W_enc, b_enc, W_dec, b_dec for raw activations: any scaling is folded in; and
+            threshold, in the same units, of a jumprelu SAE, or one that chose by batch
+        top_k: of a topk SAE, whose rows of W_dec have length 1
         metadata: where it comes from, kept whole in metadata.sparse_coding of cfg.json. SAELens's
             own fields are filled from model, layer, site, context_length, dataset and prepend_bos,
             where present
@@ -107,14 +100,18 @@ def save_sae(folder: Path, tensors: dict[str, Tensor], *, metadata: dict) -> Non
     """
     metadata = {k: None if _is_nan(v) else v for k, v in metadata.items()}  # NaN is no JSON
     activation_dim, n_dict = tensors["W_enc"].shape
-    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    names = ["W_enc", "b_enc", "W_dec", "b_dec", *({"threshold"} & tensors.keys())]
+    assert not (top_k and "threshold" in tensors)
+    architecture = "jumprelu" if "threshold" in tensors else "topk" if top_k else "standard"
+    of_topk = {"k": top_k, "rescale_acts_by_decoder_norm": False} if top_k else {}
     on_z = metadata.get("site") == "attn_concat"
     (folder / CONFIG).unlink(missing_ok=True)  # old constants beside new weights would be a lie
     write_tensors(folder / WEIGHTS, {name: tensors[name].float() for name in names})
     config = {
-        "architecture": "standard",
+        "architecture": architecture,
         "d_in": activation_dim,
         "d_sae": n_dict,
+        **of_topk,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": bool(tensors["b_dec"].any()),  # false where it is fixed at 0
@@ -222,43 +219,3 @@ def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     rows[lengths == 0, 0] = 1.0
     scaled = {"W_enc": tensors["W_enc"] * lengths, "b_enc": tensors["b_enc"] * lengths}
     return {name: t.float() for name, t in ({"W_dec": rows} | scaled).items()}
-
-
-def export_dictionary_learning(folder: Path, sae: SparseAutoencoder, *, metadata: dict) -> None:
-    """Writes ae.pt and config.json for `dictionary_learning.AutoEncoder.from_pretrained`.
-
-    x_hat is the same; rows of W_dec get length 1, as it would otherwise make them on loading.
-    metadata: as in save_sae. ae.pt is torch's own format, loadable with weights_only=True.
-
-    Raises:
-        UserError: a jumprelu or topk SAE, or it would not fit on the disk.
-    """
-    require(
-        sae.threshold is None and sae.top_k is None,
-        "only SAEs with a plain ReLU can be exported to dictionary_learning",
-    )
-    tensors = sae.tensors | with_unit_rows(sae.tensors)
-    state = {
-        "bias": tensors["b_dec"],
-        "encoder.weight": tensors["W_enc"].T,  # of a torch.nn.Linear: (out, in)
-        "encoder.bias": tensors["b_enc"],
-        "decoder.weight": tensors["W_dec"].T,
-    }
-    buffer = io.BytesIO()
-    torch.save({name: t.float().cpu().contiguous() for name, t in state.items()}, buffer)
-    require_free_disk(folder, buffer.tell())
-    write_atomic(folder / "ae.pt", buffer.getvalue())
-    trainer = {
-        "dict_class": "AutoEncoder",
-        "trainer_class": "sparse_coding",
-        "activation_dim": sae.activation_dim,
-        "dict_size": sae.n_dict,
-        "l1_penalty": metadata.get("l1_alpha"),
-        "layer": metadata.get("layer"),
-        "lm_name": metadata.get("model"),
-        "submodule_name": metadata.get("site"),
-    }
-    sizes = {"d_submodule": sae.activation_dim, "ctx_len": metadata.get("context_length")}
-    write_json(
-        folder / "config.json", {"trainer": trainer, "buffer": sizes, "sparse_coding": metadata}
-    )

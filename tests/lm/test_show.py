@@ -276,6 +276,19 @@ def test_every_autoencoder_is_exported_with_the_same_output(shown):
         assert torch.allclose(x_hat, sae.decode(sae.encode(x)), atol=1e-4)
 
 
+def test_sparsify_gets_topk_cells_and_no_others(tmp_path):
+    relu = sweep()[0]
+    topk = [replace(relu, arch="topk", target_l0=k) for k in (2, 3)]
+    for cell in (relu, *topk):
+        save_sae(sae_folder(tmp_path, cell), sae_of(16).tensors, metadata={}, top_k=cell.target_l0)
+    with pytest.raises(UserError, match="--export sparsify: it has topk alone, not relu: choose"):
+        show_module._export(tmp_path, [*topk, relu], "sparsify")
+    assert not (tmp_path / "sparsify").exists()
+    show_module._export(tmp_path, topk, "sparsify")
+    exported = {path.name for path in (tmp_path / "sparsify").iterdir()}
+    assert exported == {cell.name for cell in topk}
+
+
 def test_the_density_figures_data_are_counts_of_the_saved_densities(shown):
     folder, _, cells, *_ = shown
     with open(folder / "figures" / "densities.csv", newline="") as file:

@@ -10,13 +10,7 @@ from torch import Tensor
 
 from sparse_coding.config import UserError
 from sparse_coding.sae import saved
-from sparse_coding.sae.saved import (
-    SparseAutoencoder,
-    export_dictionary_learning,
-    load_sae,
-    save_sae,
-    with_unit_rows,
-)
+from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae, with_unit_rows
 
 # x − b_dec = (2, 3), pre-activations (1, 3, −0.5), so codes (1, 3, 0) and x_hat = (2, 1)
 BY_HAND = {
@@ -95,6 +89,39 @@ def test_a_saved_autoencoder_is_read_back_to_the_bit_with_what_it_is_about(tmp_p
     assert all(torch.equal(sae.tensors[name], tensors[name]) for name in tensors)
     assert sae.metadata == ABOUT
     assert (sae.threshold, sae.top_k) == (None, None)
+
+
+def of_kind(kind: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and options of save_sae for an architecture of SAELens."""
+    tensors = random_tensors()
+    if kind == "jumprelu":
+        tensors["threshold"] = torch.linspace(0, 2, 12)
+    return tensors, {"top_k": 3} if kind == "topk" else {}
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_one_with_thresholds_or_a_k_is_read_back_to_the_bit_too(tmp_path, kind):
+    tensors, options = of_kind(kind)
+    save_sae(tmp_path, tensors, metadata=ABOUT, **options)
+    sae = load_sae(tmp_path)
+    found = sae.tensors | ({"threshold": sae.threshold} if kind == "jumprelu" else {})
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert (sae.top_k, sae.threshold is None) == (
+        (None, False) if kind == "jumprelu" else (3, True)
+    )
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == kind
+    assert config.get("k") == options.get("top_k")
+    assert config.get("rescale_acts_by_decoder_norm") == (False if kind == "topk" else None)
+
+
+def test_one_of_plain_relu_says_nothing_of_thresholds_or_a_k(tmp_path):
+    """The fields, in their order, since the first of our folders."""
+    save_sae(tmp_path, random_tensors(), metadata=ABOUT)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert list(config) == [*FOREIGN, "checksum"]
+    assert config["architecture"] == "standard"
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path):
@@ -268,55 +295,6 @@ def test_a_folder_that_is_none_or_is_no_sae_is_said_to_be_so(tmp_path):
     weights.unlink()
     with pytest.raises(UserError, match=r"no sae_weights\.safetensors"):
         load_sae(folder)
-
-
-# --- dictionary_learning's format, computed again with torch.nn.Linear ---
-
-
-def random_sae(activation_dim: int = 5, n_dict: int = 12, **more) -> SparseAutoencoder:
-    """b_dec is not 0, rows of W_dec have lengths other than 1."""
-    rng = torch.Generator().manual_seed(0)
-    shapes = ((activation_dim, n_dict), (n_dict,), (n_dict, activation_dim), (activation_dim,))
-    return SparseAutoencoder(*(torch.randn(s, generator=rng) for s in shapes), metadata={}, **more)
-
-
-def test_the_exported_weights_give_the_same_reconstruction_with_rows_of_length_one(tmp_path):
-    sae = random_sae()
-    export_dictionary_learning(tmp_path / "out", sae, metadata={})
-    state = torch.load(tmp_path / "out" / "ae.pt", weights_only=True)
-    encoder, decoder = torch.nn.Linear(5, 12), torch.nn.Linear(12, 5, bias=False)
-    encoder.load_state_dict({n: state[f"encoder.{n}"] for n in ("weight", "bias")})
-    decoder.load_state_dict({"weight": state["decoder.weight"]})
-    x = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
-    x_hat = decoder(encoder(x - state["bias"]).relu()) + state["bias"]
-    torch.testing.assert_close(x_hat, sae.decode(sae.encode(x)), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(decoder.weight.norm(dim=0), torch.ones(12))
-    assert len(state) == 4
-
-
-def test_the_config_says_which_class_reads_it_and_where_it_comes_from(tmp_path):
-    about = {"model": "demo", "layer": 1, "site": "mlp_act", "context_length": 128, "note": "x"}
-    export_dictionary_learning(tmp_path, random_sae(), metadata=about)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["trainer"]["dict_class"] == "AutoEncoder"
-    assert (config["trainer"]["activation_dim"], config["trainer"]["dict_size"]) == (5, 12)
-    assert (config["trainer"]["lm_name"], config["trainer"]["layer"]) == ("demo", 1)
-    assert config["buffer"]["ctx_len"] == 128
-    assert config["sparse_coding"] == about
-
-
-def test_the_same_autoencoder_gives_the_same_bytes(tmp_path):
-    for name in ("first", "second"):
-        export_dictionary_learning(tmp_path / name, random_sae(), metadata={})
-    for file in ("ae.pt", "config.json"):
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
-
-
-@pytest.mark.parametrize("more", [{"threshold": torch.zeros(12)}, {"top_k": 3}])
-def test_what_is_more_than_a_relu_is_not_exported(tmp_path, more):
-    with pytest.raises(UserError, match="plain ReLU"):
-        export_dictionary_learning(tmp_path, random_sae(**more), metadata={})
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
