@@ -22,9 +22,10 @@ from typing import Literal
 import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
+from sparse_coding.sae.families import PREFIXES, Arch
 from sparse_coding.sae.saelens import saved_flags
 from sparse_coding.sae.saved import load_sae
-from sparse_coding.sweep.grid import Cell, Shard, check_grid, find_shard, make_grid
+from sparse_coding.sweep.grid import Cell, Families, Shard, check_grid, find_shard, make_grid
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy import replication
@@ -50,6 +51,9 @@ class Config:
     noise_std: float = 0.0  # standard deviation of noise added to every dimension of x
 
     # the grid: l1_alpha = 10^(e/4), dict_ratio = 2^e; high ends are exclusive
+    arch: tuple[Arch, ...] = ("relu",)  # families, of sparse_coding/sae/families.py
+    target_l0: tuple[int, ...] = ()  # for these; (): n_active, but of relu the grid of l1_alpha
+    prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
     l1_exp_low: int = -8  # lowest e of l1_alpha = 10^(e/4): from 0.01
     l1_exp_high: int = 9  # end of e, exclusive: to 10^(8/4) = 100
     dict_ratio_exp_low: int = -3  # lowest e of dict_ratio = 2^e: n_dict from n_true_features / 8
@@ -105,7 +109,8 @@ def main(argv: list[str]) -> int:
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
     if cfg.evaluate:
         return evaluate_saved(cfg, device)
-    cells, recipe = grid(cfg), recipe_of(cfg, device)
+    recipe = recipe_of(cfg, device)  # refuses what is out of range
+    cells = grid(cfg)
 
     planned = plan_run(
         "replicate_toy_models",
@@ -149,8 +154,10 @@ def run(
     return last_lines(cfg, rows, planned.folder) if rows else 0
 
 
-def check(cfg: Config) -> None:
-    """Raises UserError for a constant out of its range; those of the recipe check themselves."""
+def check(cfg: Config, argv: list[str]) -> None:
+    """Raises UserError for a constant out of its range, but those of the recipe, and for a flag of
+    argv that would change nothing."""
+    pick(Families, cfg).require_used(argv)
     check_grid(cfg, "dict_ratio_exp")
     pick(RunOptions, cfg)
 
@@ -166,7 +173,7 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
         source = f"{folder}/cfg.json"
         default = parse_flags(default, saved, description=DESCRIPTION, source=source)
     cfg = parse_flags(default, argv, description=DESCRIPTION)
-    check(cfg)
+    check(cfg, argv)
     if cfg.verify:
         require_flag(cfg, "preset", cfg.preset == "auto", "left out with --verify")
         for name in dataclasses.asdict(cfg).keys() - NOT_IDENTITY - {"verify", "seed"}:
@@ -182,7 +189,10 @@ def grid(cfg: Config) -> list[Cell]:
         return replication.record_cells(seeds, cfg.n_true_features)
     l1_exps = range(cfg.l1_exp_low, cfg.l1_exp_high)
     size_exps = range(cfg.dict_ratio_exp_low, cfg.dict_ratio_exp_high)
-    return make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
+    cells = make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
+    middle = (cfg.l1_exp_low + cfg.l1_exp_high - 1) // 2
+    default_l0 = (max(1, round(cfg.n_active)),)
+    return pick(Families, cfg).cells(cells, start=middle, default_l0=default_l0)
 
 
 def evaluate_saved(cfg: Config, device: torch.device) -> int:
@@ -196,7 +206,7 @@ def evaluate_saved(cfg: Config, device: torch.device) -> int:
 def recipe_of(cfg: Config, device: torch.device) -> ToyRecipe:
     """How the constants say that cells are trained."""
     data = pick(ToyData, cfg, law=cfg.data_law)
-    return ToyRecipe(data, cfg.l1_normalisation, cfg.lr, cfg.n_steps, device)
+    return ToyRecipe(data, cfg.l1_normalisation, cfg.lr, cfg.n_steps, device, cfg.prefixes)
 
 
 def seeds_of(rows: list[dict]) -> list[int]:

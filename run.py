@@ -22,22 +22,15 @@ from typing import Literal
 import torch
 
 from sparse_coding.config import UserError, parse_flags, pick, require, require_flag, run_as_script
+from sparse_coding.lm import recipe as recipes
 from sparse_coding.lm import show
-from sparse_coding.lm.activations import Harvester
-from sparse_coding.lm.evaluation import HeldOut
-from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, with_activations
-from sparse_coding.lm.target import (
-    ModelChoice,
-    Target,
-    TextChoice,
-    commits,
-    flags_of,
-    open_target,
-    stamps,
-)
+from sparse_coding.lm import target as targets
+from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, Reading
+from sparse_coding.lm.target import ModelChoice, Target, TextChoice
+from sparse_coding.sae.families import PREFIXES, Arch
 from sparse_coding.sae.saelens import wanted_of_model
 from sparse_coding.sae.saved import load_sae
-from sparse_coding.sweep.grid import Cell, Shard, find_shard
+from sparse_coding.sweep.grid import Cell, Families, Shard, find_shard
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 
@@ -75,12 +68,14 @@ class Config:
     n_eval_tokens: int = 100_000  # held-out tokens for the evaluation
     n_page_tokens: int = 200_000  # held-out tokens for features.html
 
-    # the grid: l1_alpha = 10^(e/4), expansion_factor = n_dict / width = 2^e; high ends exclusive
+    # the grid: families x sparsity x expansion_factor = n_dict / width = 2^e; high ends exclusive
+    arch: tuple[Arch, ...] = ("relu",)  # families, of sparse_coding/sae/families.py
+    target_l0: tuple[int, ...] = ()  # (): 16 32 64, but of relu a grid of l1_alpha = 10^(e/4):
     l1_exp_low: int | None = None  # both None: seven steps around an l0 of some 25, -22 to -16 at
     l1_exp_high: int | None = None  # gpt2's width of 3072, in proportion to 1/width elsewhere
     expansion_exp_low: int = 0
     expansion_exp_high: int = 3
-    target_l0: tuple[int, ...] = ()  # instead of a grid of l1_alpha: find it for these l0
+    prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
     seed: int = 0  # a seed has its own starts and order of activations
     n_seeds: int = 1  # seeds seed, seed + 1, ...
 
@@ -136,11 +131,11 @@ def main(argv: list[str]) -> int:
     device = pick_device(cfg.device)
     precision = set_precision(cfg.precision, device)
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
-    cfg = dataclasses.replace(cfg, **commits(pick(ModelChoice, cfg), pick(TextChoice, cfg)))
+    cfg = dataclasses.replace(cfg, **targets.commits(pick(ModelChoice, cfg), pick(TextChoice, cfg)))
     if cfg.evaluate:
         return evaluate_saved(cfg, device)
 
-    files = stamps(pick(ModelChoice, cfg), pick(TextChoice, cfg))
+    files = targets.stamps(pick(ModelChoice, cfg), pick(TextChoice, cfg))
     planned = plan_run(
         "run",
         dataclasses.asdict(cfg),
@@ -151,18 +146,18 @@ def main(argv: list[str]) -> int:
     )
     is_shown = not cfg.fresh and show.is_shown(planned.folder, pick(show.ShowChoice, cfg))
     if is_shown and (width := planned.saved_width):
-        with planned.opened(pick(Grid, cfg).cells(width), shard):  # refuses other constants
+        with planned.opened(grid_of(cfg).cells(width), shard):  # refuses other constants
             if rows := planned.finished_rows():
                 return last_lines(cfg, rows, planned.folder)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     target, recipe = open_target_of(cfg, device)
     target.require_same_files(files)
-    cells = pick(Grid, cfg).cells(target.site.width)
+    cells = grid_of(cfg).cells(target.site.width)
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     planned = dataclasses.replace(planned, origin=planned.origin | {"activations": target.metadata})
     with planned.opened(cells, shard, fresh=cfg.fresh):
         options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)
-        recipe = with_activations(recipe, target, **options)
+        recipe = recipes.with_activations(recipe, target, **options)
         return run(cfg, recipe, target, cells=cells, planned=planned, shard=shard)
 
 
@@ -210,24 +205,30 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
     preset = auto if cfg.preset == "auto" else cfg.preset
     default = Config(**PRESETS[preset])
     if cfg.evaluate:
-        saved = flags_of(Path(cfg.evaluate), argv)
+        saved = targets.flags_of(Path(cfg.evaluate), argv)
         default = dataclasses.replace(default, batch_size=1)
         default = parse_flags(default, saved, description="", source=f"{cfg.evaluate}/cfg.json")
     cfg = dataclasses.replace(parse_flags(default, argv, description=DESCRIPTION), preset=preset)
     try:
-        check(cfg)
+        check(cfg, argv)
     except UserError as error:
         where = f" (if not given, it is of {cfg.evaluate}/cfg.json)" * bool(cfg.evaluate)
         raise UserError(f"{error}{where}") from None
     return cfg
 
 
-def check(cfg: Config) -> None:
-    """Raises UserError for a constant out of its range that no part checks itself."""
-    for choice in (Grid, RunOptions, Optimisation, ModelChoice, TextChoice, show.ShowChoice):
+def grid_of(cfg: Config) -> Grid:
+    """Which autoencoders are trained."""
+    return pick(Grid, cfg, families=pick(Families, cfg))
+
+
+def check(cfg: Config, argv: list[str]) -> None:
+    """Raises UserError for a constant out of its range that no part checks itself, and for a flag
+    of argv that would change nothing."""
+    grid_of(cfg).families.require_used(argv)
+    flags_of_parts = RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice
+    for choice in flags_of_parts:
         pick(choice, cfg)
-    for name in ("lm_batch_size", "n_eval_tokens"):
-        require_flag(cfg, name, getattr(cfg, name) >= 1, "at least 1")
     require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
 
 
@@ -237,13 +238,10 @@ def open_target_of(
     """The target, whose introduction is printed, and how cells are trained on its activations.
     options: of open_target"""
     model, text = pick(ModelChoice, cfg), pick(TextChoice, cfg)
-    target = open_target(model, text, cfg.activations_dir, device=device, **options)
-    of = dict(lm=target.lm, site=target.site, lm_batch_size=cfg.lm_batch_size)
-    store = dict(store_dtype=getattr(torch, cfg.store_dtype), n_tokens=cfg.n_tokens)
-    harvester = Harvester(**of, text=target.train, **store)
-    held_out = HeldOut(**of, text=target.held_out, n_tokens=cfg.n_eval_tokens)
-    print(f"{target.introduction()}\n{held_out.shortage()}", end="", flush=True)
-    return target, LanguageRecipe(harvester, held_out, pick(Optimisation, cfg), target.provenance)
+    target = targets.open_target(model, text, cfg.activations_dir, device=device, **options)
+    recipe = recipes.recipe_on(target, pick(Reading, cfg), pick(Optimisation, cfg))
+    print(f"{target.introduction()}\n{recipe.held_out.shortage()}", end="", flush=True)
+    return target, recipe
 
 
 if __name__ == "__main__":

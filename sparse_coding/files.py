@@ -445,11 +445,12 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_atomic(path, csv_text(rows))
 
 
-def read_csv(path: Path, *, checksum: str | None = None) -> list[dict]:
+def read_csv(path: Path, *, checksum: str | None = None, texts: Sequence[str] = ()) -> list[dict]:
     """Rows of write_csv with numbers as int or float and None for empty fields.
 
     Args:
         checksum: sha256 that the file must have
+        texts: columns that are no numbers
     Raises:
         Damaged: it has another, or is no table of numbers.
     """
@@ -458,7 +459,7 @@ def read_csv(path: Path, *, checksum: str | None = None) -> list[dict]:
         raise Damaged(path, "its checksum differs")
     try:
         rows = csv.DictReader(io.StringIO(data.decode(), newline=""), strict=True)
-        return [{k: _number(v) for k, v in row.items()} for row in rows]
+        return [{k: v if k in texts else _number(v) for k, v in row.items()} for row in rows]
     except (ValueError, TypeError, csv.Error) as error:
         raise Damaged(path, error) from None
 

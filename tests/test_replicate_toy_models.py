@@ -44,13 +44,16 @@ from builders.toy_sweep import (
     assert_same_numbers,
 )
 
+from sparse_coding.sae.families import PREFIXES
+
 SCRIPT = ROOT / "replicate_toy_models.py"
 SMALL_MEMORY = ("--max-memory-gb", "0.0007")  # two or more groups of cells per seed
 N_CALLS = N_STEPS // 20 * 2  # of it per seed, as records are 20 steps apart
 HEADER = (
-    "seed,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,mmcs_with_larger,"
-    "n_recovered,n_dead,l0,fvu,mse,l1,seconds"
+    "seed,arch,target_l0,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,"
+    "mmcs_with_larger,n_recovered,n_dead,n_revived,l0,fvu,mse,fvu_trained,l0_trained,l1,seconds"
 )
+OF_OTHERS = {"target_l0", "fvu_trained", "l0_trained"}  # no meaning for relu on its grid
 FIGURES = ("mmcs", "dead_features", "mmcs_with_larger", "reconstruction_loss")
 needs_cpu_torch = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
@@ -269,7 +272,9 @@ def test_help_shows_every_constant_with_its_meaning_and_default(tmp_path: Path):
     for name, default, comment in fields:
         assert f"--{name.replace('_', '-')}" in shown
         with contextlib.suppress(SyntaxError):
-            assert f"default: {eval(default)!s}" in shown or f"default: {default}" in shown
+            value = eval(default, {"PREFIXES": PREFIXES})
+            texts = [" ".join(map(str, value))] if isinstance(value, tuple) else [default, value]
+            assert any(f"default: {text}" in shown for text in texts)
         assert comment in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -313,7 +318,7 @@ def test_the_table_has_the_promised_columns_and_one_row_per_cell_of_both_seeds(f
     assert {r["n_steps"] for r in rows} == {str(N_STEPS)}
     assert [r["mmcs_with_larger"] == "" for r in rows] == [r["n_dict"] == "32" for r in rows]
     empty = {k for r in rows for k, v in r.items() if v == "" and k != "mmcs_with_larger"}
-    assert empty == set()
+    assert empty == OF_OTHERS
 
 
 def test_the_run_folder_has_exactly_the_promised_files(finished: Path):
@@ -473,8 +478,8 @@ def test_a_saved_autoencoder_is_evaluated_on_its_own_world(
         done = toy_server.run("--evaluate", name, cwd=tmp_path)
         assert done.code == 0, done.err
         printed = dict(line.split() for line in done.out.splitlines())
-        shared = HEADER.split(",")[5:14]
-        assert list(printed) == [column for column in shared if column != "mmcs_with_larger"]
+        of_one = ["mmcs", "mmcs_dict_to_truth", "n_recovered", "n_dead", "l0", "fvu", "mse", "l1"]
+        assert list(printed) == of_one
         for column, value in printed.items():
             assert float(value) == pytest.approx(float(row[column]), rel=1e-5, abs=1e-9), column
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("seed")} == set()
@@ -523,7 +528,7 @@ def test_a_folder_from_before_november_2026_is_merged(
     finished: Path, toy_server: Server, tmp_path: Path
 ):
     """There a dictionary was a file of its own, and lr was called learning_rate."""
-    old = tmp_path / "old"
+    old, since = tmp_path / "old", {"arch": "relu", "n_revived": ""}
     shutil.copytree(finished, old)
     for weights in old.glob("saes/*/sae_weights.safetensors"):
         (old / "dictionaries").mkdir(exist_ok=True)
@@ -531,8 +536,11 @@ def test_a_folder_from_before_november_2026_is_merged(
     shutil.rmtree(old / "saes")
     for path in old.glob("cells/*.json"):
         row = json.loads(path.read_text())
-        path.write_text(json.dumps({column: row[column] for column in HEADER.split(",")}))
+        then = [name for name in HEADER.split(",") if name not in {*since, *OF_OTHERS}]
+        path.write_text(json.dumps({column: row[column] for column in then}))
     config = json.loads((old / "config.json").read_text())
+    for name in ("arch", "target_l0", "prefixes"):
+        del config["constants"][name]
     config["constants"]["learning_rate"] = config["constants"].pop("lr")
     del config["checksum"]
     (old / "config.json").write_text(json.dumps(config))
@@ -540,7 +548,7 @@ def test_a_folder_from_before_november_2026_is_merged(
         (old / name).unlink()
     done = toy_server.run(*TINY, "--output-dir", str(old), cwd=tmp_path)
     assert done.code == 0, done.err
-    assert table(old) == table(finished)
+    assert table(old) == [row | since for row in table(finished)]
     assert (old / "DONE").exists()
 
 

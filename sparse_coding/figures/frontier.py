@@ -17,10 +17,14 @@ from matplotlib.figure import Figure
 
 from sparse_coding.figures.heatmap import DPI, GREY, WIDTH, number_labels, ratio_labels
 from sparse_coding.files import csv_text
+from sparse_coding.sae.families import FAMILIES
 from sparse_coding.sweep.grid import Cell
 
 MAX_LABELLED = 6  # values of l1_alpha named in a frontier; more would touch
 MAX_PANELS = 6  # rows and columns of histograms that are still readable at WIDTH
+# of families, in the order of FAMILIES: Okabe and Ito's, which the colour-blind tell apart
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#000000")
+MARKERS = "osD^vP"  # of sizes, where colours are of families
 BIN = 0.25  # decades; in narrower bins the rare end (1, 2, 3 tokens) would have gaps
 
 
@@ -43,44 +47,53 @@ class FrontierSpec(FigureSpec):
     upwards: bool  # better values are higher, and below 0 all is lost
 
 
-def frontier_points(rows: list[dict], column: str) -> list[dict]:
-    """Mean over seeds of l0 and of the column, a point per (expansion_factor, l1_alpha).
+def frontier_points(rows: list[dict], column: str, size: str = "expansion_factor") -> list[dict]:
+    """Mean over seeds of l0 and of the column, a point per (family, size, what was asked:
+    target_l0, or l1_alpha without one).
 
-    By size, then l0. Rows without a finite value (a diverged cell) are left out. The spread is the
-    sample standard deviation, None below two seeds.
+    size: the column with it, expansion_factor or dict_ratio
+
+    By family, size, then l0. Rows without a finite value (a diverged cell) are left out. The spread
+    is the sample standard deviation, None below two seeds.
     """
     cells = defaultdict(list)
     for row in rows:
         if _is_finite(row["l0"]) and _is_finite(row[column]):
-            cells[row["expansion_factor"], row["n_dict"], row["l1_alpha"]].append(row)
+            asked = row["target_l0"], None if row["target_l0"] else row["l1_alpha"]
+            cells[row["arch"], row[size], row["n_dict"], *asked].append(row)
     points = [
-        {
-            "expansion_factor": expansion_factor,
-            "n_dict": n_dict,
-            "l1_alpha": l1_alpha,
+        dict(zip(("arch", size, "n_dict", "target_l0", "l1_alpha"), key, strict=True))
+        | {
             "l0": statistics.fmean(row["l0"] for row in same),
             "mean": statistics.fmean(row[column] for row in same),
             "std": statistics.stdev(row[column] for row in same) if same[1:] else None,
             "n_seeds": len(same),
         }
-        for (expansion_factor, n_dict, l1_alpha), same in cells.items()
+        for key, same in cells.items()
     ]
-    return sorted(points, key=lambda p: (p["expansion_factor"], p["l0"], p["l1_alpha"]))
+    families = list(FAMILIES)
+    return sorted(points, key=lambda p: (families.index(p["arch"]), p[size], p["l0"]))
 
 
-def frontier_csv(rows: list[dict], column: str) -> str:
-    """The points of a frontier as text, all digits; an empty field where there is no spread."""
-    columns = ("expansion_factor", "n_dict", "l1_alpha", "l0", "mean", "std", "n_seeds")
-    return csv_text(frontier_points(rows, column), columns)
+def frontier_csv(rows: list[dict], column: str, size: str = "expansion_factor") -> str:
+    """The points of a frontier as text, all digits; an empty field where there is no spread, and
+    for what was not asked."""
+    columns = ("arch", size, "n_dict", "target_l0", "l1_alpha", "l0", "mean", "std", "n_seeds")
+    return csv_text(frontier_points(rows, column, size), columns)
 
 
-def draw_frontier(rows: list[dict], spec: FrontierSpec, *, l1_note: str) -> Figure:
-    """spec.column over l0 (log scale), a line per dictionary size, brighter the larger.
+def draw_frontier(
+    rows: list[dict], spec: FrontierSpec, *, l1_note: str, size: str = "expansion_factor"
+) -> Figure:
+    """spec.column over l0 (log scale), a line per family and dictionary size.
 
-    Grey lines join points of one l1_alpha, which stands beside them. Points that have no place on
-    the axes (l0 0, or worse than the worst ablation) are counted in the small print.
+    One family alone: brighter the larger. Several: a colour for each, a marker for each size. Grey
+    lines join points of one l1_alpha, which stands beside them. Points that have no place on the
+    axes (l0 0, or worse than the worst ablation) are counted in the small print.
+
+    size: the column with it, expansion_factor or dict_ratio
     """
-    points = frontier_points(rows, spec.column)
+    points = frontier_points(rows, spec.column, size)
     shown = [p for p in points if p["l0"] > 0 and not (spec.upwards and p["mean"] < 0)]
     figure = Figure((WIDTH, 4.8), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -90,36 +103,43 @@ def draw_frontier(rows: list[dict], spec: FrontierSpec, *, l1_note: str) -> Figu
         axes.axhline(1, color="0.7", linewidth=0.8, linestyle=(0, (4, 3)))
     lines = defaultdict(list)
     for point in shown:
-        lines[point["expansion_factor"], point["n_dict"]].append(point)
-    _join_equal_l1_alphas(axes, list(lines.values()), upwards=spec.upwards)
-    labels = ratio_labels(tuple(ratio for ratio, _ in lines), [n_dict for _, n_dict in lines])
-    for line, label, colour in zip(lines.values(), labels, _colours(len(lines)), strict=True):
-        _draw_line(axes, line, label, colour)
+        lines[point["arch"], point[size], point["n_dict"]].append(point)
+    on_grid = [line for line in lines.values() if line[0]["target_l0"] is None]
+    _join_equal_l1_alphas(axes, on_grid, upwards=spec.upwards)
+    _draw_lines(axes, lines, size)
     if shown:
         _scale_axes(axes, shown, logarithmic=not spec.upwards)
-        axes.legend(
-            title="expansion_factor\n(n_dict)", loc="center left", bbox_to_anchor=(1.0, 0.5),
-            frameon=False, fontsize=7.5, title_fontsize=7.5,
-        )  # fmt: skip
     axes.set_xlabel("l0: active features per token (log scale)", fontsize=8.5)
     scale = " (log scale)" if axes.get_yscale() == "log" else ""
     axes.set_ylabel(spec.y_label + scale, fontsize=8.5)
-    notes = [
-        _seeds_note(points, len(points) - len(shown)),
-        f"grey lines: equal l1_alpha; {l1_note}",
-    ]
-    notes += [_ablation_note(rows)] if spec.upwards else []
+    notes = [_seeds_note(points, len(points) - len(shown))]
+    notes += [f"grey lines: equal l1_alpha; {l1_note}"] if on_grid else []
+    notes += [_ablation_note(rows)] if spec.column == "ce_recovered" else []
     _head(axes, spec.title, notes)
     return figure
 
 
-def _draw_line(axes: Axes, line: list[dict], label: str, colour: tuple) -> None:
-    axes.errorbar(
-        [p["l0"] for p in line], [p["mean"] for p in line],
-        yerr=[p["std"] or 0.0 for p in line] if any(p["std"] for p in line) else None,
-        label=label, color=colour, marker="o", markersize=3.5, linewidth=1.4, elinewidth=0.8,
-        zorder=3,
-    )  # fmt: skip
+def _draw_lines(axes: Axes, lines: dict[tuple, list[dict]], size: str) -> None:
+    """lines: points by (family, size, n_dict)."""
+    sizes = sorted({key[1:] for key in lines})
+    labels = ratio_labels(tuple(ratio for ratio, _ in sizes), [n_dict for _, n_dict in sizes])
+    several = len({arch for arch, *_ in lines}) > 1
+    for (arch, *of_size), line in lines.items():
+        i = sizes.index(tuple(of_size))
+        colour = COLOURS[list(FAMILIES).index(arch)] if several else _colours(len(sizes))[i]
+        axes.errorbar(
+            [p["l0"] for p in line], [p["mean"] for p in line],
+            yerr=[p["std"] or 0.0 for p in line] if any(p["std"] for p in line) else None,
+            label=f"{arch}, {labels[i]}" if several else labels[i], color=colour,
+            marker=MARKERS[i % len(MARKERS)] if several else "o", markersize=3.5, linewidth=1.4,
+            elinewidth=0.8, zorder=3,
+        )  # fmt: skip
+    if lines:
+        title = "family, " * several + f"{size}\n(n_dict)"
+        axes.legend(
+            title=title, loc="center left", bbox_to_anchor=(1.0, 0.5),
+            frameon=False, fontsize=7.5, title_fontsize=7.5,
+        )  # fmt: skip
 
 
 def _join_equal_l1_alphas(axes: Axes, lines: list[list[dict]], *, upwards: bool) -> None:
@@ -204,22 +224,25 @@ def density_csv(densities: dict[Cell, np.ndarray], *, n_tokens: int) -> str:
     rows = []
     for cell, density in densities.items():
         dead, counts, edges = density_counts(density, n_tokens=n_tokens)
-        l1_alpha = None if cell.target_l0 else cell.l1_alpha  # there it is only a start
+        asked = cell.arch, cell.target_l0 or None, None if cell.target_l0 else cell.l1_alpha
         bins = [(None, None, dead), *zip(edges[:-1], edges[1:], counts, strict=True)]
-        rows += [(cell.name, l1_alpha, cell.n_dict, *of_bin) for of_bin in bins]
-    columns = ("cell", "l1_alpha", "n_dict", "log10_low", "log10_high", "n_features")
+        rows += [(cell.name, *asked, cell.n_dict, *of_bin) for of_bin in bins]
+    columns = (
+        "cell", "arch", "target_l0", "l1_alpha", "n_dict", "log10_low", "log10_high", "n_features",
+    )  # fmt: skip
     return csv_text([dict(zip(columns, row, strict=True)) for row in rows], columns)
 
 
 def draw_density_histograms(
     densities: dict[Cell, np.ndarray], spec: FigureSpec, *, n_tokens: int
 ) -> Figure:
-    """Share of the features per quarter decade of density: sizes down, l1_alpha across.
+    """Share of the features per quarter decade of density: sizes down, families and sparsities
+    across.
 
-    Of the first seed. At most six sizes and six l1_alphas, evenly chosen with both ends.
+    Of the first seed. At most six sizes and six columns, evenly chosen with both ends.
     """
     seed = min(cell.seed for cell in densities)
-    places = {((c.size_ratio, c.n_dict), _sparsity(c)): c for c in densities if c.seed == seed}
+    places = {((c.size_ratio, c.n_dict), _column(c)): c for c in densities if c.seed == seed}
     sizes = _spread_out(sorted({size for size, _ in places}), MAX_PANELS)
     sparsities = _spread_out(sorted({sparsity for _, sparsity in places}), MAX_PANELS)
     figure = Figure((WIDTH, 1.35 + 0.95 * len(sizes)), dpi=DPI, layout="constrained")
@@ -234,8 +257,10 @@ def draw_density_histograms(
                 panels[i, j].set_facecolor("0.92")
                 continue
             _draw_histogram(panels[i, j], densities[cell], n_tokens, colour)
-    for axes, (target_l0, l1_exp) in zip(panels[0], sparsities, strict=True):
+    several = len({cell.arch for cell in densities}) > 1
+    for axes, (family, (target_l0, l1_exp)) in zip(panels[0], sparsities, strict=True):
         text = f"l0 near {target_l0}" if target_l0 else f"l1_alpha {_short(10 ** (l1_exp / 4))}"
+        text = f"{list(FAMILIES)[family]}\n{text}" if several else text
         axes.annotate(text, (0.5, 1), (0, 4), xycoords="axes fraction",
                       textcoords="offset points", fontsize=7.5, ha="center")  # fmt: skip
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])  # room for the number of dead ones
@@ -258,9 +283,9 @@ def _draw_histogram(axes: Axes, density: np.ndarray, n_tokens: int, colour: tupl
               ha="right", va="top")  # fmt: skip
 
 
-def _sparsity(cell: Cell) -> tuple[int, int]:
-    """What orders the columns: the target l0 where there is one, else l1_exp."""
-    return (cell.target_l0, 0) if cell.target_l0 else (0, cell.l1_exp)
+def _column(cell: Cell) -> tuple[int, tuple[int, int]]:
+    """What orders the columns: its family, then what was asked of it."""
+    return list(FAMILIES).index(cell.arch), cell.sparsity
 
 
 def _short(value: float) -> str:

@@ -63,6 +63,19 @@ class HeldOut:
         """Tokens that autoencoders are for."""
         return int(self.text.keep(0, self.n_rows).sum())
 
+    def activations(self, size: int, *, max_norm: float = math.inf) -> Iterator[Tensor]:
+        """x of the kept tokens in float32, (size, width) at a time, fewer at the end.
+
+        max_norm: tokens whose activations are beyond it are dropped, too
+        """
+        waiting = torch.empty(0, self.site.width, device=self.lm.device)
+        for ids, keep in self.batches():
+            x = activations(self.lm, self.site, ids).float()
+            waiting = torch.cat([waiting, x[keep & is_kept(x, max_norm)]])
+            *whole, waiting = waiting.split(size)
+            yield from whole
+        yield waiting
+
     def codes(
         self, sae: SparseAutoencoder, *, max_norm: float = math.inf
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

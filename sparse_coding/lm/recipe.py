@@ -13,6 +13,7 @@ from sparse_coding.config import named_seed, require, require_flag
 from sparse_coding.files import read_record, read_tensors, write_tensors
 from sparse_coding.lm.activations import (
     Chunks,
+    Harvester,
     Statistics,
     differences,
     open_activations,
@@ -22,19 +23,26 @@ from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.families import Kind
+from sparse_coding.sae.families import FAMILIES, PREFIXES, Kind
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
-from sparse_coding.sae.spec import Schedule
+from sparse_coding.sae.spec import Schedule, dead_steps
 from sparse_coding.sweep.cells import merged_rows, missing_cells, sae_folder
-from sparse_coding.sweep.grid import Cell, check_grid, l1_divisor, make_grid, specs_of
+from sparse_coding.sweep.grid import (
+    Cell,
+    Families,
+    asked_and_found,
+    check_grid,
+    make_grid,
+    specs_of,
+)
 from sparse_coding.sweep.metrics import mmcs_with_larger, n_matched, reconstruction
 from sparse_coding.sweep.run_folder import run_folder_bytes
 from sparse_coding.sweep.training import Task
 
 COLUMNS = (
-    "seed", "l1_alpha", "expansion_factor", "n_dict", "n_tokens", "fvu", "l0", "mse",
-    "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_recovered",
-    "mmcs_with_larger", "n_matched_larger", "seconds",
+    "seed", "arch", "target_l0", "l1_alpha", "expansion_factor", "n_dict", "n_tokens", "fvu", "l0",
+    "mse", "fvu_trained", "l0_trained", "dead_fraction", "n_revived", "ce_clean", "ce_spliced",
+    "ce_zero", "ce_mean", "ce_recovered", "mmcs_with_larger", "n_matched_larger", "seconds",
 )  # fmt: skip
 OF_MODEL = ("weight_hash", "tokenizer_fingerprint")  # the same whatever the machine and dtype
 SPARSITY = "sparsity.safetensors"  # log10 of the densities; the name and NEVER are SAELens's
@@ -47,21 +55,22 @@ MAX_LR = 1.0  # beyond it Adam cannot but diverge
 # the width, so for equal l0 it falls as 1/width.
 L1_EXP, L1_WIDTH = -15, 256
 AROUND = 3  # steps of the default grid to either side
+TARGET_L0 = (16, 32, 64)  # of families that have no l1_alpha, if none is given
 
 
 @dataclass(frozen=True)
 class Grid:
     """Which autoencoders are trained; the fields are flags of run.py, high ends exclusive.
 
-    l1_exp_low, l1_exp_high: both None: around an l0 of some 25
-    target_l0: if not empty, l1_alpha is found for each of these
+    families: what is asked of which family
+    l1_exp_low, l1_exp_high: of relu, where no l0 is asked; both None: around an l0 of some 25
     """
 
+    families: Families
     l1_exp_low: int | None
     l1_exp_high: int | None
     expansion_exp_low: int
     expansion_exp_high: int
-    target_l0: tuple[int, ...]
     seed: int
     n_seeds: int
 
@@ -71,24 +80,20 @@ class Grid:
         both = given == (self.l1_exp_high is not None)
         require_flag(self, "l1_exp_low", both, "given together with --l1-exp-high")
         check_grid(self if given else replace(self, l1_exp_low=0, l1_exp_high=1), "expansion_exp")
-        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
-        require_flag(self, "target_l0", fine, "at least 1 each, and all different")
 
     def cells(self, width: int) -> list[Cell]:
         """All cells of the run, on activations of this width."""
         middle = L1_EXP + round(4 * math.log10(L1_WIDTH / width))
         low, high = self.l1_exp_low, self.l1_exp_high
-        if self.target_l0:  # the controller's start
-            low, high = middle, middle + 1
-        elif low is None:
+        if low is None:
             low, high = middle - AROUND, middle + AROUND + 1
-        cells = make_grid(
+        of_size = make_grid(
             width,
             seeds=range(self.seed, self.seed + self.n_seeds),
             l1_exps=range(low, high),
             size_exps=range(self.expansion_exp_low, self.expansion_exp_high),
         )
-        return [replace(cell, target_l0=t) for cell in cells for t in self.target_l0 or (0,)]
+        return self.families.cells(of_size, start=middle, default_l0=TARGET_L0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Optimisation:
     warmup, l1_warmup, decay: shares of the steps
     shuffle_gb: of activations, that are mixed at a time
     max_norm_multiple: of the median norm; 0: no limit
+    prefixes: of nested families, see SAESpec
     """
 
     n_tokens: int
@@ -110,6 +116,7 @@ class Optimisation:
     decay: float
     shuffle_gb: float
     max_norm_multiple: float
+    prefixes: tuple[float, ...] = PREFIXES
 
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range."""
@@ -136,8 +143,30 @@ class Optimisation:
         """Shares of the steps as steps, and Adam's eps for activations of this width."""
         n = self.n_steps
         decay_start = n - round(self.decay * n) if self.decay else None
-        eps = EPS * min(1, EPS_WIDTH / width) ** 2
-        return Schedule(n, round(self.warmup * n), round(self.l1_warmup * n), decay_start, eps)
+        l1_warmup = round(self.l1_warmup * n)
+        return Schedule(
+            n,
+            round(self.warmup * n),
+            l1_warmup,
+            decay_start,
+            eps=EPS * min(1, EPS_WIDTH / width) ** 2,
+            anneal=range(l1_warmup, n if decay_start is None else decay_start),
+            dead_steps=dead_steps(n),
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the model reads its texts; the fields are flags of run.py."""
+
+    lm_batch_size: int
+    n_eval_tokens: int
+    store_dtype: str
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a flag out of its range."""
+        for name in ("lm_batch_size", "n_eval_tokens"):
+            require_flag(self, name, getattr(self, name) >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -213,7 +242,7 @@ class LanguageRecipe:
             max_norm=self.statistics.max_norm,
         )
         ensemble = Ensemble(
-            specs_of(group, o.l1_normalisation, tied=True),
+            specs_of(group, o.l1_normalisation, tied=True, prefixes=o.prefixes),
             self.width,
             lr=o.lr,
             device=self.device,
@@ -237,21 +266,20 @@ class LanguageRecipe:
     ) -> list[tuple[dict, dict[str, Tensor]]]:
         """Rows and autoencoders for raw activations, with their feature densities."""
         raw = [unscaled(ensemble.dictionary(i), self.statistics.scale) for i in range(len(group))]
-        saes = [SparseAutoencoder(**tensors, metadata={}).to(self.device) for tensors in raw]
+        saes = [
+            SparseAutoencoder(**tensors, metadata={}, top_k=cell.top_k).to(self.device)
+            for tensors, cell in zip(raw, group, strict=True)
+        ]
         known = self.statistics
         evaluations = evaluate(self.held_out, saes, mean=known.mean, max_norm=known.max_norm)
+        as_trained = self._as_trained(ensemble, group)
         results = []
         for i, (cell, evaluation) in enumerate(zip(group, evaluations, strict=True)):
-            l1_alpha = cell.l1_alpha
-            if cell.target_l0:  # what the controller found
-                normalisation = self.optimisation.l1_normalisation
-                l1_alpha = ensemble.l1(i) * l1_divisor(normalisation, cell.n_dict)
             known = {
-                "seed": cell.seed,
-                "l1_alpha": l1_alpha,
+                **asked_and_found(cell, ensemble, i, self.optimisation.l1_normalisation),
                 "expansion_factor": cell.size_ratio,
-                "n_dict": cell.n_dict,
                 "n_tokens": self.n_steps * self.optimisation.batch_size,
+                **{name: values[i] for name, values in as_trained.items()},
             }
             row = {column: (known | evaluation.values).get(column) for column in COLUMNS}
             more = {
@@ -259,7 +287,22 @@ class LanguageRecipe:
                 "n_left_out": torch.tensor(evaluation.n_left_out),
             }
             results.append((row, raw[i] | more))
-        return results  # fmt: skip
+        return results
+
+    def _as_trained(self, ensemble: Ensemble, group: list[Cell]) -> dict[str, list[float | None]]:
+        """fvu_trained and l0_trained of each cell whose codes are chosen by batch in training, by a
+        threshold when it is saved: on the held-out tokens, in batches as in training."""
+        by_batch = [FAMILIES[cell.arch].selection == "batchtopk" for cell in group]
+        if not any(by_batch):
+            return {}
+        known, size = self.statistics, self.optimisation.batch_size
+        xs = self.held_out.activations(size, max_norm=known.max_norm)
+        found = reconstruction(ensemble, (x * known.scale for x in xs))
+        found = {f"{name}_trained": found[name] for name in ("fvu", "l0")}
+        return {
+            name: [value if by else None for value, by in zip(values, by_batch, strict=True)]
+            for name, values in found.items()
+        }
 
     def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
         """A SAELens-6 folder; log10 densities as in SAELens's sparsity.safetensors."""
@@ -277,14 +320,28 @@ class LanguageRecipe:
             "n_tokens": self.optimisation.n_tokens,
             "l1_alpha": row["l1_alpha"],
             "seed": cell.seed,
+            "arch": cell.arch,
+            "target_l0": cell.target_l0 or None,
         }
+        if FAMILIES[cell.arch].nested:
+            known["prefixes"] = self.optimisation.prefixes
         known |= {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
-        save_sae(path, sae, metadata=self.metadata | known)
+        save_sae(path, sae, metadata=self.metadata | known, top_k=cell.top_k)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
         compare = {"mmcs_with_larger": mmcs_with_larger, "n_matched_larger": n_matched}
         return merged_rows(folder, cells, columns=COLUMNS, compare=compare, device=self.device)
+
+
+def recipe_on(target: Target, reading: Reading, optimisation: Optimisation) -> LanguageRecipe:
+    """How cells are trained on the target's activations, which are computed as they are read."""
+    of = dict(lm=target.lm, site=target.site, lm_batch_size=reading.lm_batch_size)
+    store_dtype = getattr(torch, reading.store_dtype)
+    n_tokens = optimisation.n_tokens
+    harvester = Harvester(**of, text=target.train, store_dtype=store_dtype, n_tokens=n_tokens)
+    held_out = HeldOut(**of, text=target.held_out, n_tokens=reading.n_eval_tokens)
+    return LanguageRecipe(harvester, held_out, optimisation, target.provenance)
 
 
 def with_activations(
@@ -338,6 +395,7 @@ def feature_density(folder: Path) -> np.ndarray:
 
 
 def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases change,
-    and codes are in the units of x."""
-    return tensors | {name: tensors[name] / scale for name in ("b_enc", "b_dec")}
+    """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases and
+    thresholds change, and codes are in the units of x."""
+    names = tensors.keys() & {"b_enc", "b_dec", "threshold"}
+    return tensors | {name: tensors[name] / scale for name in names}

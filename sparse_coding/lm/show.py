@@ -31,7 +31,7 @@ from sparse_coding.sae.exported import EXPORTERS
 from sparse_coding.sae.families import FAMILIES
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sweep.cells import sae_folder
-from sparse_coding.sweep.grid import L1_TERMS, Cell
+from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap
 
 SHOWN = "shown.json"  # the choice behind what the folder shows
 TITLE = "Sparse autoencoders on a language model"
@@ -68,17 +68,17 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
         return f"All {len(rows)} cells diverged: lower --lr."
     lead = f"Best at l0 <= {most_l0:g}"
     if best["l0"] > most_l0:
-        lead = f"No cell has l0 <= {most_l0:g}: raise l1_alpha; the sparsest"
+        lead = f"No cell has l0 <= {most_l0:g}: ask for less; the sparsest"
     n_diverged = sum(not math.isfinite(row["fvu"]) for row in rows)
     text = f"{n_diverged} cells diverged and are left out of this line. " if n_diverged else ""
     return text + (
         f"{lead}: fvu {best['fvu']:.3f} at l0 {best['l0']:.1f}, ce_recovered "
-        f"{_or_none(best['ce_recovered'])} (l1_alpha {best['l1_alpha']:.3g}, n_dict "
-        f"{best['n_dict']}, {best['dead_fraction']:.1%} dead), on held-out documents. "
+        f"{_or_none(best['ce_recovered'])} ({asked_of(best)}, n_dict {best['n_dict']}, "
+        f"{best['dead_fraction']:.1%} dead), on held-out documents. "
         f"Cross-entropy {best['ce_clean']:.3f} nats; ablation by zeros costs "
         f"{best['ce_zero'] - best['ce_clean']:.2f}, by the mean "
         f"{best['ce_mean'] - best['ce_clean']:.2f}, this autoencoder "
-        f"{best['ce_spliced'] - best['ce_clean']:.3f}."
+        f"{best['ce_spliced'] - best['ce_clean']:.3f}. {gap(rows)}".rstrip()
     )
 
 
@@ -192,7 +192,7 @@ def write_page(
         facts={
             "model": known["model"],
             "site": f"layer {known['layer']}, {known['site']}",
-            "autoencoder": f"{cell.name}: n_dict {sae.n_dict}, l1_alpha {known['l1_alpha']:.3g}, "
+            "autoencoder": f"{cell.name}: {asked_of(known)}, n_dict {sae.n_dict}, "
             f"l0 {known['l0']:.1f}, fvu {known['fvu']:.3f}, ce_recovered "
             f"{_or_none(known['ce_recovered'])}",
             "text": f"{known['dataset']} {known['dataset_revision'] or ''}, held-out documents",
@@ -216,9 +216,10 @@ def draw_figures(
         densities: (n_dict,) of each cell, the share of n_tokens tokens on which a feature fires
         l1_note: how the L1 term of the loss is normalised
     """
+    on_grid = [row for row in rows if row["target_l0"] is None]  # of relu alone
     paths = write_figures(
         folder,
-        rows,
+        on_grid,
         _heatmaps(list(densities)),
         x_label=f"l1_alpha; {l1_note}",
         y_label="expansion_factor",
@@ -237,8 +238,8 @@ def draw_figures(
 
 
 def _heatmaps(cells: list[Cell]) -> tuple[HeatmapSpec, ...]:
-    """None with --target-l0, where every size has l1_alphas of its own: no grid to draw."""
-    return () if cells[0].target_l0 else FIGURES
+    """None without a grid of l1_alpha: with --target-l0 every size has l1_alphas of its own."""
+    return FIGURES if any(not cell.target_l0 for cell in cells) else ()
 
 
 def is_shown(folder: Path, choice: ShowChoice) -> bool:

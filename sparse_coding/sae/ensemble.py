@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_coding.sae import gpu
 from sparse_coding.sae.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
-from sparse_coding.sae.families import FAMILIES, Kind, bands
+from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine, Scratch, Stack
 
@@ -202,6 +202,6 @@ def _scratch_numbers(kind: Kind, h: int, batch: int, *, fast: bool) -> int:
     if arch == "relu":
         return n * (batch if fast else 2 * (batch + h)) + batch * h
     kept = family.selection == "jump" or family.aux
-    n_errors = len(bands(n, family.nested)) + 2 * family.aux
+    n_errors = (MOST_PREFIXES if family.nested else 1) + 2 * family.aux
     # selections and penalties, of masks and powers, take three more tensors of the codes' shape
     return n * (2 * (batch + h) + (kept + 3) * batch) + (1 + n_errors) * batch * h

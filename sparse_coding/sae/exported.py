@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_coding.config import require
 from sparse_coding.files import require_free_disk, write_atomic, write_json, write_tensors
-from sparse_coding.sae.families import FAMILIES, bands
+from sparse_coding.sae.families import FAMILIES, PREFIXES, bands
 from sparse_coding.sae.saelens import CONFIG
 from sparse_coding.sae.saved import SparseAutoencoder, with_unit_rows
 
@@ -68,7 +68,8 @@ def _as_dictionary(sae: SparseAutoencoder, metadata: dict) -> tuple[str, dict[st
     known = {"k": _k(k), "threshold": sae.threshold[0].clone()}
     if not family.nested:
         return "BatchTopKSAE", with_b_dec | known
-    sizes = torch.tensor([end - first for first, end in bands(sae.n_dict, nested=True)])
+    of_prefixes = bands(sae.n_dict, tuple(metadata.get("prefixes", PREFIXES)))
+    sizes = torch.tensor([end - first for first, end in of_prefixes])
     return "MatryoshkaBatchTopKSAE", sae.tensors | known | {"group_sizes": sizes}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = tuple[str, int]  # name of a family, n_dict: on what an autoencoder's memory depends
+Arch = Literal["relu", "p_anneal", "topk", "batchtopk", "jumprelu", "jumprelu_tanh", "matryoshka"]
 Selection = Literal["relu", "jump", "topk", "batchtopk"]
 Penalty = Literal["none", "l1", "lp", "l0_step", "l0_tanh"]
 
@@ -44,7 +45,7 @@ class Family:
         return {"relu": "standard", "topk": "topk"}.get(self.selection, "jumprelu")
 
 
-FAMILIES = {
+FAMILIES: dict[Arch, Family] = {
     # Sharkey, Braun, Millidge 2022; unit rows: Bricken et al. 2023, Towards Monosemanticity
     "relu": Family("relu", "l1"),
     # Karvonen et al. 2024, https://arxiv.org/abs/2408.00113
@@ -62,6 +63,7 @@ FAMILIES = {
 }
 # of n_dict; the last is the whole. SynthSAEBench's 128, 512, 2048 of 4096 (arXiv 2602.14687)
 PREFIXES = (1 / 32, 1 / 8, 1 / 2, 1.0)
+MOST_PREFIXES = 8  # for which memory is planned
 # Added to codes under the power p, whose slope at 0 is infinite; ours. With 1e-3 the slopes of the
 # smallest codes are so steep that rounding decides what a run of 200 steps gives (LOG.md)
 LP_EPS = 1e-2
@@ -74,7 +76,10 @@ AUX = 1 / 32  # weight of the auxiliary error; Gao et al.
 EMA = 0.01  # weight of a step in the mean of the smallest code chosen; as in SAELens
 
 
-def bands(n_dict: int, nested: bool) -> list[tuple[int, int]]:
-    """(first, end) of the features that each prefix adds to the one before."""
-    ends = sorted({round(share * n_dict) for share in PREFIXES} - {0}) if nested else [n_dict]
+def bands(n_dict: int, prefixes: tuple[float, ...] = (1.0,)) -> list[tuple[int, int]]:
+    """(first, end) of the features that each prefix adds to the one before; none is empty.
+
+    prefixes: shares of n_dict, ascending to 1
+    """
+    ends = sorted({round(share * n_dict) for share in prefixes} - {0})
     return list(zip([0, *ends], ends, strict=False))

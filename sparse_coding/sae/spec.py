@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparse_coding.sae.families import FAMILIES
+from sparse_coding.sae.families import FAMILIES, PREFIXES
 
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
 BETAS = 0.9, 0.999  # of Adam
@@ -16,6 +16,7 @@ DORMANT = 200  # steps without firing, after which a feature's moments move it n
 L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
 L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement
 DEAD_STEPS = 1000  # without firing, after which a feature counts as dead; as in SAELens
+DEAD_SHARE = 4  # of shorter runs than 4 000 steps it is a quarter
 P_END = 0.2  # of p-annealing; Karvonen et al. 2024
 
 
@@ -30,6 +31,7 @@ class SAESpec:
     target_l0: k, where the family has it; else l1 is only where a controller starts that seeks this
         l0, and 0 means that l1 stays
     arch: its family, a name in FAMILIES
+    prefixes: of nested ones, shares of n_dict, ascending to 1
     """
 
     n_dict: int
@@ -38,11 +40,17 @@ class SAESpec:
     tied: bool = False
     target_l0: float = 0.0
     arch: str = "relu"
+    prefixes: tuple[float, ...] = PREFIXES
 
     @property
     def seeks_l0(self) -> bool:
         """Whether a controller moves l1."""
         return self.target_l0 > 0 and not FAMILIES[self.arch].has_k
+
+
+def dead_steps(n_steps: int) -> int:
+    """Steps without firing after which a feature counts as dead, in a run of n_steps."""
+    return min(DEAD_STEPS, max(1, n_steps // DEAD_SHARE))
 
 
 class StepNumbers(NamedTuple):

@@ -109,7 +109,7 @@ class Stack:
         self.specs, self.scratch, self.lr, self.project = specs, scratch, lr, project
         self.n_dict, self.dead_steps = specs[0].n_dict, dead_steps
         self.family = FAMILIES[specs[0].arch]
-        self.bands = bands(self.n_dict, self.family.nested)
+        self.bands = bands(self.n_dict, specs[0].prefixes if self.family.nested else (1.0,))
         to = {"device": scratch.device, "dtype": scratch.dtype}
         shape = (len(specs), self.n_dict)
         stacked = _stacked_starts(specs, activation_dim, **to)

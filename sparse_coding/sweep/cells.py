@@ -151,7 +151,11 @@ def merged_rows(
         Damaged: the row or the autoencoder of a cell.
     """
     stored = {cell: read_record(folder / row_path(cell)) for cell in cells}
-    rows = {cell: {name: row.get(name) for name in columns} for cell, row in stored.items()}
+    rows = {
+        cell: {name: row.get(name) for name in columns}
+        | {"arch": cell.arch, "target_l0": cell.target_l0 or None}  # older versions did not say
+        for cell, row in stored.items()
+    }
     of_sparsity: dict[tuple, list[Cell]] = {}
     for cell in cells:
         of_sparsity.setdefault((cell.seed, cell.arch, *cell.sparsity), []).append(cell)

@@ -1,15 +1,18 @@
 """The grid of cells, and its split over shards and over memory."""
 
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from sparse_coding.config import UserError, named_seed, require, require_flag
-from sparse_coding.sae.families import Kind
+from sparse_coding.config import UserError, given_flags, named_seed, require, require_flag
+from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
 
 if TYPE_CHECKING:
+    from sparse_coding.sae.ensemble import Ensemble
     from sparse_coding.sae.spec import SAESpec
 
 
@@ -45,13 +48,18 @@ class Cell:
 
     @property
     def sparsity(self) -> tuple[int, int]:
-        """What was asked of it: (l1_exp, target_l0)."""
-        return self.l1_exp, self.target_l0
+        """What was asked of it: (target_l0, 0), or (0, l1_exp) where no l0 was."""
+        return (self.target_l0, 0) if self.target_l0 else (0, self.l1_exp)
 
     @property
     def l1_alpha(self) -> float:
         """10^(l1_exp/4)."""
         return 10 ** (self.l1_exp / 4)
+
+    @property
+    def top_k(self) -> int | None:
+        """Codes of each sample, where the family has that."""
+        return self.target_l0 if FAMILIES[self.arch].selection == "topk" else None
 
     @property
     def size_ratio(self) -> float:
@@ -71,10 +79,108 @@ def l1_divisor(l1_normalisation: str, n_dict: int) -> int:
     return n_dict if l1_normalisation == "per_feature" else 1
 
 
-def specs_of(cells: list[Cell], l1_normalisation: str, *, tied: bool) -> list["SAESpec"]:
+@dataclass(frozen=True)
+class Families:
+    """Which families are trained, and how sparse; the fields are flags of both scripts."""
+
+    arch: tuple[str, ...]
+    target_l0: tuple[int, ...]
+    prefixes: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a flag out of its range."""
+        unique = 0 < len(self.arch) == len(set(self.arch))
+        require_flag(self, "arch", unique, "at least one family, and all different")
+        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
+        require_flag(self, "target_l0", fine, "at least 1 each, and all different")
+        ends = (0.0, *self.prefixes)
+        ascend = all(a < b for a, b in pairwise(ends)) and ends[-1] == 1
+        require_flag(self, "prefixes", ascend, "shares of n_dict that ascend and end with 1")
+        few = len(self.prefixes) <= MOST_PREFIXES
+        require_flag(self, "prefixes", few, f"at most {MOST_PREFIXES} of them")
+
+    def require_used(self, argv: list[str]) -> None:
+        """Raises UserError for a flag of the command line that would change nothing."""
+        given = given_flags(argv)
+        nested = any(FAMILIES[name].nested for name in self.arch)
+        for name in sorted(given & {"l1_exp_low", "l1_exp_high"}):
+            flag = f"--{name.replace('_', '-')}"
+            require("relu" in self.arch, f"{flag} is for --arch relu: drop it, or add relu")
+        require(nested or "prefixes" not in given, "--prefixes is for --arch matryoshka: drop it")
+
+    def cells(self, of_size: list[Cell], *, start: int, default_l0: tuple[int, ...]) -> list[Cell]:
+        """What is asked of each family, for every seed and size of the cells.
+
+        Args:
+            of_size: relu's, of every seed, size and l1_alpha
+            start: l1_exp where the controller of a penalty's weight starts
+            default_l0: of families other than relu, if no target_l0 is given
+        Raises:
+            UserError: a k above n_dict.
+        """
+        on_grid = [cell for cell in of_size if "relu" in self.arch and not self.target_l0]
+        places = dict.fromkeys(replace(cell, l1_exp=start) for cell in of_size)
+        sought = [name for name in self.arch if name != "relu" or self.target_l0]
+        asked = [
+            replace(cell, arch=arch, target_l0=target_l0)
+            for cell in places
+            for arch in sought
+            for target_l0 in self.target_l0 or default_l0
+        ]
+        for cell in asked:
+            require(
+                cell.target_l0 <= cell.n_dict or not FAMILIES[cell.arch].has_k,
+                f"--target-l0 {cell.target_l0} is more than the {cell.n_dict} features of the "
+                f"smallest {cell.arch}: lower it, or raise the low end of the sizes",
+            )
+        order = {name: i for i, name in enumerate(self.arch)}
+        return sorted(
+            on_grid + asked, key=lambda c: (c.seed, c.size_exp, order[c.arch], c.sparsity)
+        )
+
+
+def asked_and_found(cell: Cell, ensemble: "Ensemble", i: int, l1_normalisation: str) -> dict:
+    """Columns of results.csv: what the cell is, and what training found; i: its place in the
+    ensemble. target_l0 and l1_alpha are None where they have no meaning."""
+    family, l1_alpha = FAMILIES[cell.arch], cell.l1_alpha
+    if cell.target_l0:  # what the controller found
+        l1_alpha = ensemble.l1(i) * l1_divisor(l1_normalisation, cell.n_dict)
+    return {
+        "seed": cell.seed,
+        "arch": cell.arch,
+        "target_l0": cell.target_l0 or None,
+        "l1_alpha": None if family.has_k else l1_alpha,
+        "n_dict": cell.n_dict,
+        "n_revived": ensemble.n_revived(i),
+    }
+
+
+def asked_of(row: dict) -> str:
+    """What was asked of the cell of a row, in words: its family and sparsity."""
+    wanted = f"l0 {row['target_l0']}" if row["target_l0"] else f"l1_alpha {row['l1_alpha']:.3g}"
+    return f"{row['arch']}, {wanted}"
+
+
+def gap(rows: list[dict]) -> str:
+    """How far saved autoencoders, which choose codes by a threshold, are from the trained ones,
+    which chose them by batch: the farthest one, in words; "" where none is of that kind."""
+    by_batch = [row for row in rows if row.get("fvu_trained") and math.isfinite(row["fvu"])]
+    if not by_batch:
+        return ""
+    row = max(by_batch, key=lambda r: abs(r["fvu"] - r["fvu_trained"]))
+    return (
+        f"Saved with a threshold in place of a choice by batch: at most as far apart as fvu "
+        f"{row['fvu']:.4f} at l0 {row['l0']:.1f} saved, {row['fvu_trained']:.4f} at "
+        f"{row['l0_trained']:.1f} trained ({asked_of(row)}, n_dict {row['n_dict']})."
+    )
+
+
+def specs_of(
+    cells: list[Cell], l1_normalisation: str, *, tied: bool, prefixes: tuple[float, ...] = (1.0,)
+) -> list["SAESpec"]:
     """The cells as autoencoders of an ensemble, each with a start that its name determines.
 
-    tied: see SAESpec
+    tied, prefixes: see SAESpec
     """
     from sparse_coding.sae.spec import SAESpec  # loads torch
 
@@ -90,6 +196,7 @@ def specs_of(cells: list[Cell], l1_normalisation: str, *, tied: bool) -> list["S
             tied=tied,
             target_l0=cell.target_l0,
             arch=cell.arch,
+            prefixes=prefixes,
         )
         for cell in cells
     ]
@@ -141,7 +248,7 @@ def split_by_cost(cells: list[Cell], n_shards: int) -> list[list[Cell]]:
     """
     shards: list[list[Cell]] = [[] for _ in range(n_shards)]
     load = [0] * n_shards
-    for cell in sorted(cells, key=lambda c: (-c.n_dict, c.seed, c.l1_exp)):
+    for cell in sorted(cells, key=lambda c: (-c.n_dict, c.seed, c.arch, c.l1_exp)):
         lightest = min(range(n_shards), key=lambda i: (load[i], i))
         shards[lightest].append(cell)
         load[lightest] += cell.n_dict

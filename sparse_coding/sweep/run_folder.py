@@ -30,7 +30,7 @@ from sparse_coding.files import (
     write_record,
     write_tensors,
 )
-from sparse_coding.sae.families import Kind
+from sparse_coding.sae.families import PREFIXES, Kind
 from sparse_coding.sweep.cells import forget_damaged, missing_cells
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost, wait_for_all_ranks
 from sparse_coding.sweep.tracking import read_series
@@ -38,6 +38,7 @@ from sparse_coding.sweep.tracking import read_series
 PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "wandb", "tyro", "transformers",
             "tokenizers", "datasets", "tiktoken")  # named in config.json  # fmt: skip
 CONFIG, TABLE = "config.json", "results.csv"
+TEXTS = ("arch",)  # columns of it that are no numbers
 # all that runs write below their folder, but for config.json, which tells that it is theirs, and
 # the folder of W&B: what --fresh deletes
 WRITTEN = (
@@ -50,6 +51,7 @@ WRITTEN = (
 # constants that matter while something is trained
 MACHINE = {"device_type", "precision", "stdlib_files"}
 RENAMED = {"learning_rate": "lr"}  # constants of older folders
+ADDED = {"arch": ["relu"], "target_l0": [], "prefixes": list(PREFIXES)}  # since, as they were
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
 
@@ -261,11 +263,11 @@ def finished_rows(folder: Path) -> list[dict] | None:
     done = (folder / "DONE").read_bytes()
     try:
         if not done:  # of an older version
-            return read_csv(folder / TABLE)
+            return read_csv(folder / TABLE, texts=TEXTS)
         checksum, _, name = done.decode(errors="replace").partition("  ")
         if name != f"{TABLE}\n":
             raise Damaged(folder / "DONE", "it is no sha256 of a table")
-        return read_csv(folder / TABLE, checksum=checksum)
+        return read_csv(folder / TABLE, checksum=checksum, texts=TEXTS)
     except FileNotFoundError:
         Damaged(folder / TABLE, "it is missing").warn("made again from cells/")
     except Damaged as error:
@@ -286,6 +288,7 @@ def _require_same_constants(
     try:
         config = json.loads((folder / CONFIG).read_bytes())
         stored = {RENAMED.get(name, name): value for name, value in config["constants"].items()}
+        stored = {k: v for k, v in ADDED.items() if k in constants} | stored
         if not fresh:
             read_record(folder / CONFIG)
     except Damaged as error:

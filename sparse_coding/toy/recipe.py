@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sparse_coding.config import named_seed, passing_bar, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.families import Kind
+from sparse_coding.sae.families import FAMILIES, PREFIXES, Kind
 from sparse_coding.sae.saved import SparseAutoencoder, save_sae
+from sparse_coding.sae.spec import Schedule, dead_steps
 from sparse_coding.sweep.cells import merged_rows, sae_folder
-from sparse_coding.sweep.grid import Cell, specs_of
+from sparse_coding.sweep.grid import Cell, asked_and_found, specs_of
 from sparse_coding.sweep.hardware import free_memory
 from sparse_coding.sweep.metrics import (
     ReconstructionSums,
@@ -30,8 +31,9 @@ from sparse_coding.toy.data import ToyData, ToyStream, World, make_world
 
 EVALUATION = {"n_batches": 10, "batch_size": 256}  # 2 560 fresh samples, as in 2023
 COLUMNS = (
-    "seed", "l1_alpha", "dict_ratio", "n_dict", "n_steps", "mmcs", "mmcs_dict_to_truth",
-    "mmcs_with_larger", "n_recovered", "n_dead", "l0", "fvu", "mse", "l1", "seconds",
+    "seed", "arch", "target_l0", "l1_alpha", "dict_ratio", "n_dict", "n_steps", "mmcs",
+    "mmcs_dict_to_truth", "mmcs_with_larger", "n_recovered", "n_dead", "n_revived", "l0", "fvu",
+    "mse", "fvu_trained", "l0_trained", "l1", "seconds",
 )  # fmt: skip
 
 
@@ -42,6 +44,7 @@ class ToyRecipe:
     l1_normalisation: per_feature divides l1_alpha by n_dict (the post), sum does not
     lr: of Adam
     n_steps: of batch_size vectors each
+    prefixes: of nested families, see SAESpec
     """
 
     data: ToyData
@@ -49,6 +52,7 @@ class ToyRecipe:
     lr: float
     n_steps: int
     device: torch.device
+    prefixes: tuple[float, ...] = PREFIXES
     headline = ("metrics/mmcs", max)
 
     def __post_init__(self) -> None:
@@ -75,31 +79,60 @@ class ToyRecipe:
             self.data, world, batch_seed=named_seed(seed, "batches"), device=self.device
         )
         ensemble = Ensemble(
-            specs_of(group, self.l1_normalisation, tied=False),
+            specs_of(group, self.l1_normalisation, tied=False, prefixes=self.prefixes),
             self.width,
             lr=self.lr,
             device=self.device,
+            schedule=self.schedule,
         )
 
         def evaluate() -> list[tuple[dict, dict[str, Tensor]]]:
             values = agreement_with_truth(ensemble, stream.features)
             values |= reconstruction(ensemble, fresh_batches(self.data, world, seed, self.device))
-            of_cells = [{k: v[i] for k, v in values.items()} for i in range(len(group))]
-            return [
-                (row_of(cell, of_cell | {"n_steps": self.n_steps}), ensemble.dictionary(i))
-                for i, (cell, of_cell) in enumerate(zip(group, of_cells, strict=True))
-            ]
+            results = []
+            for i, cell in enumerate(group):
+                known = {name: of_cells[i] for name, of_cells in values.items()}
+                known |= asked_and_found(cell, ensemble, i, self.l1_normalisation)
+                saved = ensemble.dictionary(i)
+                if FAMILIES[cell.arch].selection == "batchtopk":  # saved with a threshold
+                    known |= {f"{name}_trained": known[name] for name in ("fvu", "l0")}
+                    sae = SparseAutoencoder(**saved, metadata={}).to(self.device)
+                    known |= self._reconstruction_of(sae, world, seed)
+                results.append((self._row(cell, known), saved))
+            return results
 
         measure = partial(training_state, ensemble, features=stream.features)
         return Task(ensemble, stream.batch, measure, evaluate)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Constant but for p-annealing: p falls in the second half of the steps."""
+        n = self.n_steps
+        return Schedule(n, anneal=range(n // 2, n), dead_steps=dead_steps(n))
+
+    @full_float32()
+    @torch.no_grad()
+    def _reconstruction_of(
+        self, sae: SparseAutoencoder, world: World, seed: int
+    ) -> dict[str, float]:
+        sums = ReconstructionSums(1, sae.n_dict, self.width, self.device)
+        for x in fresh_batches(self.data, world, seed, self.device):
+            reconstructed(sae, x, sums)
+        return {name: value.item() for name, value in sums.result().items()}
+
+    def _row(self, cell: Cell, known: dict) -> dict:
+        """A row of results.csv; None where a later stage fills in (mmcs_with_larger, seconds)."""
+        known = {"dict_ratio": cell.size_ratio, "n_steps": self.n_steps} | known
+        return {column: known.get(column) for column in COLUMNS}
 
     def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
         """A SAELens-6 folder, with the flags of its world for --evaluate."""
         flags = {"data_law": self.data.law, "seed": cell.seed}
         flags |= {k: v for k, v in asdict(self.data).items() if k != "law"}
         metadata = {"flags": flags, "l1_normalisation": self.l1_normalisation, "lr": self.lr}
-        metadata |= {name: row[name] for name in ("l1_alpha", "n_steps", "mmcs", "l0", "fvu")}
-        save_sae(sae_folder(folder, cell), tensors, metadata=metadata)
+        names = ("l1_alpha", "n_steps", "mmcs", "l0", "fvu", "arch", "target_l0")
+        metadata |= {name: row[name] for name in names}
+        save_sae(sae_folder(folder, cell), tensors, metadata=metadata, top_k=cell.top_k)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""
@@ -144,10 +177,3 @@ def evaluate_one(sae: SparseAutoencoder, data: ToyData, seed: int) -> dict[str, 
         reconstructed(sae, x, sums)
     values = agreement(sae.W_dec.unsqueeze(0), world.features.to(device)) | sums.result()
     return {name: values[name].item() for name in COLUMNS if name in values}
-
-
-def row_of(cell: Cell, values: dict) -> dict:
-    """A row of results.csv; None where a later stage fills in (mmcs_with_larger, seconds)."""
-    known = {"seed": cell.seed, "l1_alpha": cell.l1_alpha, "dict_ratio": cell.size_ratio,
-             "n_dict": cell.n_dict}  # fmt: skip
-    return {column: (known | values).get(column) for column in COLUMNS}

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+from sparse_coding.figures.frontier import FrontierSpec, draw_frontier, frontier_csv
 from sparse_coding.figures.heatmap import HeatmapSpec
-from sparse_coding.figures.report import write_figures, write_report
+from sparse_coding.figures.report import write_figure, write_figures, write_report
 from sparse_coding.files import Damaged, read_tensors, write_tensors
-from sparse_coding.sweep.grid import L1_TERMS, Cell
+from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap
 from sparse_coding.sweep.metrics import ceiling_mmcs, chance_mmcs
 from sparse_coding.toy.data import ToyData, make_world
 
@@ -66,6 +67,19 @@ FIGURES = (
         cmap="cividis",
     ),
 )
+FRONTIERS = (  # where an l0 was asked of some cells
+    FrontierSpec(
+        name="frontier_mmcs",
+        title="True features found, against sparsity",
+        explanation="Higher is better: which family finds the true features, at which l0. The data "
+        "have n_active features on in a sample, on average; fewer codes must mix features, and "
+        "more have nothing left to be.",
+        alt="Lines of mmcs over l0, one for each family and dictionary size",
+        column="mmcs",
+        y_label="mmcs with the true features",
+        upwards=True,
+    ),
+)
 TITLE = "Toy models: features taken out of superposition"
 
 
@@ -100,19 +114,27 @@ def draw(
 
     context: what was run, for the report
     """
-    sizes = sorted({row["n_dict"] for row in rows})
+    on_grid = [row for row in rows if row["target_l0"] is None]  # of relu alone
+    sizes = sorted({row["n_dict"] for row in on_grid})
+    maps, frontiers = FIGURES if on_grid else (), FRONTIERS if len(on_grid) < len(rows) else ()
     figures = write_figures(
         folder,
-        rows,
-        FIGURES,
+        on_grid,
+        maps,
         x_label=f"l1_alpha; L1 term of the loss: {L1_TERMS[l1_normalisation]}",
         y_label="dict_ratio",
         row_key="dict_ratio",
         column_key="l1_alpha",
         row_notes={"mmcs": _chance_and_ceiling(data, rows[0]["seed"], sizes)},
     )
-    text = verdict(rows)
-    write_report(folder, title=TITLE, verdict=text, rows=rows, specs=FIGURES, context=context)
+    for spec in frontiers:
+        options = dict(size="dict_ratio")
+        l1_note = f"L1 term of the loss: {L1_TERMS[l1_normalisation]}"
+        figure = draw_frontier(rows, spec, l1_note=l1_note, **options)
+        csv = frontier_csv(rows, spec.column, **options)
+        figures[spec.name] = write_figure(folder, spec.name, figure, csv=csv)
+    specs, text = (*maps, *frontiers), verdict(rows)
+    write_report(folder, title=TITLE, verdict=text, rows=rows, specs=specs, context=context)
     return figures
 
 
@@ -137,11 +159,11 @@ def verdict(rows: list[dict]) -> str:
     best = max(rows, key=lambda r: r["mmcs"])
     text = f"{len(diverged)} cells diverged and are left out of this line. " if diverged else ""
     text += (
-        f"Best mmcs {best['mmcs']:.3f} at l1_alpha {best['l1_alpha']:.3g}, dict_ratio "
+        f"Best mmcs {best['mmcs']:.3f} at {asked_of(best)}, dict_ratio "
         f"{best['dict_ratio']:g} (n_dict {best['n_dict']}): {best['n_recovered']} true features "
         f"recovered (cosine similarity above 0.9), {best['n_dead']} dead, l0 {best['l0']:.1f}."
     )
-    steps = dict(_grid_steps_between_peaks(rows))
+    steps = dict(_grid_steps_between_peaks([row for row in rows if row["target_l0"] is None]))
     if steps:
         listed = ", ".join(f"{n} at dict_ratio {ratio:g}" for ratio, n in steps.items())
         points = "points" if all(n <= 1 for n in steps.values()) else "does not point"
@@ -149,7 +171,7 @@ def verdict(rows: list[dict]) -> str:
             f" Without ground truth, mmcs_with_larger {points} at the same l1_alpha within one "
             f"grid step (distance in steps: {listed})."
         )
-    return text
+    return f"{text} {gap(rows)}".rstrip()
 
 
 def _grid_steps_between_peaks(rows: list[dict]) -> Iterator[tuple[float, int]]:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from sparse_coding.figures import frontier
@@ -26,7 +27,8 @@ L1_NOTE = "L1 term of the loss: l1_alpha · mean Σ codes"
 
 def row(l1_alpha: float, expansion_factor: float, l0: float, fvu: float | None, **more) -> dict:
     """A row of results.csv, as far as the figures look."""
-    common = {"seed": 0, "n_dict": int(64 * expansion_factor), "ce_recovered": 0.9}
+    common = {"arch": "relu", "target_l0": None}
+    common |= {"seed": 0, "n_dict": int(64 * expansion_factor), "ce_recovered": 0.9}
     losses = {"ce_clean": 2.8, "ce_zero": 4.3, "ce_mean": 3.7}
     cell = {"l1_alpha": l1_alpha, "expansion_factor": expansion_factor, "l0": l0, "fvu": fvu}
     return common | losses | cell | more
@@ -77,10 +79,56 @@ def test_a_diverged_cell_is_no_point(value):
 
 def test_the_csv_of_a_frontier_has_all_digits():
     assert frontier_csv(ROWS[:2], "fvu") == (
-        "expansion_factor,n_dict,l1_alpha,l0,mean,std,n_seeds\n"
-        "1.0,64,1.0,4.0,0.4,,1\n"
-        "2.0,128,0.1,20.0,0.02,,1\n"
+        "arch,expansion_factor,n_dict,target_l0,l1_alpha,l0,mean,std,n_seeds\n"
+        "relu,1.0,64,,1.0,4.0,0.4,,1\n"
+        "relu,2.0,128,,0.1,20.0,0.02,,1\n"
     )
+
+
+def asked(arch: str, target_l0: int, ratio: float, l0: float, fvu: float, **more) -> dict:
+    """A row of a cell that was asked for an l0."""
+    l1_alpha = 0.1 + l0 if arch == "relu" else None  # what its controller found
+    return row(l1_alpha, ratio, l0, fvu, arch=arch, target_l0=target_l0, **more)
+
+
+FAMILIES = [
+    asked("batchtopk", 16, 1.0, 15.5, 0.02),
+    asked("batchtopk", 32, 1.0, 31.0, 0.01),
+    asked("relu", 16, 1.0, 16.5, 0.05),
+    asked("relu", 16, 1.0, 15.5, 0.07, seed=1),
+    asked("relu", 16, 2.0, 16.0, 0.04),
+    row(0.1, 1.0, 20.0, 0.05),
+]
+
+
+def test_a_point_is_of_one_family_and_of_what_was_asked_not_of_what_was_found():
+    points = frontier_points(FAMILIES, "fvu")
+    assert [(p["arch"], p["target_l0"], p["l1_alpha"], p["l0"]) for p in points] == [
+        ("relu", 16, None, 16.0),
+        ("relu", None, 0.1, 20.0),
+        ("relu", 16, None, 16.0),
+        ("batchtopk", 16, None, 15.5),
+        ("batchtopk", 32, None, 31.0),
+    ]
+    assert points[0]["mean"] == pytest.approx(0.06)
+
+
+def test_families_have_a_colour_each_and_sizes_a_marker():
+    figure = draw(FAMILIES)
+    assert list(drawn_lines(figure)) == ["relu, 1 (64)", "relu, 2 (128)", "batchtopk, 1 (64)"]
+    bars = [bar.lines[0] for bar in figure.axes[0].containers]
+    colours, markers = ([get(bar) for bar in bars] for get in (Line2D.get_color, Line2D.get_marker))
+    assert colours[0] == colours[1] != colours[2]
+    assert markers[0] == markers[2] != markers[1]
+    assert "grey lines" not in "\n".join(texts(draw(FAMILIES[:5])))  # of l1_alpha: none
+
+
+def test_the_size_of_a_toy_run_is_the_dict_ratio():
+    rows = [r | {"dict_ratio": r["expansion_factor"], "expansion_factor": None} for r in ROWS]
+    assert frontier_csv(rows, "fvu", "dict_ratio").startswith("arch,dict_ratio,n_dict")
+    figure = draw_frontier(rows, FVU, l1_note=L1_NOTE, size="dict_ratio")
+    assert list(drawn_lines(figure)) == ["1 (64)", "2 (128)"]
+    assert "dict_ratio\n(n_dict)" in texts(figure)
 
 
 def test_there_is_one_line_per_size_named_by_it_and_brighter_the_larger():
@@ -166,12 +214,14 @@ def densities(n_seeds: int = 1, **changes) -> dict[Cell, np.ndarray]:
 def test_the_csv_of_the_densities_has_every_feature_of_every_cell():
     cells = densities(n_seeds=2)
     lines = [line.split(",") for line in density_csv(cells, n_tokens=1000).splitlines()]
-    assert lines[0] == ["cell", "l1_alpha", "n_dict", "log10_low", "log10_high", "n_features"]
+    assert ",".join(lines[0]) == (
+        "cell,arch,target_l0,l1_alpha,n_dict,log10_low,log10_high,n_features"
+    )
     for cell, density in cells.items():
         own = [line for line in lines[1:] if line[0] == cell.name]
         assert len(own) == 1 + 12
-        assert own[0][3:] == ["", "", str((density == 0).sum())]
-        assert sum(int(line[5]) for line in own) == cell.n_dict
+        assert own[0][5:] == ["", "", str((density == 0).sum())]
+        assert sum(int(line[7]) for line in own) == cell.n_dict
 
 
 def test_panels_are_sizes_down_and_l1_alphas_across_with_their_dead_features():

@@ -25,22 +25,23 @@ from sparse_coding.config import UserError
 from sparse_coding.files import write_json
 from sparse_coding.lm import activations
 from sparse_coding.lm.activations import Harvester, Store
+from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.recipe import (
     COLUMNS,
     Grid,
     LanguageRecipe,
     feature_density,
-    sae_folder,
     specs_of,
     unscaled,
     with_activations,
 )
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import ensemble_bytes
+from sparse_coding.sae.families import FAMILIES, PREFIXES
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sae.spec import Schedule
-from sparse_coding.sweep.cells import row_path
-from sparse_coding.sweep.grid import make_grid
+from sparse_coding.sweep.cells import row_path, sae_folder
+from sparse_coding.sweep.grid import Cell, Families, make_grid
 from sparse_coding.sweep.run_folder import run_folder_bytes
 from sparse_coding.sweep.training import Task
 
@@ -50,11 +51,15 @@ WIDTH = 40
 # --- the grid ---
 
 GRID = dict(l1_exp_low=None, l1_exp_high=None, expansion_exp_low=0, expansion_exp_high=1,
-            target_l0=(), seed=0, n_seeds=1)  # fmt: skip
+            seed=0, n_seeds=1)  # fmt: skip
+
+
+def grid(*arch: str, target_l0: tuple = (), **flags) -> Grid:
+    return Grid(Families(arch or ("relu",), target_l0, PREFIXES), **GRID | flags)
 
 
 def l1_exps(width: int, **flags) -> list[int]:
-    return [cell.l1_exp for cell in Grid(**GRID | flags).cells(width)]
+    return [cell.l1_exp for cell in grid(**flags).cells(width)]
 
 
 @pytest.mark.parametrize(
@@ -71,12 +76,20 @@ def test_a_given_range_is_taken_as_it_is():
 
 
 def test_a_target_l0_takes_the_middle_as_its_start():
-    cells = Grid(**GRID | {"target_l0": (16, 32), "n_seeds": 2}).cells(64)
+    cells = grid(target_l0=(16, 32), n_seeds=2).cells(64)
     assert [(c.seed, c.l1_exp, c.target_l0, c.n_dict) for c in cells] == [
         (0, -13, 16, 64),
         (0, -13, 32, 64),
         (1, -13, 16, 64),
         (1, -13, 32, 64),
+    ]
+
+
+def test_beside_relus_grid_other_families_take_l0s():
+    found = [(c.arch, *c.sparsity) for c in grid("batchtopk", "relu").cells(64)]
+    assert found == [
+        *[("batchtopk", l0, 0) for l0 in (16, 32, 64)],
+        *[("relu", 0, exp) for exp in range(-16, -9)],
     ]
 
 
@@ -87,14 +100,12 @@ def test_a_target_l0_takes_the_middle_as_its_start():
         ({"l1_exp_high": -8}, "--l1-exp-low None must be given together with --l1-exp-high"),
         ({"l1_exp_low": -8, "l1_exp_high": -8}, "--l1-exp-high -8 must be above the low end -8"),
         ({"expansion_exp_high": 0}, "--expansion-exp-high 0 must be above"),
-        ({"target_l0": (0,)}, "must be at least 1 each, and all different"),
-        ({"target_l0": (8, 8)}, "must be at least 1 each, and all different"),
         ({"n_seeds": 0}, "--n-seeds 0 must be between"),
     ],
 )
 def test_what_makes_no_grid_is_refused(flags, reason):
     with pytest.raises(UserError, match=reason):
-        Grid(**GRID | flags)
+        grid(**flags)
 
 
 # --- from cells to autoencoders ---
@@ -165,7 +176,9 @@ def test_training_starts_at_the_scaled_mean_with_projection_and_the_schedule(rec
         start = task.ensemble.dictionary(i)["b_dec"].double()
         assert torch.allclose(start, x.mean(dim=0) * scale, atol=1e-5)
     assert all(stack.project for stack in task.ensemble.stacks)
-    assert task.ensemble.schedule == Schedule(100, lr_warmup=10, l1_warmup=20, decay_start=70)
+    assert task.ensemble.schedule == Schedule(
+        100, lr_warmup=10, l1_warmup=20, decay_start=70, anneal=range(20, 70), dead_steps=25
+    )
 
 
 def test_batches_are_scaled_activations_in_an_order_of_the_seed(recipe):
@@ -220,7 +233,37 @@ def test_rows_have_the_columns_of_the_table_and_what_the_cells_are(recipe):
     assert known == [(3, 20, 0.5, 6400)] * 2 + [(3, 40, 1, 6400)] * 2
     assert [r["l1_alpha"] for r in rows] == pytest.approx([1e-2, 10**-1.75] * 2)
     filled_in_later = {"mmcs_with_larger", "n_matched_larger", "seconds"}
-    assert {k for row in rows for k, v in row.items() if v is None} == filled_in_later
+    no_meaning = {"target_l0", "fvu_trained", "l0_trained"}  # for relu on its grid
+    empty = {k for row in rows for k, v in row.items() if v is None}
+    assert empty == filled_in_later | no_meaning
+
+
+def of_families(**changes) -> list[Cell]:
+    """A cell of each family, of 40 features."""
+    (one,) = cells(n_l1=1, n_sizes=2)[1:]
+    return [replace(one, arch=arch, target_l0=4, **changes) for arch in FAMILIES]
+
+
+def test_each_family_has_a_row_and_an_autoencoder_that_gives_what_the_row_says(root, tmp_path):
+    recipe = on_disk(root, n_tokens=64 * 300)
+    group = of_families()
+    task = trained(recipe.prepare(group), range(300))
+    for cell, (row, tensors) in zip(group, task.evaluate(), strict=True):
+        assert (row["arch"], row["target_l0"]) == (cell.arch, 4)
+        assert (row["l1_alpha"] is None) == FAMILIES[cell.arch].has_k, cell
+        by_batch = FAMILIES[cell.arch].selection == "batchtopk"
+        assert (row["l0_trained"] is not None) == by_batch, cell
+        if by_batch:
+            assert row["l0_trained"] == pytest.approx(4, abs=0.05)
+            assert row["l0"] == pytest.approx(4, rel=0.25)
+        if cell.arch == "topk":
+            assert row["l0"] <= 4
+        recipe.save(tmp_path, cell, tensors, row)
+        saved = load_sae(sae_folder(tmp_path, cell))
+        (again,) = evaluate(recipe.held_out, [saved], mean=recipe.statistics.mean)
+        assert again.values["fvu"] == pytest.approx(row["fvu"], rel=1e-5)
+        assert again.values["l0"] == pytest.approx(row["l0"], rel=1e-5)
+        assert saved.metadata["arch"] == cell.arch
 
 
 def test_tokens_count_whole_steps_only(root):
@@ -553,11 +596,15 @@ def test_shares_of_the_steps_become_steps(root):
         options = dict(n_tokens=64 * 200, warmup=0.0, l1_warmup=0.0, decay=0.0) | changes
         return recipe_of(target, **options).optimisation.schedule(256)
 
-    assert schedule() == Schedule(200, 0, 0, None)
+    assert schedule() == Schedule(200, 0, 0, None, anneal=range(200), dead_steps=50)
     at_gpt2s_width = recipe_of(target, n_tokens=64 * 200).optimisation.schedule(3072)
     assert at_gpt2s_width.eps == pytest.approx(1e-8 / 144)
-    assert schedule(warmup=0.02, l1_warmup=0.05, decay=0.2) == Schedule(200, 4, 10, 160)
-    assert schedule(warmup=1.0, l1_warmup=1.0, decay=1.0) == Schedule(200, 200, 200, 0)
+    usual = schedule(warmup=0.02, l1_warmup=0.05, decay=0.2)
+    assert usual == Schedule(200, 4, 10, 160, anneal=range(10, 160), dead_steps=50)
+    assert [usual.p(step) for step in (0, 10, 85, 160, 199)] == pytest.approx([1, 1, 0.6, 0.2, 0.2])
+    rising = schedule(warmup=1.0, l1_warmup=1.0, decay=1.0)
+    assert (rising.lr_warmup, rising.l1_warmup, rising.decay_start) == (200, 200, 0)
+    assert recipe_of(target, n_tokens=64 * 9000).optimisation.schedule(256).dead_steps == 1000
     decaying = schedule(decay=0.2)
     factors = [decaying.lr_factor(step) for step in (0, 159, 160, 180, 199)]
     assert factors == pytest.approx([1, 1, 1, 0.5, 0.025])

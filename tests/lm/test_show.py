@@ -39,8 +39,9 @@ NAN = math.nan
 
 def row(fvu: float, l0: float, **values) -> dict:
     """A row of results.csv."""
-    known = dict(l1_alpha=0.01, n_dict=64, dead_fraction=0.125, ce_clean=3.0, ce_spliced=3.1,
-                 ce_zero=5.0, ce_mean=4.0, ce_recovered=0.95)  # fmt: skip
+    known = dict(arch="relu", target_l0=None, l1_alpha=0.01, n_dict=64, dead_fraction=0.125,
+                 ce_clean=3.0, ce_spliced=3.1, ce_zero=5.0, ce_mean=4.0,
+                 ce_recovered=0.95)  # fmt: skip
     return known | {"fvu": fvu, "l0": l0} | values
 
 
@@ -69,8 +70,8 @@ def test_a_diverged_cell_is_never_the_best_unless_all_are():
 def test_the_verdict_says_how_good_the_best_is_and_what_ablation_costs():
     rows = [row(0.05, 90), row(0.0912, 20.04)]
     assert verdict(rows, most_l0=32) == (
-        "Best at l0 <= 32: fvu 0.091 at l0 20.0, ce_recovered 0.950 (l1_alpha 0.01, n_dict 64, "
-        "12.5% dead), on held-out documents. Cross-entropy 3.000 nats; ablation by zeros costs "
+        "Best at l0 <= 32: fvu 0.091 at l0 20.0, ce_recovered 0.950 (relu, l1_alpha 0.01, n_dict "
+        "64, 12.5% dead), on held-out documents. Cross-entropy 3.000 nats; ablation by zeros costs "
         "2.00, by the mean 1.00, this autoencoder 0.100."
     )
 
@@ -345,7 +346,13 @@ def results() -> list[dict]:
     rows = []
     for i, cell in enumerate(sweep()):
         row = {name: (j + 1) / 100 + i / 1000 for j, name in enumerate(COLUMNS)}
-        row |= {"seed": 0, "l1_alpha": cell.l1_alpha, "n_dict": cell.n_dict}
+        row |= {
+            "seed": 0,
+            "arch": "relu",
+            "target_l0": None,
+            "l1_alpha": cell.l1_alpha,
+            "n_dict": cell.n_dict,
+        }
         row |= {"expansion_factor": cell.size_ratio}
         rows.append(row | ({"mmcs_with_larger": None} if cell.size_exp else {}))
     return rows

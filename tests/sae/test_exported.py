@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from sparse_coding.config import UserError
 from sparse_coding.sae.exported import EXPORTERS, export_dictionary_learning, export_sparsify
-from sparse_coding.sae.families import bands
+from sparse_coding.sae.families import PREFIXES, bands
 from sparse_coding.sae.saved import SparseAutoencoder
 
 THRESHOLDS = torch.linspace(0, 2, 12)
@@ -82,7 +82,7 @@ def test_each_kind_gets_the_class_that_has_its_parts(tmp_path, more, about, dict
     assert trainer.get("k") == (3 if has_k else None)
     assert ("k" in state) == has_k
     if "group_sizes" in state:
-        assert state["group_sizes"].tolist() == [end - first for first, end in bands(12, True)]
+        assert state["group_sizes"].tolist() == [end - first for first, end in bands(12, PREFIXES)]
 
 
 def test_b_dec_is_folded_where_it_would_not_be_taken_off_the_input(tmp_path):

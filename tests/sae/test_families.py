@@ -13,6 +13,7 @@ from sparse_coding.sae.families import (
     EMA,
     FAMILIES,
     LP_EPS,
+    PREFIXES,
     SLOPE,
     THRESHOLD,
     bands,
@@ -148,7 +149,7 @@ class Reference(nn.Module):
         self.adapt_(codes.detach(), step)
         errors = [
             x - codes[:, :end] @ self.W_dec[:end] - self.b_dec
-            for _, end in bands(self.spec.n_dict, self.family.nested)
+            for _, end in bands(self.spec.n_dict, PREFIXES if self.family.nested else (1.0,))
         ]
         loss = sum((e**2).mean() for e in errors)
         weight = self.weight * min(1, step / 10)
@@ -265,10 +266,10 @@ def test_largest_is_a_stable_sort():
 
 
 def test_prefixes_are_shares_of_the_dictionary_and_ascend():
-    assert bands(4096, nested=True) == [(0, 128), (128, 512), (512, 2048), (2048, 4096)]
-    assert bands(4096, nested=False) == [(0, 4096)]
+    assert bands(4096, PREFIXES) == [(0, 128), (128, 512), (512, 2048), (2048, 4096)]
+    assert bands(4096) == [(0, 4096)]
     for n in range(1, 70):  # small ones have fewer
-        ends = [end for _, end in bands(n, nested=True)]
+        ends = [end for _, end in bands(n, PREFIXES)]
         assert ends[-1] == n
         assert all(a < b for a, b in itertools.pairwise([0, *ends]))
 

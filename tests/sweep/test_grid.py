@@ -6,7 +6,9 @@ import pytest
 from builders.sweeps import n_features
 
 from sparse_coding.config import UserError
+from sparse_coding.sae.families import PREFIXES
 from sparse_coding.sweep.grid import (
+    Families,
     Shard,
     check_grid,
     find_shard,
@@ -158,3 +160,92 @@ def test_a_rank_of_torchrun_is_a_shard_and_no_flag_may_contradict_it(monkeypatch
     assert find_shard("") == Shard(1, 4, by_torchrun=True)
     with pytest.raises(UserError, match="torchrun"):
         find_shard("1/2")
+
+
+# --- families ---
+
+
+def families(*arch: str, target_l0: tuple = (), prefixes: tuple = PREFIXES) -> Families:
+    return Families(arch, target_l0, prefixes)
+
+
+def asked(of: Families, **grid) -> list[tuple]:
+    grid = dict(seeds=range(1), l1_exps=range(2), size_exps=range(1)) | grid
+    cells = of.cells(make_grid(8, **grid), start=5, default_l0=(3,))
+    return [(c.seed, c.n_dict, c.arch, c.l1_exp, c.target_l0) for c in cells]
+
+
+def test_relu_alone_is_the_grid_as_it_was():
+    grid = dict(seeds=range(2), l1_exps=range(-3, 2), size_exps=range(-1, 2))
+    cells = make_grid(8, **grid)
+    assert families("relu").cells(cells, start=0, default_l0=(3,)) == cells
+
+
+def test_a_family_of_k_is_asked_for_the_default_l0_and_relu_for_its_grid():
+    both = families("topk", "relu")
+    assert asked(both) == [
+        (0, 8, "topk", 5, 3),
+        (0, 8, "relu", 0, 0),
+        (0, 8, "relu", 1, 0),
+    ]
+    places = [(c[0], c[1]) for c in asked(both, seeds=range(2), size_exps=range(2))]
+    assert places == [(0, 8)] * 3 + [(0, 16)] * 3 + [(1, 8)] * 3 + [(1, 16)] * 3
+
+
+def test_a_target_l0_is_asked_of_every_family():
+    assert asked(families("relu", "jumprelu", target_l0=(2, 4))) == [
+        (0, 8, "relu", 5, 2),
+        (0, 8, "relu", 5, 4),
+        (0, 8, "jumprelu", 5, 2),
+        (0, 8, "jumprelu", 5, 4),
+    ]
+
+
+def test_names_of_cells_tell_families_apart_and_relus_are_as_they_were():
+    of = families("relu", "batchtopk").cells(full_grid()[:1], start=0, default_l0=(16,))
+    names = ["seed0_dict000064_l1exp-08", "seed0_dict000064_batchtopk_l0-0016"]
+    assert [cell.name for cell in of] == names
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: families(), "--arch \\(\\) must be at least one family"),
+        (lambda: families("topk", "topk"), "must be at least one family, and all different"),
+        (lambda: families("relu", target_l0=(0,)), "must be at least 1 each, and all different"),
+        (lambda: families("relu", target_l0=(8, 8)), "must be at least 1 each, and all different"),
+        (lambda: families("matryoshka", prefixes=(0.5, 0.25, 1)), "--prefixes .* ascend and end"),
+        (lambda: families("matryoshka", prefixes=(0.5,)), "--prefixes .* ascend and end with 1"),
+        (lambda: families("matryoshka", prefixes=(0, 1)), "--prefixes .* ascend and end with 1"),
+        (lambda: families("matryoshka", prefixes=()), "--prefixes .* ascend and end with 1"),
+        (
+            lambda: families("matryoshka", prefixes=tuple(i / 9 for i in range(1, 10))),
+            "--prefixes .* must be at most 8 of them",
+        ),
+        (
+            lambda: asked(families("topk", target_l0=(4, 9))),
+            "--target-l0 9 is more than the 8 features of the smallest topk: lower it, or raise",
+        ),
+        (
+            lambda: families("topk").require_used(["--l1-exp-low", "-8"]),
+            "--l1-exp-low is for --arch relu: drop it, or add relu",
+        ),
+        (
+            lambda: families("jumprelu").require_used(["--l1-exp-high=-8"]),
+            "--l1-exp-high is for --arch relu: drop it, or add relu",
+        ),
+        (
+            lambda: families("batchtopk").require_used(["--prefixes", "0.5", "1"]),
+            "--prefixes is for --arch matryoshka: drop it",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, reason):
+    with pytest.raises(UserError, match=reason):
+        make()
+
+
+def test_what_makes_sense_is_not():
+    families("relu", "topk").require_used(["--l1-exp-low", "-8", "--seed", "1"])
+    families("relu", "matryoshka").require_used(["--prefixes", "0.5", "1"])
+    assert asked(families("jumprelu", target_l0=(9,))) == [(0, 8, "jumprelu", 5, 9)]  # no k

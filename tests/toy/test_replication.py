@@ -14,6 +14,8 @@ from sparse_coding.toy.replication import (
 def row(alpha: float, ratio: float, mmcs: float, larger: float | None, seed: int = 0) -> dict:
     return {
         "seed": seed,
+        "arch": "relu",
+        "target_l0": None,
         "l1_alpha": alpha,
         "dict_ratio": ratio,
         "n_dict": int(8 * ratio),
@@ -37,7 +39,7 @@ def table(shift: int) -> list[dict]:
 
 
 def test_verdict_names_the_best_cell_and_says_whether_the_peaks_agree():
-    assert "Best mmcs 0.900 at l1_alpha 100, dict_ratio 1" in verdict(table(0))
+    assert "Best mmcs 0.900 at relu, l1_alpha 100, dict_ratio 1" in verdict(table(0))
     assert "mmcs_with_larger points at" in verdict(table(1))
     assert "1 at dict_ratio 1, 1 at dict_ratio 2" in verdict(table(1))
     assert "mmcs_with_larger does not point at" in verdict(table(2))
