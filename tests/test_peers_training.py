@@ -9,9 +9,10 @@ in float32). What is the same by a setting is set so here:
 - dictionary_learning raises its learning rate from 0 at the first step, ours from the first stride:
   without a warm-up they agree; its decoders start from rows of length 1 and its b_dec at the
   geometric median of the first batch, which is given to ours
-- SAELens leaves the lengths of W_dec's rows free. Here they are kept at 1, by hooks on its own
-  trainer that do what dictionary_learning does: the part of the gradient along a row is removed,
-  and rows are normalised after the step. All that its formulas have of lengths then cancels out
+- SAELens leaves the lengths of W_dec's rows free, as ours does with unit_rows=False. Also, they are
+  kept at 1, by hooks on its own trainer that do what dictionary_learning does: the part of the
+  gradient along a row is removed, and rows are normalised after the step. All that its formulas
+  have of lengths then cancels out
 - their clipping of gradients to 1 is never active, which is checked; 50 steps are too few for a
   feature to count as dead
 
@@ -96,6 +97,7 @@ def ours(
     l1: float = 0.0,
     scale: float = 1.0,
     schedule: Schedule,
+    unit_rows: bool = True,
     before_step: Callable[[Ensemble, int], None] = lambda *_: None,
 ) -> dict[str, Tensor]:
     """Our parameters after all batches.
@@ -106,7 +108,9 @@ def ours(
         before_step: may change the ensemble
     """
     k = K if FAMILIES[arch].has_k else 0
-    spec = SAESpec(N_DICT, l1 * scale / H, 0, tied=True, target_l0=k, arch=arch)
+    spec = SAESpec(
+        N_DICT, l1 * scale / H, 0, tied=True, target_l0=k, arch=arch, unit_rows=unit_rows
+    )
     ensemble = Ensemble(
         [spec],
         H,
@@ -124,7 +128,8 @@ def ours(
     for step, x in enumerate(xs):
         before_step(ensemble, step)
         ensemble.step_(x)
-    return ensemble.dictionary(0)
+    found = {name: tensor[0] for name, tensor in stack.parameters.items()}
+    return ensemble.dictionary(0) | found | {"W_enc": found["W_enc"].T}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict) -> None:
@@ -286,6 +291,7 @@ JUMP = {"jumprelu_init_threshold": THRESHOLD, "jumprelu_bandwidth": BANDWIDTH,
 PREFIXES = [end for _, end in bands(N_DICT, nested=True)]
 
 
+@pytest.mark.parametrize("unit_rows", [True, False])
 @pytest.mark.parametrize(
     ("arch", "name", "options"),
     [
@@ -298,21 +304,26 @@ PREFIXES = [end for _, end in bands(N_DICT, nested=True)]
                                                      "jumprelu_tanh_scale": 4 * H**0.5}),
     ],
 )  # fmt: skip
-def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options):
+def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options, unit_rows):
     """Thresholds of a k: its mean starts at 0, here at the first batch's, as ours does."""
     monkeypatch.setattr(stack_module, "BANDWIDTH", BANDWIDTH)
     torch.manual_seed(0)
-    of_sae = dict(d_in=H, d_sae=N_DICT, dtype="float64", decoder_init_norm=1.0)
+    of_sae = dict(
+        d_in=H, d_sae=N_DICT, dtype="float64", decoder_init_norm=1.0 if unit_rows else 0.5
+    )
     config = getattr(sae_lens, f"{name}TrainingSAEConfig")(**of_sae, **options)
     sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
-    sae.W_enc.data *= 0.5  # else it overshoots, with gradients that are clipped
+    sae.W_enc.data *= (
+        0.5 / sae.cfg.decoder_init_norm
+    )  # else it overshoots, with gradients that are clipped
     start = of_sae_lens(sae)
     of_trainer = dict(lr=LR, lr_end=LR, lr_warm_up_steps=LR_WARMUP)
     of_trainer |= dict(lr_decay_steps=N_STEPS - DECAY_START)
     of_trainer |= dict(total_training_samples=N_STEPS * BATCH, train_batch_size_samples=BATCH)
     config = sae_lens.config.SAETrainerConfig(**of_trainer)
     trainer = sae_lens.SAETrainer(config, sae, iter(xs))
-    keep_rows_at_length_1(sae, trainer.optimizer)
+    if unit_rows:
+        keep_rows_at_length_1(sae, trainer.optimizer)
     for step, x in enumerate(xs):
         trainer.step(x)
         trainer.n_training_steps += 1
@@ -320,5 +331,6 @@ def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options):
             sae.topk_threshold /= sae.cfg.topk_threshold_lr
     schedule = Schedule(lr_warmup=LR_WARMUP - 1, l1_warmup=L1_WARMUP, decay_start=DECAY_START)
     weight = L1 if arch == "relu" else L0
-    found = ours(arch, start, xs, l1=weight, schedule=schedule)
+    found = ours(arch, start, xs, l1=weight, schedule=schedule, unit_rows=unit_rows)
     assert_same(found, of_sae_lens(sae), start)
+    assert unit_rows or (found["W_dec"].norm(dim=1) - 0.5).abs().max() > 0.01

@@ -30,6 +30,7 @@ class SAESpec:
     target_l0: k, where the family has it; else l1 is only where a controller starts that seeks this
         l0, and 0 means that l1 stays
     arch: its family, a name in FAMILIES
+    unit_rows: rows of W_dec keep length 1; else they are free, see stack.py
     """
 
     n_dict: int
@@ -38,6 +39,7 @@ class SAESpec:
     tied: bool = False
     target_l0: float = 0.0
     arch: str = "relu"
+    unit_rows: bool = True
 
     @property
     def seeks_l0(self) -> bool:
