@@ -13,8 +13,8 @@ in float32). What is the same by a setting is set so here:
   kept at 1, by hooks on its own trainer that do what dictionary_learning does: the part of the
   gradient along a row is removed, and rows are normalised after the step. All that its formulas
   have of lengths then cancels out
-- their clipping of gradients to 1 is never active, which is checked; 50 steps are too few for a
-  feature to count as dead
+- their clipping of gradients to 1 is never active, which is checked; only in the last test features
+  count as dead
 
 Skipped where they are not installed; tests/requirements-peers.txt says how to install them.
 """
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sparse_coding.sae import stack as stack_module
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.families import FAMILIES, bands
+from sparse_coding.sae.families import AUX, FAMILIES, bands
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule
 
 H, N_DICT, BATCH, N_STEPS, K = 24, 96, 128, 50, 6
@@ -97,6 +97,7 @@ def ours(
     l1: float = 0.0,
     scale: float = 1.0,
     schedule: Schedule,
+    k: int = K,
     unit_rows: bool = True,
     before_step: Callable[[Ensemble, int], None] = lambda *_: None,
 ) -> dict[str, Tensor]:
@@ -107,7 +108,7 @@ def ours(
         l1, scale: weight of their penalty; our loss times the width, relative to theirs
         before_step: may change the ensemble
     """
-    k = K if FAMILIES[arch].has_k else 0
+    k = k if FAMILIES[arch].has_k else 0
     spec = SAESpec(
         N_DICT, l1 * scale / H, 0, tied=True, target_l0=k, arch=arch, unit_rows=unit_rows
     )
@@ -285,6 +286,31 @@ def keep_rows_at_length_1(sae: nn.Module, optimizer: torch.optim.Optimizer) -> N
     optimizer.register_step_post_hook(normalise)
 
 
+def sae_lens_trainer(
+    sae_lens: ModuleType, name: str, options: dict, *, unit_rows: bool, **more
+) -> "sae_lens.SAETrainer":
+    """Its trainer of a new SAE of this name.
+
+    options, more: of the SAE, of the trainer
+    """
+    torch.manual_seed(0)
+    of_sae = dict(d_in=H, d_sae=N_DICT, dtype="float64", decoder_init_norm=1.0)
+    of_sae |= {} if unit_rows else {"decoder_init_norm": 0.5}
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(**of_sae, **options)
+    sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
+    # tied as it is, x_hat would be too large, and the gradients clipped
+    sae.W_enc.data *= 0.5 / sae.cfg.decoder_init_norm
+    schedule = dict(lr=LR, lr_end=LR, lr_warm_up_steps=LR_WARMUP)
+    schedule |= dict(lr_decay_steps=N_STEPS - DECAY_START)
+    n = dict(total_training_samples=N_STEPS * BATCH, train_batch_size_samples=BATCH)
+    config = sae_lens.config.SAETrainerConfig(**schedule, **n, **more)
+    trainer = sae_lens.SAETrainer(config, sae, iter(()))
+    if unit_rows:
+        keep_rows_at_length_1(sae, trainer.optimizer)
+    return trainer
+
+
+OF_SAE_LENS = Schedule(lr_warmup=LR_WARMUP - 1, l1_warmup=L1_WARMUP, decay_start=DECAY_START)
 TANH = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True}
 JUMP = {"jumprelu_init_threshold": THRESHOLD, "jumprelu_bandwidth": BANDWIDTH,
         "l0_warm_up_steps": L1_WARMUP}  # fmt: skip
@@ -307,30 +333,50 @@ PREFIXES = [end for _, end in bands(N_DICT, nested=True)]
 def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options, unit_rows):
     """Thresholds of a k: its mean starts at 0, here at the first batch's, as ours does."""
     monkeypatch.setattr(stack_module, "BANDWIDTH", BANDWIDTH)
-    torch.manual_seed(0)
-    of_sae = dict(
-        d_in=H, d_sae=N_DICT, dtype="float64", decoder_init_norm=1.0 if unit_rows else 0.5
-    )
-    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(**of_sae, **options)
-    sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
-    sae.W_enc.data *= (
-        0.5 / sae.cfg.decoder_init_norm
-    )  # else it overshoots, with gradients that are clipped
-    start = of_sae_lens(sae)
-    of_trainer = dict(lr=LR, lr_end=LR, lr_warm_up_steps=LR_WARMUP)
-    of_trainer |= dict(lr_decay_steps=N_STEPS - DECAY_START)
-    of_trainer |= dict(total_training_samples=N_STEPS * BATCH, train_batch_size_samples=BATCH)
-    config = sae_lens.config.SAETrainerConfig(**of_trainer)
-    trainer = sae_lens.SAETrainer(config, sae, iter(xs))
-    if unit_rows:
-        keep_rows_at_length_1(sae, trainer.optimizer)
+    trainer = sae_lens_trainer(sae_lens, name, options, unit_rows=unit_rows)
+    sae, start = trainer.sae, of_sae_lens(trainer.sae)
     for step, x in enumerate(xs):
         trainer.step(x)
         trainer.n_training_steps += 1
         if step == 0 and FAMILIES[arch].selection == "batchtopk":
             sae.topk_threshold /= sae.cfg.topk_threshold_lr
-    schedule = Schedule(lr_warmup=LR_WARMUP - 1, l1_warmup=L1_WARMUP, decay_start=DECAY_START)
     weight = L1 if arch == "relu" else L0
-    found = ours(arch, start, xs, l1=weight, schedule=schedule, unit_rows=unit_rows)
+    found = ours(arch, start, xs, l1=weight, schedule=OF_SAE_LENS, unit_rows=unit_rows)
     assert_same(found, of_sae_lens(sae), start)
     assert unit_rows or (found["W_dec"].norm(dim=1) - 0.5).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("unit_rows", [True, False])
+@pytest.mark.parametrize(
+    ("arch", "name", "options"),
+    [
+        ("topk", "TopK", {}),
+        ("batchtopk", "BatchTopK", {}),
+        ("matryoshka", "MatryoshkaBatchTopK", {"matryoshka_widths": PREFIXES}),
+    ],
+)
+def test_sae_lens_with_dead_features(sae_lens, xs, arch, name, options, unit_rows):
+    """The auxiliary loss, by our weight, where it is the same: SAELens's is weaker if fewer
+    features are dead than it takes of them, and it takes negative pre-activations as well."""
+    options = options | dict(k=1, aux_loss_coefficient=AUX)
+    window = 3
+    trainer = sae_lens_trainer(
+        sae_lens, name, options, unit_rows=unit_rows, dead_feature_window=window
+    )
+    sae, xs = trainer.sae, [x[:32] / 2 for x in xs]
+    sae.b_enc.data += 0.06
+    start, n_dead = of_sae_lens(sae), []
+    for x in xs:
+        dead = trainer.dead_neurons
+        pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        n_positive = (pre[:, dead] > 0).sum(dim=1)
+        assert not dead.any() or n_positive.min() >= H // 2
+        n_dead.append(int(dead.sum()))
+        trainer.step(x)
+        trainer.n_training_steps += 1
+    assert min(n_dead[window + 1 :]) > 0
+    schedule = replace(OF_SAE_LENS, dead_steps=window + 1)  # theirs are dead beyond the window
+    found = ours(arch, start, xs, schedule=schedule, k=1, unit_rows=unit_rows)
+    expected = of_sae_lens(sae)
+    expected.pop("threshold", None)  # see the test above
+    assert_same(found, expected, start)
