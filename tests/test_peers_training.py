@@ -1,7 +1,8 @@
 """Fifty steps of the trainers of SAELens and dictionary_learning, and of ours: the same parameters.
 
-Both start from the same parameters and see the same batches in float64 (SAELens keeps thresholds
-in float32). What is the same by a setting is set so here:
+Both start from the same parameters and see the same batches, theirs in float64 (SAELens keeps
+thresholds in float32), ours there and by the engine for float32, where no constant of the dense
+engine is replaced. What is the same by a setting is set so here:
 
 - their losses are sums over the dimensions, ours are means: weights of penalties and Adam's eps are
   divided by the width; dictionary_learning's Matryoshka has the mean over its n groups of errors
@@ -99,6 +100,7 @@ def ours(
     schedule: Schedule,
     k: int = K,
     unit_rows: bool = True,
+    dtype: torch.dtype = torch.float64,
     before_step: Callable[[Ensemble, int], None] = lambda *_: None,
 ) -> dict[str, Tensor]:
     """Our parameters after all batches.
@@ -117,7 +119,7 @@ def ours(
         H,
         lr=LR,
         device=torch.device("cpu"),
-        dtype=torch.float64,
+        dtype=dtype,
         b_dec=start.get("b_dec"),
         project=True,
         schedule=replace(schedule, n_steps=N_STEPS, eps=1e-8 * scale / H),
@@ -128,7 +130,7 @@ def ours(
         stack.parameters[name][0] = value
     for step, x in enumerate(xs):
         before_step(ensemble, step)
-        ensemble.step_(x)
+        ensemble.step_(x.to(dtype))
     found = {name: tensor[0] for name, tensor in stack.parameters.items()}
     return ensemble.dictionary(0) | found | {"W_enc": found["W_enc"].T}
 
@@ -137,7 +139,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], start: di
     for name, theirs in expected.items():
         theirs = theirs.detach().double()
         assert float((theirs - start.get(name, 0)).norm()) > 1e-3, name  # it has learnt
-        off = float((found[name] - theirs).norm() / theirs.norm())
+        off = float((found[name].double() - theirs).norm() / theirs.norm())
         assert off < WITHIN, name
 
 
@@ -165,6 +167,7 @@ P_ANNEAL = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("arch", "trainer_class", "options"),
     [
@@ -172,14 +175,14 @@ P_ANNEAL = {
         ("p_anneal", "p_anneal.PAnnealTrainer", P_ANNEAL | {"anneal_start": 2 * N_STEPS}),
     ],
 )
-def test_dictionary_learning_with_a_penalty(trainers, xs, arch, trainer_class, options):
+def test_dictionary_learning_with_a_penalty(trainers, xs, arch, trainer_class, options, dtype):
     """p-annealing before it begins: see the next test."""
     trainer = trainers(trainer_class, sparsity_warmup_steps=L1_WARMUP, **options)
     start = of_dictionary_learning(trainer.ae)
     for step, x in enumerate(xs):
         trainer.update(step, x)
     schedule = Schedule(l1_warmup=L1_WARMUP, decay_start=DECAY_START)
-    found = ours(arch, start, xs, l1=L1, schedule=schedule)
+    found = ours(arch, start, xs, l1=L1, schedule=schedule, dtype=dtype)
     assert_same(found, of_dictionary_learning(trainer.ae), start)
 
 
@@ -215,6 +218,7 @@ class Followed(Schedule):
         return Factors(lr=self.lr_factor(step), p=p, p_before=p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("arch", "trainer_class"),
     [
@@ -223,7 +227,7 @@ class Followed(Schedule):
         ("matryoshka", "matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer"),
     ],
 )
-def test_dictionary_learning_with_a_k(trainers, xs, arch, trainer_class):
+def test_dictionary_learning_with_a_k(trainers, xs, arch, trainer_class, dtype):
     """Its threshold follows the smallest code as ours does from the first step, not the 1000th."""
     sizes = [end - first for first, end in bands(N_DICT, nested=True)]
     nested = {"group_fractions": [size / N_DICT for size in sizes]}
@@ -235,7 +239,8 @@ def test_dictionary_learning_with_a_k(trainers, xs, arch, trainer_class):
     for step, x in enumerate(xs):
         trainer.update(step, x)
     scale = len(sizes) ** 2 if arch == "matryoshka" else 1
-    found = ours(arch, start, xs, scale=scale, schedule=Schedule(decay_start=DECAY_START))
+    schedule = Schedule(decay_start=DECAY_START)
+    found = ours(arch, start, xs, scale=scale, schedule=schedule, dtype=dtype)
     expected = of_dictionary_learning(trainer.ae)
     if arch == "topk":
         del expected["threshold"]  # ours has none
@@ -311,26 +316,31 @@ def sae_lens_trainer(
 
 
 OF_SAE_LENS = Schedule(lr_warmup=LR_WARMUP - 1, l1_warmup=L1_WARMUP, decay_start=DECAY_START)
-TANH = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True}
+TANH = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True,
+        "jumprelu_tanh_scale": 4 * H**0.5}  # fmt: skip
 JUMP = {"jumprelu_init_threshold": THRESHOLD, "jumprelu_bandwidth": BANDWIDTH,
         "l0_warm_up_steps": L1_WARMUP}  # fmt: skip
 PREFIXES = [end for _, end in bands(N_DICT, nested=True)]
 
 
-@pytest.mark.parametrize("unit_rows", [True, False])
+SAE_LENS = [
+    ("relu", "Standard", {"l1_coefficient": L1, "l1_warm_up_steps": L1_WARMUP}),
+    ("topk", "TopK", {"k": K}),
+    ("batchtopk", "BatchTopK", {"k": K}),
+    ("matryoshka", "MatryoshkaBatchTopK", {"k": K, "matryoshka_widths": PREFIXES}),
+]
+SAE_LENS_JUMP = [
+    ("jumprelu", "JumpReLU", JUMP | {"l0_coefficient": L0}),
+    ("jumprelu_tanh", "JumpReLU", JUMP | TANH | {"l0_coefficient": L0}),
+]
+
+
 @pytest.mark.parametrize(
-    ("arch", "name", "options"),
-    [
-        ("relu", "Standard", {"l1_coefficient": L1, "l1_warm_up_steps": L1_WARMUP}),
-        ("topk", "TopK", {"k": K}),
-        ("batchtopk", "BatchTopK", {"k": K}),
-        ("matryoshka", "MatryoshkaBatchTopK", {"k": K, "matryoshka_widths": PREFIXES}),
-        ("jumprelu", "JumpReLU", JUMP | {"l0_coefficient": L0}),
-        ("jumprelu_tanh", "JumpReLU", JUMP | TANH | {"l0_coefficient": L0,
-                                                     "jumprelu_tanh_scale": 4 * H**0.5}),
-    ],
-)  # fmt: skip
-def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options, unit_rows):
+    ("arch", "name", "options", "unit_rows", "dtype"),
+    [(*one, rows, torch.float64) for one in SAE_LENS + SAE_LENS_JUMP for rows in (True, False)]
+    + [(*one, True, torch.float32) for one in SAE_LENS],
+)
+def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options, unit_rows, dtype):
     """Thresholds of a k: its mean starts at 0, here at the first batch's, as ours does."""
     monkeypatch.setattr(stack_module, "BANDWIDTH", BANDWIDTH)
     trainer = sae_lens_trainer(sae_lens, name, options, unit_rows=unit_rows)
@@ -341,7 +351,8 @@ def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options, unit_rows):
         if step == 0 and FAMILIES[arch].selection == "batchtopk":
             sae.topk_threshold /= sae.cfg.topk_threshold_lr
     weight = L1 if arch == "relu" else L0
-    found = ours(arch, start, xs, l1=weight, schedule=OF_SAE_LENS, unit_rows=unit_rows)
+    options = dict(schedule=OF_SAE_LENS, unit_rows=unit_rows, dtype=dtype)
+    found = ours(arch, start, xs, l1=weight, **options)
     assert_same(found, of_sae_lens(sae), start)
     assert unit_rows or (found["W_dec"].norm(dim=1) - 0.5).abs().max() > 0.01
 
