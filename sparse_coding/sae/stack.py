@@ -252,22 +252,23 @@ class Stack:
         if not self.unit_rows:
             self._add_penalty_of_free_rows_(codes, delta, l1, p)
         elif self.family.penalty in ("lp", "l0_tanh"):
-            delta += l1 / batch * self._penalty_slope(codes, p)
+            delta += self._penalty_slope(codes, l1 / batch, p)
         return delta
 
-    def _penalty_slope(self, codes: Tensor, p: float) -> Tensor | float:
-        """penalty′(codes)"""
+    def _penalty_slope(self, codes: Tensor, weight: Tensor, p: float) -> Tensor:
+        """weight · penalty′(codes)"""
         if self.family.penalty == "lp":
-            return p * (codes + LP_EPS) ** (p - 1)
+            return weight * p * (codes + LP_EPS) ** (p - 1)
         if self.family.penalty == "l0_tanh":
-            return self._slope * (1 - torch.tanh(self._slope * codes) ** 2)
-        return float(self.family.penalty == "l1")
+            slope = self._slope
+            return weight * slope * (1 - torch.tanh(slope * codes) ** 2)
+        return weight * (self.family.penalty == "l1")
 
     def _add_penalty_of_free_rows_(
         self, codes: Tensor, delta: Tensor, l1: Tensor, p: float
     ) -> None:
         length = self.W_dec.norm(dim=2, keepdim=True)
-        pull = l1 / codes.shape[2] * self._penalty_slope(codes * length, p)  # φ
+        pull = self._penalty_slope(codes * length, l1 / codes.shape[2], p)  # φ
         delta += pull * length
         self.W_dec.grad += (pull * codes).sum(dim=2, keepdim=True) * (self.W_dec / length)
 
