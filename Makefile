@@ -3,7 +3,7 @@
 # make test         installs into .venv, then runs the tests that take minutes at most
 # make test-all     runs all of them: the schedules of faults of rented machines, older Tritons
 # make torture      fuzzes, kills, damages and fills disks for half an hour: all of tests/torture
-# make test-peers   installs SAELens, dictionary_learning, sparsify beside it, loads our files there
+# make test-peers   installs SAELens, dictionary_learning, sparsify beside it, compares with them
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -31,7 +31,7 @@ torture: .venv/installed-tests
 	$(PYTEST) --torture tests/torture $(ARGS)
 
 test-peers: .venv-peers/installed
-	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers.py $(ARGS)
+	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers.py tests/test_peers_training.py $(ARGS)
 
 lint: .venv/installed-tests
 	$(PY) -m ruff check

@@ -50,7 +50,8 @@ class Ensemble:
         self.activation_dim = activation_dim
         self.specs, self.schedule, self.n_steps_done = specs, schedule, 0
         self.scratch = Scratch(device, dtype)
-        kinds = [(spec.n_dict, list(FAMILIES).index(spec.arch)) for spec in specs]
+        archs = list(FAMILIES)
+        kinds = [(spec.n_dict, archs.index(spec.arch), not spec.unit_rows) for spec in specs]
         order = sorted(range(len(specs)), key=kinds.__getitem__)  # stable
         self.stacks: list[Stack] = []
         self.place: dict[int, tuple[int, int]] = {}  # of each spec: (stack, position in it)
@@ -90,17 +91,22 @@ class Ensemble:
         """Autoencoder i as saved: W_enc (activation_dim, n_dict), b_enc (n_dict,),
         W_dec (n_dict, activation_dim), b_dec (activation_dim,), on the CPU; and threshold (n_dict,)
         where its family has one of each feature, or chooses by batch: then the smallest code that
-        a batch chose, on average."""
+        a batch chose, on average. Free rows of W_dec are brought to length 1, codes along."""
         s, k = self.place[i]
         stack = self.stacks[s]
         W_enc, b_enc, W_dec = (stack.parameters[name][k].cpu() for name in PARAMETERS)
+        length = torch.ones((), dtype=W_dec.dtype)
+        if not stack.unit_rows:
+            length = W_dec.norm(dim=1)
+            W_enc, b_enc = W_enc * length[:, None], b_enc * length
+            W_dec = W_dec / length[:, None]
         zero = torch.zeros(self.activation_dim, dtype=W_dec.dtype)
         b_dec = zero if stack.b_dec is None else stack.b_dec[k].cpu()
         saved = {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
         if stack.family.selection == "batchtopk":
             saved["threshold"] = stack.smallest[k].cpu().repeat(stack.n_dict)
         if stack.threshold is not None:
-            saved["threshold"] = stack.threshold[k].cpu()
+            saved["threshold"] = stack.threshold[k].cpu() * length
         return saved
 
     def l1(self, i: int) -> float:
@@ -155,7 +161,8 @@ class Engines:
 def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | Engines:
     """The fastest that this machine has for the stacks' device and precision."""
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
-    fast = [stack for stack in stacks if stack.family == FAMILIES["relu"]]
+    relu = FAMILIES["relu"]
+    fast = [stack for stack in stacks if stack.family == relu and stack.unit_rows]
     dense = [stack for stack in stacks if stack not in fast]
     if not fast or dtype != torch.float32:
         return DenseEngine(stacks)

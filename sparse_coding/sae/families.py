@@ -1,8 +1,9 @@
 """The families of sparse autoencoders, as combinations of few choices: compare with the papers.
 
 Engines know the choices, not the names: a new combination is a line of FAMILIES and a test. What
-the choices mean in formulas is in stack.py. Rows of W_dec have length 1 in every family; x is
-scaled to a mean square norm of 1 where a constant below names a value of an activation or code.
+the choices mean in formulas is in stack.py. Rows of W_dec have length 1 in every family, unless a
+SAESpec leaves them free; x is scaled to a mean square norm of 1 where a constant below names a
+value of an activation or code.
 """
 
 from dataclasses import dataclass

@@ -32,6 +32,7 @@ class SAESpec:
         l0, and 0 means that l1 stays
     arch: its family, a name in FAMILIES
     prefixes: of nested ones, shares of n_dict, ascending to 1
+    unit_rows: rows of W_dec keep length 1; else they are free, see stack.py
     """
 
     n_dict: int
@@ -41,6 +42,7 @@ class SAESpec:
     target_l0: float = 0.0
     arch: str = "relu"
     prefixes: tuple[float, ...] = PREFIXES
+    unit_rows: bool = True
 
     @property
     def seeks_l0(self) -> bool:

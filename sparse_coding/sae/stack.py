@@ -36,6 +36,11 @@ and δ gains θ/eps · δ′ in the window, where the family passes that gradien
 Auxiliary loss: of the features that are dead, the activation_dim/2 largest ReLU(pre) of a sample
 reconstruct e = x − x_hat, which is given: AUX · mean of (e − aux W_dec)².
 
+Free rows (an option, as in SAELens): a row of length n counts as one of length 1 whose code is
+n · code, which is what selections of a k compare and what penalties but l0_step see; thresholds
+compare pre itself. So with φ = l1/batch · penalty′(n · codes), δ gains n · φ, and the gradient of a
+row gains Σ over batch of φ · codes, along the row.
+
 p-annealing: whenever p falls, l1 changes so that l1 · Σ codes^p of the batch at hand does not
 (Karvonen et al. use the mean of the last ten batches, and ten falls).
 
@@ -135,6 +140,11 @@ class Stack:
         self.silent = torch.zeros(shape, **of_features)  # steps since it fired, or since the start
         self.n_revived = torch.zeros(len(specs), dtype=torch.int64, device=scratch.device)
 
+    @property
+    def unit_rows(self) -> bool:
+        """Whether rows of W_dec keep length 1."""
+        return self.specs[0].unit_rows
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(codes feature-major (n_saes, n_dict, batch), x_hat (n_saes, batch, activation_dim)).
 
@@ -162,14 +172,17 @@ class Stack:
             pre.mul_(pre > self.threshold.unsqueeze(2))
         codes = pre.relu_()
         batch = codes.shape[2]
-        for of_one, spec in zip(codes, self.specs, strict=True) if self.family.has_k else ():
+        for i, of_one in enumerate(codes) if self.family.has_k else ():
+            k, compared = self.specs[i].target_l0, self._of_unit_row(i, of_one)
             if kind == "topk":
-                of_one.mul_(largest(of_one.T, int(spec.target_l0)).T)
+                of_one.mul_(largest(compared.T, int(k)).T)
             else:
-                of_one.mul_(
-                    largest(of_one.view(1, -1), int(spec.target_l0 * batch)).view_as(of_one)
-                )
+                of_one.mul_(largest(compared.view(1, -1), int(k * batch)).view_as(of_one))
         return codes
+
+    def _of_unit_row(self, i: int, codes: Tensor) -> Tensor:
+        """Codes (n_dict, batch) of autoencoder i if its rows of W_dec had length 1."""
+        return codes if self.unit_rows else codes * self.W_dec[i].norm(dim=1, keepdim=True)
 
     def decode(self, codes: Tensor) -> Tensor:
         """x_hat (n_saes, batch, activation_dim); scratch."""
@@ -202,7 +215,8 @@ class Stack:
         self._set_encoder_gradients_(x, delta, errors[0])
         self.adam.param_groups[0]["lr"] = self.lr * factors.lr
         self.adam.step()
-        normalize(self.W_dec, dim=2, out=self.W_dec)
+        if self.unit_rows:
+            normalize(self.W_dec, dim=2, out=self.W_dec)
         if self.threshold is not None:
             self.threshold.clamp_(min=0)
 
@@ -230,17 +244,33 @@ class Stack:
         n_saes, n_dict, batch = codes.shape
         self.W_dec.grad = self.scratch("W_dec.grad", *self.W_dec.shape)
         delta = self.scratch("delta", n_saes, n_dict, batch)
-        plain = l1 / batch if self.family.penalty == "l1" else torch.zeros_like(l1)
+        plain = l1 / batch * (self.family.penalty == "l1" and self.unit_rows)
         for (first, end), g in zip(self.bands, errors, strict=True):
             torch.bmm(codes[:, first:end], g, out=self.W_dec.grad[:, first:end])
             W_dec = self.W_dec[:, first:end]
             torch.baddbmm(plain, W_dec, g.transpose(1, 2), out=delta[:, first:end])
+        if not self.unit_rows:
+            self._add_penalty_of_free_rows_(codes, delta, l1, p)
+        elif self.family.penalty in ("lp", "l0_tanh"):
+            delta += self._penalty_slope(codes, l1 / batch, p)
+        return delta
+
+    def _penalty_slope(self, codes: Tensor, weight: Tensor, p: float) -> Tensor:
+        """weight · penalty′(codes)"""
         if self.family.penalty == "lp":
-            delta += l1 / batch * p * (codes + LP_EPS) ** (p - 1)
+            return weight * p * (codes + LP_EPS) ** (p - 1)
         if self.family.penalty == "l0_tanh":
             slope = self._slope
-            delta += l1 / batch * slope * (1 - torch.tanh(slope * codes) ** 2)
-        return delta
+            return weight * slope * (1 - torch.tanh(slope * codes) ** 2)
+        return weight * (self.family.penalty == "l1")
+
+    def _add_penalty_of_free_rows_(
+        self, codes: Tensor, delta: Tensor, l1: Tensor, p: float
+    ) -> None:
+        length = self.W_dec.norm(dim=2, keepdim=True)
+        pull = self._penalty_slope(codes * length, l1 / codes.shape[2], p)  # φ
+        delta += pull * length
+        self.W_dec.grad += (pull * codes).sum(dim=2, keepdim=True) * (self.W_dec / length)
 
     @property
     def _slope(self) -> float:
@@ -261,8 +291,8 @@ class Stack:
         """Adds the gradients of the auxiliary loss to ∂W_dec and δ; g: of the whole x_hat."""
         _, batch, h = g.shape
         aux = pre.relu_().mul_(dead.unsqueeze(2))
-        for of_one in aux:
-            of_one.mul_(largest(of_one.T, h // 2).T)
+        for i, of_one in enumerate(aux):
+            of_one.mul_(largest(self._of_unit_row(i, of_one).T, h // 2).T)
         left_over = g * (-batch * h / 2)  # e
         g_aux = torch.baddbmm(left_over, aux.transpose(1, 2), self.W_dec, beta=-1)
         g_aux *= 2 * AUX / (batch * h)
@@ -273,7 +303,7 @@ class Stack:
         """∂W_enc, ∂b_enc and ∂b_dec from δ; projects ∂W_dec. g: the sum over all prefixes."""
         n_saes, n_dict, h = self.W_enc.shape
         W_enc_grad = self.scratch("W_enc.grad", n_saes, n_dict, h)
-        if self.project:
+        if self.project and self.unit_rows:
             along = torch.mul(self.W_dec.grad, self.W_dec, out=W_enc_grad).sum(2, keepdim=True)
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
         self.W_enc.grad = torch.bmm(delta, x.expand(n_saes, *x.shape), out=W_enc_grad)
@@ -295,7 +325,7 @@ class Stack:
             self._seek_l0_(codes)
         if self.family.selection == "batchtopk":
             for i, of_one in enumerate(codes):
-                self._track_smallest_(i, of_one)
+                self._track_smallest_(i, self._of_unit_row(i, of_one))
         fired = codes.any(dim=2)
         self.n_revived += ((self.silent >= self.dead_steps) & fired).sum(dim=1)
         self.silent.add_(1).mul_(~fired)

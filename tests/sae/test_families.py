@@ -1,6 +1,7 @@
 """Each family against plain autograd in float64, and what decides where codes are equal."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,28 +98,34 @@ class Reference(nn.Module):
             self.threshold = nn.Parameter(torch.full((m.n_dict,), THRESHOLD, dtype=torch.float64))
         self.silent = torch.zeros(m.n_dict, dtype=torch.int64)
         self.smallest, self.n_revived = None, 0
-        self.normalise_()
+        self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
     def normalise_(self) -> None:
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        if self.spec.unit_rows:
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
         if self.family.selection == "jump":
             self.threshold.clamp_(min=0)
+
+    @property
+    def lengths(self) -> Tensor | float:
+        return 1.0 if self.spec.unit_rows else self.W_dec.norm(dim=1)  # has a gradient
 
     def codes(self, pre: Tensor) -> Tensor:
         kind, k = self.family.selection, self.spec.target_l0
         if kind == "jump":
             return Jump.apply(pre, self.threshold, self.family.through_input)
         positive = pre.relu()
+        compared = (positive * self.lengths).detach()
         if kind == "topk":
-            return positive * torch.stack([k_largest(row, int(k)) for row in positive.detach()])
+            return positive * torch.stack([k_largest(row, int(k)) for row in compared])
         if kind == "batchtopk":  # of equal ones the lowest feature, then the lowest sample
-            chosen = k_largest(positive.detach().T.flatten(), int(k * len(pre)))
+            chosen = k_largest(compared.T.flatten(), int(k * len(pre)))
             return positive * chosen.view(positive.T.shape).T
         return positive
 
     def penalty(self, pre: Tensor, codes: Tensor, p: float) -> Tensor:
-        on = codes > 0
+        on, codes = codes > 0, codes * self.lengths
         if self.family.penalty == "l1":
             return codes.sum()
         if self.family.penalty == "lp":
@@ -139,7 +146,7 @@ class Reference(nn.Module):
             off = float((codes > 0).sum()) / len(codes) / self.spec.target_l0
             self.weight *= min(max(off, 1 / L0_CLAMP), L0_CLAMP) ** L0_GAIN
         if self.family.selection == "batchtopk":
-            least = float(codes[codes > 0].min())
+            least = (codes * self.lengths)[codes > 0].min().item()
             old = least if self.smallest is None else self.smallest
             self.smallest = old + EMA * (least - old)
 
@@ -157,7 +164,8 @@ class Reference(nn.Module):
         dead = self.silent >= SCHEDULE.dead_steps
         if self.family.aux and dead.any():
             of_dead = pre.relu() * dead
-            chosen = torch.stack([k_largest(row, H // 2) for row in of_dead.detach()])
+            compared = (of_dead * self.lengths).detach()
+            chosen = torch.stack([k_largest(row, H // 2) for row in compared])
             left_over = errors[-1].detach()
             loss = loss + AUX * ((left_over - (of_dead * chosen) @ self.W_dec) ** 2).mean()
         loss.backward()
@@ -178,7 +186,7 @@ def train_reference(m: SAESpec, xs: list[Tensor], b_dec: Tensor | None) -> Refer
         adam.param_groups[0]["lr"] = LR * min(1, (step + 1) / 6) * min(1, (200 - step) / 40)
         adam.zero_grad()
         sae.backward(x, step)
-        if b_dec is not None:
+        if b_dec is not None and m.unit_rows:
             sae.project_()
         adam.step()
         sae.normalise_()
@@ -197,20 +205,26 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("n_dict", [40, 96])
-@pytest.mark.parametrize("arch", OTHERS)
-def test_a_family_equals_plain_autograd_after_200_steps(arch, n_dict):
+@pytest.mark.parametrize(
+    ("arch", "n_dict", "unit_rows"),
+    [(arch, n_dict, True) for arch in OTHERS for n_dict in (40, 96)]
+    + [(arch, 40, False) for arch in FAMILIES],
+)
+def test_a_family_equals_plain_autograd_after_200_steps(arch, n_dict, unit_rows):
     xs = batches()
     b_dec = torch.cat(xs).mean(dim=0)
-    specs = [spec(arch, n_dict, seed) for seed in (0, 1)]
+    specs = [replace(spec(arch, n_dict, seed), unit_rows=unit_rows) for seed in (0, 1)]
     ensemble = trained(specs, xs, b_dec=b_dec, project=True)
     for i, m in enumerate(specs):
         sae = train_reference(m, xs, b_dec)
         found = ensemble.dictionary(i)
-        expected = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec}
+        n = sae.lengths
+        expected = {"W_enc": sae.W_enc.T * n, "b_enc": sae.b_enc * n, "W_dec": (sae.W_dec.T / n).T}
         expected["b_dec"] = sae.b_dec
+        if not unit_rows:
+            assert (sae.lengths - 1).abs().max() > 0.1
         if FAMILIES[arch].selection == "jump":
-            expected["threshold"] = sae.threshold
+            expected["threshold"] = sae.threshold * n
             assert sae.threshold.std() > 0  # it has learnt
         if FAMILIES[arch].selection == "batchtopk":
             expected["threshold"] = torch.full((n_dict,), sae.smallest, dtype=torch.float64)
@@ -285,6 +299,21 @@ def test_all_families_in_one_ensemble_have_the_bits_that_they_have_alone(dtype):
         for name, tensor in together.dictionary(i).items():
             assert torch.equal(tensor, alone.dictionary(0)[name]), (specs[i], name)
         assert together.l1(i) == alone.l1(0)
+
+
+def test_free_rows_train_beside_rows_of_length_one():
+    """In float32, where relu has kernels, which know rows of length 1 only."""
+    specs = [replace(spec("relu", 48), unit_rows=unit_rows) for unit_rows in (False, True)]
+    xs = batches(60, dtype=torch.float32)
+    together = trained(specs, xs)
+    assert [stack.unit_rows for stack in together.stacks] == [True, False]
+    for i, one in enumerate(specs):
+        alone = trained([one], xs)
+        for name, tensor in together.dictionary(i).items():
+            assert torch.equal(tensor, alone.dictionary(0)[name]), name
+    rows = together.stacks[1].W_dec[0]
+    assert (rows.norm(dim=1) - 1).abs().max() > 0.01
+    assert torch.allclose(together.dictionary(0)["W_dec"].norm(dim=1), torch.ones(48))
 
 
 def test_state_loaded_into_a_new_ensemble_continues_with_the_same_bits():
