@@ -21,19 +21,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from sparse_coding.config import first_line
 from sparse_coding.files import held
+from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind, Penalty, Selection
 from sparse_coding.sae.spec import BETAS, PLACE, Factors, StepNumbers
+from sparse_coding.sae.stack import Scratch as StackScratch
 from sparse_coding.sae.stack import Stack
-
-if TYPE_CHECKING:
-    from sparse_coding.sae.cpu_kernels import Sae, Work
 
 NO_END = 2**40  # of tiles
 MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 holds; not tuned
@@ -42,6 +42,100 @@ MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then 
 DENSITY = 0.4
 SAID_AFTER = 3.0  # seconds
 ONE_THREAD = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")  # functions of libtorch
+TILE = 128  # features: a tile's codes and gradients (128 KB each at 256) stay in L2
+GROUP = 4  # least number of features of which topk keeps a maximum
+CANDIDATES = 1 / 4  # share of the codes among which the k largest are sought
+
+
+class Sae(NamedTuple):
+    """An autoencoder's parameters with Adam's moments (_m, _v), views of a Stack's tensors, and
+    what its family chooses. What a family lacks has a length of 0.
+
+    idle: steps since a feature had a gradient; beyond DORMANT its row waits for what it missed
+    hint: below what a batch will select; no state, since no result depends on it
+    """
+
+    W_enc: ndarray  # (n_dict, h)
+    b_enc: ndarray  # (n_dict,)
+    W_dec: ndarray  # (n_dict, h)
+    b_dec: ndarray  # (h,), or (0,) where it is fixed at 0
+    threshold: ndarray  # (n_dict,)
+    W_enc_m: ndarray
+    W_enc_v: ndarray
+    b_enc_m: ndarray
+    b_enc_v: ndarray
+    W_dec_m: ndarray
+    W_dec_v: ndarray
+    b_dec_m: ndarray
+    b_dec_v: ndarray
+    threshold_m: ndarray
+    threshold_v: ndarray
+    idle: ndarray  # (n_dict,) int32
+    silent: ndarray  # (n_dict,) int32
+    n_revived: ndarray  # (1,) int64
+    l1: ndarray  # (1,)
+    target_l0: ndarray  # (1,), 0 where l1 stays
+    smallest: ndarray  # (1,)
+    hint: ndarray  # (1,)
+    bands: ndarray  # ends of the bands of features, int64
+    selection: int
+    penalty: int
+    through_input: bool
+    aux: bool
+    k: float  # per sample
+    dead_steps: int
+
+
+class Work(NamedTuple):
+    """Scratch of one step of one autoencoder. What its family lacks has a length of 0.
+
+    sparse: whether this step is
+    off: ∂b_dec, a part per tile
+    start, feature, value: codes above 0 by sample; those of sample b at start[b] to start[b + 1]
+    limit: of each sample the smallest code that is selected, as bits
+    room: how many of those equal to the limit are; for batchtopk the first number alone
+    """
+
+    codes: ndarray  # (n_dict, batch)
+    bits: ndarray  # (n_dict * batch,) int32: the same memory
+    where: ndarray  # (n_dict, batch): samples that a feature fires on, ascending
+    count: ndarray  # (n_dict,) int32: how many
+    listed: ndarray  # (n_dict,) bool: whether `where` has them
+    sparse: ndarray  # (1,) bool
+    g: ndarray  # (bands, batch, h)
+    off: ndarray  # (tiles, h)
+    start: ndarray  # (batch + 2,) int64
+    feature: ndarray  # (most codes of a sparse step,) int32
+    value: ndarray  # the same, float32
+    window: ndarray  # (n_dict, batch): samples within the threshold's window, ascending
+    n_window: ndarray  # (n_dict,) int32
+    maxima: ndarray  # (groups * batch,) int32: keys of the largest codes
+    keys: ndarray  # (most candidates,) int32
+    limit: ndarray  # (batch,) int32
+    limit_value: ndarray  # (batch,) float32: the same memory
+    room: ndarray  # (batch,) int32
+    low: ndarray  # (batch,) int32, of bisection
+    high: ndarray  # (batch,) int32
+    aux: ndarray  # (n_dict, batch): ReLU(pre) of dead features, of which the largest stay
+    aux_bits: ndarray  # (n_dict * batch,) int32: the same memory
+    n_dead: ndarray  # (1,) int64
+    dead_row: ndarray  # (n_dict,) int32: where a feature stands among the dead, or -1
+    aux_count: ndarray  # (dead,) int32: codes above 0
+    g_aux: ndarray  # (batch, h)
+    aux_dec: ndarray  # (dead, h): rows of W_dec, later ∂W_dec
+    aux_enc: ndarray  # (dead, h): ∂W_enc
+    aux_bias: ndarray  # (dead,)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a tile: scratch of one thread."""
+
+    delta: ndarray  # (TILE, batch)
+    b_enc: ndarray  # (TILE,)
+    threshold: ndarray  # (TILE,)
+    W_enc: ndarray  # (TILE, h)
+    W_dec: ndarray  # (TILE, h)
+    slope: ndarray  # (batch,), of a feature's penalty
 
 
 @functools.cache
@@ -67,7 +161,7 @@ def has_kernels() -> bool:
     try:
         import llvmlite.binding
 
-        from sparse_coding.sae import cpu_kernels
+        from sparse_coding.sae import cpu_codes
 
         needed = ("sgemm_", *ONE_THREAD)
         missing = [name for name in needed if not hasattr(libtorch(), name)]
@@ -77,7 +171,7 @@ def has_kernels() -> bool:
         _say_slow(", ".join(missing))
         return False
     sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(cpu_kernels.GEMM_SYMBOL, sgemm)
+    llvmlite.binding.add_symbol(cpu_codes.GEMM_SYMBOL, sgemm)
     return True
 
 
@@ -96,7 +190,7 @@ def kernels_compile() -> bool:
     from numba.core.errors import NumbaError
 
     try:
-        with _said_if_slow("compiling the CPU kernels, once on this machine: some 15 s"):
+        with _said_if_slow("compiling the CPU kernels, once on this machine: up to a minute"):
             folder = kernels_missing_in()
             if folder:
                 with held(folder / "lock"):  # of several processes one compiles
@@ -138,14 +232,14 @@ def kernels_missing_in() -> Path | None:
 
 def _zeros() -> tuple:
     """A smallest autoencoder and batch, as `steps` takes them."""
-    from sparse_coding.sae.cpu_kernels import ALL, Sae
+    from sparse_coding.sae.cpu_kernels import ALL
+    from sparse_coding.sae.spec import SAESpec
 
-    W, b, none = np.zeros((8, 8), np.float32), np.zeros(8, np.float32), np.zeros(0, np.float32)
-    idle, one = np.zeros(8, np.int32), np.zeros(1, np.float32)
-    sae = Sae(W, b, W, none, W, W, b, b, W, W, none, none, idle, one, one)
-    scratch, x = Scratch(8, 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
+    stack_scratch = StackScratch(torch.device("cpu"), torch.float32)
+    (sae,) = views(Stack([SAESpec(8, 0.0, 0)], 8, lr=0.0, scratch=stack_scratch))
+    scratch, x = Scratch([("relu", 8)], 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
     numbers = np.zeros((1, len(PLACE)), np.float32)
-    return sae, scratch.work(8), scratch.gradients, x, numbers, ALL, (0, 1)
+    return sae, scratch.work(("relu", 8)), scratch.gradients, x, numbers, ALL, (0, 1)
 
 
 @contextlib.contextmanager
@@ -158,47 +252,65 @@ def _said_if_slow(message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def work_shapes(n_dict: int, batch: int, h: int, *, density: float) -> dict[str, tuple]:
-    """(shape, dtype) of each field of Work."""
-    from sparse_coding.sae.cpu_kernels import TILE
-
-    f32, i32 = torch.float32, torch.int32
-    sample = torch.uint16 if batch < 2**16 else i32
-    most = int(max(density, 0) * n_dict * batch)
+def work_shapes(kind: Kind, batch: int, h: int, *, density: float) -> dict[str, tuple]:
+    """(shape, dtype) of each field of Work that has memory of its own."""
+    (arch, n), f32, i32 = kind, torch.float32, torch.int32
+    family, sample = FAMILIES[arch], torch.uint16 if batch < 2**16 else i32
+    most = int(max(density, 0) * n * batch)
+    jump, topk = (n * (family.selection == name) for name in ("jump", "topk"))
+    chosen, dead = n * family.has_k, n * family.aux
+    of_batch = batch * (family.has_k or family.aux)
     return {
-        "codes": ((n_dict, batch), f32),
-        "where": ((n_dict, batch), sample),
-        "count": ((n_dict,), i32),
-        "listed": ((n_dict,), torch.bool),
+        "codes": ((n, batch), f32),
+        "where": ((n, batch), sample),
+        "count": ((n,), i32),
+        "listed": ((n,), torch.bool),
         "sparse": ((1,), torch.bool),
-        "g": ((batch, h), f32),
-        "off": ((-(-n_dict // TILE), h), f32),
+        "g": ((MOST_PREFIXES if family.nested else 1, batch, h), f32),
+        "off": ((-(-n // TILE), h), f32),
         "start": ((batch + 2,), torch.int64),
         "feature": ((most,), i32),
         "value": ((most,), f32),
+        "window": ((jump, batch), sample),
+        "n_window": ((jump,), i32),
+        "maxima": ((-(-topk // GROUP) * batch,), i32),
+        "keys": ((int(CANDIDATES * chosen) * batch,), i32),
+        **dict.fromkeys(("limit", "room", "low", "high"), ((of_batch,), i32)),
+        "aux": ((dead, batch), f32),
+        "n_dead": ((1,), torch.int64),
+        "dead_row": ((dead,), i32),
+        "aux_count": ((dead,), i32),
+        "g_aux": ((batch if dead else 0, h), f32),
+        "aux_dec": ((dead, h), f32),
+        "aux_enc": ((dead, h), f32),
+        "aux_bias": ((dead,), f32),
     }
 
 
 def gradient_shapes(batch: int, h: int) -> list[tuple]:
     """Shape of each field of Gradients."""
-    from sparse_coding.sae.cpu_kernels import TILE
+    return [(TILE, batch), (TILE,), (TILE,), (TILE, h), (TILE, h), (batch,)]
 
-    return [(TILE, batch), (TILE,), (TILE, h), (TILE, h)]
+
+def largest_work(kinds: list[Kind], batch: int, h: int, *, density: float) -> dict[str, tuple]:
+    """(numbers, dtype) of each field of Work with memory for autoencoders of any of these kinds."""
+    shapes = [work_shapes(kind, batch, h, density=density) for kind in set(kinds)]
+    return {
+        name: (max(math.prod(of_kind[name][0]) for of_kind in shapes), dtype)
+        for name, (_, dtype) in shapes[0].items()
+    }
 
 
 class Scratch:
-    """Work and Gradients of a thread, for dictionaries of up to n_dict features."""
+    """Work and Gradients of a thread, for autoencoders of these kinds."""
 
-    def __init__(self, n_dict: int, batch: int, h: int, *, density: float):
-        from sparse_coding.sae import cpu_kernels
-
-        self.kernels, self.batch, self.h, self.density = cpu_kernels, batch, h, density
-        self.n_dict = n_dict
+    def __init__(self, kinds: list[Kind], batch: int, h: int, *, density: float):
+        self.kinds, self.batch, self.h, self.density = kinds, batch, h, density
         self.flat: dict[str, Tensor] = {}
-        self.gradients = cpu_kernels.Gradients(
+        self.gradients = Gradients(
             *(torch.empty(shape).numpy() for shape in gradient_shapes(batch, h))
         )
-        self.of_size: dict[int, Work] = {}
+        self.of_kind: dict[Kind, Work] = {}
 
     @property
     def n_bytes(self) -> int:
@@ -206,28 +318,33 @@ class Scratch:
         flat = sum(t.numel() * t.element_size() for t in self.flat.values())
         return flat + sum(array.nbytes for array in self.gradients)
 
-    def work(self, n_dict: int) -> "Work":
-        """The Work of a dictionary of that size; valid until the next one's."""
+    def work(self, kind: Kind) -> Work:
+        """The Work of an autoencoder of that kind; valid until the next one's."""
         if not self.flat:
             # torch's memory begins at multiples of 64 bytes, as fast vector loads want it
-            largest = work_shapes(self.n_dict, self.batch, self.h, density=self.density)
-            self.flat = {k: torch.empty(math.prod(s), dtype=t) for k, (s, t) in largest.items()}
-        if n_dict not in self.of_size:
-            shapes = work_shapes(n_dict, self.batch, self.h, density=self.density)
-            self.of_size[n_dict] = self.kernels.Work(
-                *(self.flat[k][: math.prod(s)].view(s).numpy() for k, (s, _) in shapes.items())
-            )
-        return self.of_size[n_dict]
+            largest = largest_work(self.kinds, self.batch, self.h, density=self.density)
+            self.flat = {name: torch.empty(n, dtype=dtype) for name, (n, dtype) in largest.items()}
+        if kind not in self.of_kind:
+            shapes = work_shapes(kind, self.batch, self.h, density=self.density)
+            arrays = {
+                name: self.flat[name][: math.prod(shape)].view(shape).numpy()
+                for name, (shape, _) in shapes.items()
+            }
+            arrays["bits"] = arrays["codes"].reshape(-1).view(np.int32)
+            arrays["aux_bits"] = arrays["aux"].reshape(-1).view(np.int32)
+            arrays["limit_value"] = arrays["limit"].view(np.float32)
+            self.of_kind[kind] = Work(**arrays)
+        return self.of_kind[kind]
 
 
-def engine_bytes(n_dicts: list[int], h: int, batch: int, *, n_threads: int) -> int:
+def engine_bytes(kinds: list[Kind], h: int, batch: int, *, n_threads: int) -> int:
     """Scratch of an engine's threads, each of which may step the largest autoencoder, and the
     batches that are stepped, waiting and being made."""
-    work = work_shapes(max(n_dicts), batch, h, density=DENSITY).values()
-    work = sum(math.prod(shape) * dtype.itemsize for shape, dtype in work)
+    work = largest_work(kinds, batch, h, density=DENSITY).values()
+    work = sum(n * dtype.itemsize for n, dtype in work)
     gradients = 4 * sum(map(math.prod, gradient_shapes(batch, h)))
-    batches = 3 * steps_at_a_time(n_dicts, h) * 4 * batch * h
-    return min(n_threads, len(n_dicts)) * (work + gradients) + batches
+    batches = 3 * steps_at_a_time([n for _, n in kinds], h) * 4 * batch * h
+    return min(n_threads, len(kinds)) * (work + gradients) + batches
 
 
 def steps_at_a_time(n_dicts: list[int], h: int) -> int:
@@ -246,8 +363,9 @@ class CpuEngine:
 
         self.kernels, self.stacks, self.density = cpu_kernels, stacks, density
         self.saes = [sae for stack in stacks for sae in views(stack)]
-        self.sizes = [len(sae.b_enc) for sae in self.saes]
-        n_tiles = max(self.sizes) / cpu_kernels.TILE
+        self.kinds = [(spec.arch, spec.n_dict) for stack in stacks for spec in stack.specs]
+        self.sizes = [n_dict for _, n_dict in self.kinds]
+        n_tiles = max(self.sizes) / TILE
         self.shared = min(n_threads, n_tiles) > len(self.saes)
         self.n_threads = n_threads if self.shared else min(n_threads, len(self.saes))
         self.steps_at_a_time = steps_at_a_time(self.sizes, stacks[0].W_dec.shape[2])
@@ -271,13 +389,13 @@ class CpuEngine:
     def _alone(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i in this thread."""
         start, scratch, k = time.perf_counter(), self._scratch_for(xs), self.kernels
-        work = scratch.work(self.sizes[i])
+        work = scratch.work(self.kinds[i])
         k.steps(self.saes[i], work, scratch.gradients, xs, numbers, k.ALL, (0, NO_END))
         self.seconds[i] = time.perf_counter() - start
 
     def _together(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i by all threads, phase after phase."""
-        k, work = self.kernels, self._scratch_for(xs).work(self.sizes[i])
+        k, work = self.kernels, self._scratch_for(xs).work(self.kinds[i])
         n_tiles, n_blocks = len(work.off), -(-xs.shape[1] // k.BLOCK)
 
         def run(step: int, todo: int, n: int) -> None:
@@ -289,39 +407,55 @@ class CpuEngine:
             ends = [n * j // n_shares for j in range(n_shares + 1)]
             list(self.pool.map(share, pairwise(ends)))
 
+        chosen_alone = self.saes[i].selection == k.TOPK  # each sample has a bound of its own
         for step in range(len(xs)):
-            for todo, n in (
-                (k.ENCODE, n_tiles),
-                (k.CHOOSE, 1),
-                (k.DECODE, n_blocks),
-                (k.UPDATE, n_tiles),
-                (k.FINISH, 1),
-            ):
-                run(step, todo, n)
+            run(step, k.ENCODE, n_tiles)
+            if chosen_alone:
+                run(step, k.BOUND, 1)
+                run(step, k.LIST, n_tiles)
+            run(step, k.CHOOSE, 1)
+            run(step, k.DECODE, n_blocks)
+            if work.n_dead[0]:
+                run(step, k.AUXILIARY, -(-int(work.n_dead[0]) // TILE))
+            run(step, k.UPDATE, n_tiles)
+            run(step, k.FINISH, 1)
 
     def _scratch_for(self, xs: np.ndarray) -> Scratch:
         """This thread's, allocated at its first steps and when the batch size changes."""
         _, batch, h = xs.shape
         scratch = getattr(self.scratch, "of_thread", None)
         if scratch is None or scratch.batch != batch:
-            scratch = Scratch(max(self.sizes), batch, h, density=self.density)
+            scratch = Scratch(self.kinds, batch, h, density=self.density)
             self.scratch.of_thread = scratch
         return scratch
 
 
-def views(stack: Stack) -> "list[Sae]":
+def views(stack: Stack) -> list[Sae]:
     """A stack's autoencoders as the kernels take them: views, stepping one changes the stack."""
-    from sparse_coding.sae.cpu_kernels import Sae
-
-    none = torch.zeros(len(stack.specs), 0)
-    names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    state = [stack.adam.state.get(stack.parameters.get(name)) for name in names]
-    tensors = [stack.parameters.get(name, none) for name in names]
-    for of_one in state:
-        tensors += [of_one[k] if of_one else none for k in ("exp_avg", "exp_avg_sq")]
-    tensors += [stack.idle, stack.l1.flatten(1), stack.target_l0.flatten(1)]
-    arrays = [t.detach().numpy() for t in tensors]
-    return [Sae(*(a[i] for a in arrays)) for i in range(len(stack.specs))]
+    n_saes, family, none = len(stack.specs), stack.family, torch.zeros(len(stack.specs), 0)
+    tensors = {}
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+        parameter = stack.parameters.get(name)
+        state = stack.adam.state.get(parameter, {})
+        tensors[name] = none if parameter is None else parameter
+        tensors[f"{name}_m"] = state.get("exp_avg", none)
+        tensors[f"{name}_v"] = state.get("exp_avg_sq", none)
+    for name in ("idle", "silent", "n_revived", "l1", "target_l0", "smallest"):
+        tensors[name] = getattr(stack, name).view(n_saes, -1)
+    tensors["hint"] = torch.zeros(n_saes, 1)
+    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    same = dict(
+        bands=np.array([end for _, end in stack.bands], np.int64),
+        selection=get_args(Selection).index(family.selection),
+        penalty=get_args(Penalty).index(family.penalty),
+        through_input=family.through_input,
+        aux=family.aux,
+        dead_steps=stack.dead_steps,
+    )
+    return [
+        Sae(**{name: array[i] for name, array in arrays.items()}, k=float(spec.target_l0), **same)
+        for i, spec in enumerate(stack.specs)
+    ]
 
 
 def step_numbers(stack: Stack, n_done: int, factors: list[Factors]) -> np.ndarray:

@@ -1,16 +1,18 @@
 """One training step of one autoencoder on the CPU, compiled by numba.
 
 The encoder is a GEMM over all features. Where few codes are above 0, the rest walks these alone,
-and Adam the rows of features that fired lately; else it is GEMMs too (formulas: stack.py).
+and Adam the rows of features that had a gradient lately; else it is GEMMs too (formulas: stack.py).
 Everything of a step stays in the cache of one core: gradients exist for TILE features at a time.
 
-    encode   pre = x W_encᵀ + b_enc, codes = ReLU(pre); for each feature the samples it fires on
-    choose   sparse or dense, from the share of codes above 0 in this very step; l1 if l0 is sought
-    decode   g = 2/(batch · h) · (codes W_dec + b_dec − x), for blocks of samples
-    update   gradients of the rows, Adam, length 1; for tiles of features
-    finish   Adam of b_dec
+    encode, bound, list: cpu_codes.py
+    choose      sparse or dense, from the share of codes above 0 in this very step; l1 and silence
+    decode      g = 2/(batch · h) · (codes W_dec + b_dec − x) of each prefix, summed over those with
+                a band of features, for blocks of samples; and of the auxiliary loss
+    auxiliary   gradients of dead features, by GEMMs of these alone, for tiles of them
+    update      gradients of the rows, Adam, length 1; for tiles of features
+    finish      Adam of b_dec
 
-Encode and update take a span of tiles, decode one of blocks, so that several threads may share an
+What goes through tiles or blocks takes a span of them, so that several threads may share an
 autoencoder: no result depends on how the spans are cut.
 
 **Dormant rows.** After DORMANT steps without firing a row is left alone. Its gradient is 0, so
@@ -21,122 +23,41 @@ after 200 steps is below lr · 3.2 · 0.9005^200 / (1 − 0.9005) = 3e-8 lr, tha
 1e-3, where half a float32 step of an entry of 1/16 is 4e-9.
 """
 
-from functools import partial
-from hashlib import sha256
-from pathlib import Path
-from typing import NamedTuple
-
 import numpy as np
-from llvmlite import ir
-from numba import config, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numpy import ndarray
 
-from sparse_coding.sae import spec
+from sparse_coding.sae.cpu_codes import (
+    BATCHTOPK,
+    F0,
+    F1,
+    JUMP,
+    L0_STEP,
+    L0_TANH,
+    L1,
+    LP,
+    TILE,
+    TOPK,
+    bound,
+    choose_auxiliary,
+    dot,
+    encode,
+    fill_,
+    gemm,
+    kernel,
+    list_,
+    list_bounded,
+    note_silence,
+    select,
+    track_smallest,
+)
+from sparse_coding.sae.families import AUX, BANDWIDTH, LP_EPS, SLOPE
 from sparse_coding.sae.spec import BETAS, DORMANT, L0_CLAMP, L0_GAIN, PLACE
 
 RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, PROJECT, P, P_BEFORE = PLACE
 BETA1, BETA2 = BETAS
-F0, F1 = np.float32(0), np.float32(1)
-# Sums may be reordered, as in any GEMM; NaN and infinities keep their meaning
-FAST = {"reassoc", "contract", "nsz", "arcp"}
-GEMM_SYMBOL = "sparse_coding_sgemm"  # bound to torch's sgemm by cpu.py
-N, T = 78, 84  # the letters that it knows
-
-
-def _cache_folder() -> str:
-    """One for each state of the source: numba looks for changes in this file alone, but the
-    constants of spec.py are compiled in too."""
-    here = Path(__file__).parent
-    sources = [Path(file).read_bytes() for file in (__file__, spec.__file__)]
-    digest = sha256(b"".join(sources)).hexdigest()[:8]
-    return str(Path(config.CACHE_DIR or here / "__pycache__") / f"kernels-{digest}")
-
-
-CACHE_FOLDER = _cache_folder()
-
-
-def kernel(function):
-    """Compiled at the first call and kept on disk. Without the GIL, and without numba's counting of
-    references, a fifth of the time of a row: so kernels allocate nothing."""
-    options = dict(nogil=True, _nrt=False, fastmath=FAST, error_model="numpy")
-    before, config.CACHE_DIR = config.CACHE_DIR, CACHE_FOLDER
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba finds no folder it may write to
-        return njit(**options)(function)
-    finally:
-        config.CACHE_DIR = before
-
-
-class Sae(NamedTuple):
-    """An autoencoder's parameters with Adam's moments (_m, _v), views of a Stack's tensors.
-
-    idle: steps since a feature fired; beyond DORMANT its row waits for what it missed
-    """
-
-    W_enc: ndarray  # (n_dict, h)
-    b_enc: ndarray  # (n_dict,)
-    W_dec: ndarray  # (n_dict, h)
-    b_dec: ndarray  # (h,), or (0,) where it is fixed at 0
-    W_enc_m: ndarray
-    W_enc_v: ndarray
-    b_enc_m: ndarray
-    b_enc_v: ndarray
-    W_dec_m: ndarray
-    W_dec_v: ndarray
-    b_dec_m: ndarray
-    b_dec_v: ndarray
-    idle: ndarray  # (n_dict,) int32
-    l1: ndarray  # (1,)
-    target_l0: ndarray  # (1,), 0 where l1 stays
-
-
-@intrinsic
-def _sgemm(context, letters, shape, b, a, out, strides):
-    """Fortran's sgemm of column-major matrices, out = b a: all arguments by reference; integers of
-    64 bits, of which a BLAS of 32 bits reads the lower half."""
-    signature = types.void(letters, shape, b, a, out, strides)
-
-    def generate(context, builder, signature, arguments):
-        reference = partial(cgutils.alloca_once_value, builder)
-        unpacked = (cgutils.unpack_tuple(builder, arguments[i]) for i in (0, 1, 5))
-        letters, shape, strides = (list(map(reference, values)) for values in unpacked)
-        one, zero = (reference(ir.Constant(ir.FloatType(), value)) for value in (1, 0))
-        b, a, out = (builder.inttoptr(address, cgutils.voidptr_t) for address in arguments[2:5])
-        call = [*letters, *shape, one, b, strides[0], a, strides[1], zero, out, strides[2]]
-        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in call])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, GEMM_SYMBOL), call)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@kernel
-def gemm(a_transposed, b_transposed, a, b, out):
-    """out = a b or its transposed variants; rows contiguous. To column-major BLAS it is b a."""
-    k = a.shape[0] if a_transposed else a.shape[1]
-    letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
-    shape = out.shape[1], out.shape[0], k
-    strides = b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4  # of 4 bytes
-    _sgemm(letters, shape, b.ctypes.data, a.ctypes.data, out.ctypes.data, strides)
-
-
-@kernel
-def dot(a, b):
-    """Σ a b."""
-    total = F0
-    for j in range(a.shape[0]):
-        total += a[j] * b[j]
-    return total
-
-
-@kernel
-def fill_(a, value):
-    """a = value."""
-    for j in range(a.shape[0]):
-        a[j] = value
+BLOCK = 64  # samples decoded at a time where codes are dense
+# Phases of a step
+ENCODE, BOUND, LIST, CHOOSE, DECODE, AUXILIARY, UPDATE, FINISH = (2**i for i in range(8))
+ALL = 2**8 - 1
 
 
 @kernel
@@ -154,10 +75,25 @@ def scale_(a, factor):
 
 
 @kernel
-def sparse_gradients(row, g, x, d_enc, d_dec, l1):
+def slope(sae, code, l1, numbers):
+    """What the penalty adds to δ of a code."""
+    if sae.penalty == L1 or (sae.penalty == LP and numbers[P] == F1):
+        return l1
+    if sae.penalty == LP:
+        return l1 * numbers[P] * (code + np.float32(LP_EPS)) ** (numbers[P] - F1)
+    if sae.penalty == L0_TANH:
+        steepness = np.float32(SLOPE * sae.W_dec.shape[1] ** 0.5)
+        t = np.float32(np.tanh(steepness * code))
+        return l1 * steepness * (F1 - t * t)
+    return F0
+
+
+@kernel
+def sparse_gradients(row, g, x, d_enc, d_dec, slopes):
     """∂W_enc and ∂W_dec of a feature from the samples it fires on, four at a time; returns ∂b_enc.
 
     row: its codes (batch,), the samples, its row of W_dec
+    slopes: of the penalty, for each of the samples
     """
     codes, where, W = row
     h, n, d_bias = W.shape[0], where.shape[0], F0
@@ -166,7 +102,7 @@ def sparse_gradients(row, g, x, d_enc, d_dec, l1):
     for k in range(0, n - n % 4, 4):
         b0, b1, b2, b3 = where[k], where[k + 1], where[k + 2], where[k + 3]
         g0, g1, g2, g3 = g[b0], g[b1], g[b2], g[b3]
-        e0, e1, e2, e3 = l1, l1, l1, l1  # becomes δ
+        e0, e1, e2, e3 = slopes[k], slopes[k + 1], slopes[k + 2], slopes[k + 3]  # becomes δ
         for j in range(h):
             e0 += W[j] * g0[j]
             e1 += W[j] * g1[j]
@@ -181,7 +117,7 @@ def sparse_gradients(row, g, x, d_enc, d_dec, l1):
         d_bias += (e0 + e1) + (e2 + e3)
     for k in range(n - n % 4, n):
         g0, x0, c0 = g[where[k]], x[where[k]], codes[where[k]]
-        e0 = dot(W, g0) + l1
+        e0 = dot(W, g0) + slopes[k]
         for j in range(h):
             d_dec[j] += c0 * g0[j]
             d_enc[j] += e0 * x0[j]
@@ -211,12 +147,15 @@ def adam_without_gradient_(p, m, v, numbers):
 
 @kernel
 def rest(sae, f, numbers):
-    """A feature that did not fire: its moments still carry it on, until it is dormant."""
+    """A feature without a gradient: its moments still carry it on, until it is dormant."""
     sae.idle[f] += 1
     if sae.idle[f] > DORMANT:
         return
     s = slice(f, f + 1)
     adam_without_gradient_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], numbers)
+    if sae.threshold.shape[0]:
+        adam_without_gradient_(sae.threshold[s], sae.threshold_m[s], sae.threshold_v[s], numbers)
+        sae.threshold[f] = F0 if sae.threshold[f] < F0 else sae.threshold[f]
     adam_without_gradient_(sae.W_enc[f], sae.W_enc_m[f], sae.W_enc_v[f], numbers)
     adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
     scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
@@ -230,6 +169,9 @@ def catch_up(sae, f):
         m, v = np.float32(BETA1**missed), np.float32(BETA2**missed)
         sae.b_enc_m[f] *= m
         sae.b_enc_v[f] *= v
+        if sae.threshold.shape[0]:
+            sae.threshold_m[f] *= m
+            sae.threshold_v[f] *= v
         scale_(sae.W_enc_m[f], m)
         scale_(sae.W_enc_v[f], v)
         scale_(sae.W_dec_m[f], m)
@@ -238,9 +180,13 @@ def catch_up(sae, f):
 
 
 @kernel
-def fired(sae, f, d_bias, d_enc, d_dec, off, numbers):
-    """Adam of a feature's row, and its part of ∂b_dec into off."""
+def fired(sae, f, d_biases, d_enc, d_dec, off, numbers):
+    """Adam of a feature's row, and its part of ∂b_dec into off.
+
+    d_biases: ∂b_enc and ∂threshold, arrays of one number
+    """
     catch_up(sae, f)
+    d_bias, d_threshold = d_biases
     W_enc, W_dec = sae.W_enc[f], sae.W_dec[f]
     if sae.b_dec.shape[0]:
         for j in range(off.shape[0]):
@@ -252,114 +198,56 @@ def fired(sae, f, d_bias, d_enc, d_dec, off, numbers):
             d_dec[j] -= along * W_dec[j]
     s = slice(f, f + 1)
     adam_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], d_bias, numbers)
+    if sae.threshold.shape[0]:
+        adam_(sae.threshold[s], sae.threshold_m[s], sae.threshold_v[s], d_threshold, numbers)
+        sae.threshold[f] = F0 if sae.threshold[f] < F0 else sae.threshold[f]
     adam_(W_enc, sae.W_enc_m[f], sae.W_enc_v[f], d_enc, numbers)
     adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
     scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
 
 
-TILE = 128  # features: a tile's codes and gradients (128 KB each at 256) stay in L2
-BLOCK = 64  # samples decoded at a time where codes are dense
-RUN = 32  # samples whose codes are tested together
-ENCODE, CHOOSE, DECODE, UPDATE, FINISH = (2**i for i in range(5))  # phases of a step
-ALL = 2**5 - 1
-
-
-class Work(NamedTuple):
-    """Scratch of one step of one autoencoder.
-
-    sparse: whether this step is
-    off: ∂b_dec, a part per tile
-    start, feature, value: codes above 0 by sample; those of sample b at start[b] to start[b + 1]
-    """
-
-    codes: ndarray  # (n_dict, batch)
-    where: ndarray  # (n_dict, batch): samples that a feature fires on, ascending
-    count: ndarray  # (n_dict,) int32: how many
-    listed: ndarray  # (n_dict,) bool: whether `where` has them
-    sparse: ndarray  # (1,) bool
-    g: ndarray  # (batch, h)
-    off: ndarray  # (tiles, h)
-    start: ndarray  # (batch + 2,) int64
-    feature: ndarray  # (most codes of a sparse step,) int32
-    value: ndarray  # the same, float32
-
-
-class Gradients(NamedTuple):
-    """Gradients of a tile: scratch of one thread."""
-
-    delta: ndarray  # (TILE, batch)
-    b_enc: ndarray  # (TILE,)
-    W_enc: ndarray  # (TILE, h)
-    W_dec: ndarray  # (TILE, h)
-
-
 @kernel
-def relu_(codes, bias):
-    """codes of a feature (batch,) = ReLU(codes + bias); how many are above 0 (or NaN)."""
-    n = np.int32(0)
-    for b in range(codes.shape[0]):
-        c = codes[b] + bias
-        c = F0 if c <= F0 else c
-        codes[b] = c
-        n += np.int32(c != F0)
-    return n
-
-
-@kernel
-def list_(codes, where):
-    """where = indices of codes that are not 0, ascending."""
-    batch, k = codes.shape[0], 0
-    runs = batch - batch % RUN
-    for first in range(0, runs, RUN):
-        run, n = codes[first : first + RUN], np.int32(0)
-        for b in range(RUN):
-            n += np.int32(run[b] != F0)
-        if n:
-            for b in range(RUN):
-                where[k] = first + b
-                k += np.int64(run[b] != F0)
-    for b in range(runs, batch):
-        if codes[b] != F0:
-            where[k] = b
-            k += 1
-
-
-@kernel
-def encode(sae, work, x, span):
-    """Codes of a span of tiles."""
-    n_dict, start, total = sae.b_enc.shape[0], span[0] * TILE, 0
-    for t in range(start, min(span[1] * TILE, n_dict), TILE):
-        e = min(t + TILE, n_dict)
-        gemm(False, True, sae.W_enc[t:e], x, work.codes[t:e])
-        for f in range(t, e):
-            bias = sae.b_enc[f]
-            if sae.b_dec.shape[0]:
-                bias -= dot(sae.W_enc[f], sae.b_dec)
-            work.count[f] = relu_(work.codes[f], bias)
-            total += work.count[f]
-            # listed while in the cache, but not where it looks as if the step will be dense
-            work.listed[f] = total * n_dict <= work.value.shape[0] * (f - start + 1)
-            if work.listed[f] and work.count[f]:
-                list_(work.codes[f], work.where[f])
+def adapt_l1(sae, work, numbers, total):
+    """Moves l1 with the p of p-annealing, and toward the target l0."""
+    if sae.penalty == LP and numbers[P] != numbers[P_BEFORE]:
+        before, now = 0.0, 0.0
+        for f in range(work.count.shape[0]):
+            codes, listed = work.codes[f], work.listed[f]
+            for i in range(work.count[f] if listed else codes.shape[0]):
+                c = codes[work.where[f, i]] if listed else codes[i]
+                if c > F0:
+                    before += (c + np.float32(LP_EPS)) ** numbers[P_BEFORE]
+                    now += (c + np.float32(LP_EPS)) ** numbers[P]
+        if now > 0:
+            sae.l1[0] *= np.float32(before / now)
+    if numbers[SEEKS_L0] and sae.target_l0[0] > 0:
+        off = np.float32(total / work.codes.shape[1]) / sae.target_l0[0]
+        off = min(max(off, np.float32(1 / L0_CLAMP)), np.float32(L0_CLAMP))
+        sae.l1[0] *= off ** np.float32(L0_GAIN)
 
 
 @kernel
 def choose(sae, work, numbers):
-    """Whether this step is sparse: then codes are sorted by sample. Moves l1 where l0 is sought."""
+    """Whether this step is sparse: then codes are sorted by sample."""
     batch, total = work.codes.shape[1], 0
+    work.n_dead[0] = 0
+    if sae.selection == TOPK or sae.selection == BATCHTOPK:
+        select(sae, work)
+    if sae.selection == BATCHTOPK:
+        track_smallest(sae, work)
+    if sae.aux:
+        choose_auxiliary(sae, work)
     for f in range(work.count.shape[0]):
         total += work.count[f]
-    if numbers[SEEKS_L0] and sae.target_l0[0] > 0:
-        off = np.float32(total / batch) / sae.target_l0[0]
-        off = min(max(off, np.float32(1 / L0_CLAMP)), np.float32(L0_CLAMP))
-        sae.l1[0] *= off ** np.float32(L0_GAIN)
+    note_silence(sae, work)
+    adapt_l1(sae, work, numbers, total)
     if total > work.value.shape[0]:
         return False
     start = work.start
     fill_(start, 0)
     for f in range(work.count.shape[0]):
         if not work.listed[f]:
-            list_(work.codes[f], work.where[f])
+            list_(work.codes[f], work.where[f], F0)
         for k in range(work.count[f]):
             start[work.where[f, k] + 2] += 1
     for b in range(2, batch + 2):
@@ -375,31 +263,57 @@ def choose(sae, work, numbers):
 
 @kernel
 def decode(sae, work, x, span):
-    """g of a span of blocks."""
+    """g of each band and g_aux, for a span of blocks."""
     batch, h = x.shape
-    sparse = work.sparse[0]
-    scale = np.float32(2.0 / (batch * h))
+    sparse, scale = work.sparse[0], np.float32(2.0 / (batch * h))
     for t in range(span[0] * BLOCK, min(span[1] * BLOCK, batch), BLOCK):
-        e = min(t + BLOCK, batch)
-        if not sparse:
-            gemm(True, False, work.codes[:, t:e], sae.W_dec, work.g[t:e])
+        e, first = min(t + BLOCK, batch), 0
+        for level in range(0 if sparse else sae.bands.shape[0]):
+            end = sae.bands[level]
+            codes, W_dec = work.codes[first:end, t:e], sae.W_dec[first:end]
+            gemm(True, False, codes, W_dec, work.g[level, t:e])
+            first = end
         for b in range(t, e):
-            g, xb = work.g[b], x[b]
-            if sparse:
-                sum_rows_(g, sae.W_dec, work, b)
-            for j in range(h):
-                g[j] -= xb[j]
-            if sae.b_dec.shape[0]:
-                add_(g, sae.b_dec)
-            for j in range(h):
-                g[j] *= scale
+            errors(sae, work, x[b], b, scale)
+        if work.n_dead[0]:
+            n, g, g_aux = work.n_dead[0], work.g[work.g.shape[0] - 1], work.g_aux
+            gemm(True, False, work.aux[:n, t:e], work.aux_dec[:n], g_aux[t:e])
+            for b in range(t, e):  # what the dead leave of −e = g · batch · h/2
+                for j in range(h):
+                    g_aux[b, j] = np.float32(AUX) * (g_aux[b, j] * scale + g[b, j])
 
 
 @kernel
-def sum_rows_(out, W, work, b):
-    """out = Σ codes of sample b · rows of W, four at a time."""
+def errors(sae, work, x, b, scale):
+    """g of sample b for each band; in a dense step from what the bands alone add up to."""
+    n, p = sae.bands.shape[0], work.start[b]
+    for level in range(n):
+        g = work.g[level, b]
+        if work.sparse[0]:
+            p = sum_rows_(g, sae.W_dec, work, (p, work.start[b + 1]), sae.bands[level])
+        if level:
+            add_(g, work.g[level - 1, b])
+            continue
+        for j in range(g.shape[0]):
+            g[j] -= x[j]
+        if sae.b_dec.shape[0]:
+            add_(g, sae.b_dec)
+    for level in range(n):
+        scale_(work.g[level, b], scale)
+    for level in range(n - 2, -1, -1):
+        add_(work.g[level, b], work.g[level + 1, b])
+
+
+@kernel
+def sum_rows_(out, W, work, span, band_end):
+    """out = Σ codes · rows of W, four at a time, for codes of a sample in work.feature and
+    work.value[first:end], as far as their features are below band_end; returns where that is."""
     feature, value = work.feature, work.value
-    p, end = work.start[b], work.start[b + 1]
+    p, end = span
+    if band_end < W.shape[0]:
+        end = p
+        while end < span[1] and feature[end] < band_end:
+            end += 1
     fill_(out, F0)
     while p + 4 <= end:
         c0, c1, c2, c3 = value[p], value[p + 1], value[p + 2], value[p + 3]
@@ -411,44 +325,129 @@ def sum_rows_(out, W, work, b):
         c0, r0 = value[q], W[feature[q]]
         for j in range(out.shape[0]):
             out[j] += c0 * r0[j]
+    return end
+
+
+@kernel
+def auxiliary(work, x, grads, span):
+    """Gradients of the auxiliary loss, for a span of tiles of dead features."""
+    n_dead = work.n_dead[0]
+    for t in range(span[0] * TILE, min(span[1] * TILE, n_dead), TILE):
+        e = min(t + TILE, n_dead)
+        codes, rows, delta = work.aux[t:e], work.aux_dec[t:e], grads.delta[: e - t]
+        gemm(False, True, rows, work.g_aux, delta)
+        for i in range(e - t):
+            work.aux_bias[t + i] = masked_sum_(delta[i], codes[i], F0)
+        gemm(False, False, codes, work.g_aux, rows)
+        gemm(False, False, delta, x, work.aux_enc[t:e])
+
+
+@kernel
+def masked_sum_(delta, codes, slope):
+    """δ of a feature += slope where codes are above 0, else = 0; its sum."""
+    total = F0
+    for b in range(delta.shape[0]):
+        delta[b] = F0 if codes[b] == F0 else delta[b] + slope
+        total += delta[b]
+    return total
 
 
 @kernel
 def update(sae, work, x, grads, numbers, span):
-    """Gradients and Adam of a span of tiles."""
-    n_dict, sparse = sae.b_enc.shape[0], work.sparse[0]
-    l1 = sae.l1[0] * numbers[L1_FACTOR] / np.float32(x.shape[0])
+    """Gradients and Adam of a span of tiles, whose parts in different bands have different g."""
+    n_dict = sae.b_enc.shape[0]
     for tile in range(span[0], min(span[1], work.off.shape[0])):
-        t, e = tile * TILE, min(tile * TILE + TILE, n_dict)
-        off = work.off[tile]
-        fill_(off, F0)
-        if not sparse:
-            dense_gradients(sae.W_dec[t:e], work.codes[t:e], work.g, x, grads, l1)
-        for f in range(t, e):
-            if work.count[f] == 0:
-                rest(sae, f, numbers)
-                continue
-            i = f - t if not sparse else 0  # one row only stays in L1
-            d_bias, d_enc, d_dec = grads.b_enc[i : i + 1], grads.W_enc[i], grads.W_dec[i]
-            if sparse:
-                row = work.codes[f], work.where[f, : work.count[f]], sae.W_dec[f]
-                d_bias[0] = sparse_gradients(row, work.g, x, d_enc, d_dec, l1)
-            fired(sae, f, d_bias, d_enc, d_dec, off, numbers)
+        t, e, first = tile * TILE, min(tile * TILE + TILE, n_dict), 0
+        fill_(work.off[tile], F0)
+        for level in range(sae.bands.shape[0]):
+            part = max(t, first), min(e, sae.bands[level])
+            if part[0] < part[1]:
+                update_part(sae, work, work.g[level], x, grads, numbers, part)
+            first = sae.bands[level]
 
 
 @kernel
-def dense_gradients(W_dec, codes, g, x, grads, l1):
-    """Gradients of a tile, by GEMMs, into grads."""
-    n = W_dec.shape[0]
-    delta = grads.delta[:n]
+def update_part(sae, work, g, x, grads, numbers, part):
+    """The same of some features that have this g."""
+    sparse, off = work.sparse[0], work.off[part[0] // TILE]
+    l1 = sae.l1[0] * numbers[L1_FACTOR] / np.float32(x.shape[0])
+    if not sparse:
+        dense_gradients(sae, work, g, x, grads, (l1, numbers), part)
+    for f in range(part[0], part[1]):
+        n_window = work.n_window[f] if sae.selection == JUMP else 0
+        d = work.dead_row[f] if sae.aux else -1
+        if d >= 0 and work.aux_count[d] == 0:
+            d = -1
+        if work.count[f] == 0 and n_window == 0 and d < 0:
+            rest(sae, f, numbers)
+            continue
+        i = f - part[0] if not sparse else 0  # one row only stays in L1
+        d_bias, d_enc, d_dec = grads.b_enc[i : i + 1], grads.W_enc[i], grads.W_dec[i]
+        d_biases = d_bias, grads.threshold[i : i + 1]
+        if sparse:
+            where = work.where[f, : work.count[f]]
+            slopes = grads.slope
+            for k in range(where.shape[0]):
+                slopes[k] = slope(sae, work.codes[f, where[k]], l1, numbers)
+            row = work.codes[f], where, sae.W_dec[f]
+            d_bias[0] = sparse_gradients(row, g, x, d_enc, d_dec, slopes)
+            grads.threshold[0] = F0
+            if n_window:
+                window_gradients(sae, work, f, g, x, grads, (l1, numbers))
+        if d >= 0:
+            d_bias[0] += work.aux_bias[d]
+            add_(d_enc, work.aux_enc[d])
+            add_(d_dec, work.aux_dec[d])
+        fired(sae, f, d_biases, d_enc, d_dec, off, numbers)
+
+
+@kernel
+def pull(sae, f, delta, l1):
+    """What a sample in a threshold's window takes off its gradient; delta: δ before its mask."""
+    step = l1 if sae.penalty == L0_STEP else F0
+    return (sae.threshold[f] * delta + step) * np.float32(1 / BANDWIDTH)
+
+
+@kernel
+def window_gradients(sae, work, f, g, x, grads, weights):
+    """∂threshold of a feature, and what of it goes through the input added to ∂W_enc and ∂b_enc."""
+    l1, numbers = weights
+    d_enc, total = grads.W_enc[0], F0
+    for k in range(work.n_window[f]):
+        b = work.window[f, k]
+        delta = dot(sae.W_dec[f], g[b]) + slope(sae, work.codes[f, b], l1, numbers)
+        pulled, xb = pull(sae, f, delta, l1), x[b]
+        total -= pulled
+        if sae.through_input:
+            grads.b_enc[0] += pulled
+            for j in range(d_enc.shape[0]):
+                d_enc[j] += pulled * xb[j]
+    grads.threshold[0] = total
+
+
+@kernel
+def dense_gradients(sae, work, g, x, grads, weights, part):
+    """Gradients of some features, by GEMMs, into grads."""
+    n, codes, W_dec = part[1] - part[0], work.codes[part[0] : part[1]], sae.W_dec[part[0] : part[1]]
+    delta, pulls, (l1, numbers) = grads.delta[:n], grads.slope, weights
+    depends, n_window = sae.penalty == LP or sae.penalty == L0_TANH, 0  # a slope on the code
+    same = F0 if depends else slope(sae, F0, l1, numbers)
     gemm(False, True, W_dec, g, delta)
-    for f in range(n):
-        d, c = delta[f], codes[f]
-        d_bias = F0
-        for b in range(d.shape[0]):
-            d[b] = F0 if c[b] == F0 else d[b] + l1
-            d_bias += d[b]
-        grads.b_enc[f] = d_bias
+    for i in range(n):
+        d, c, f = delta[i], codes[i], part[0] + i
+        for b in range(d.shape[0] if depends else 0):
+            if c[b] != F0 or sae.selection == JUMP:  # whose window has codes of 0, too
+                d[b] += slope(sae, c[b], l1, numbers)
+        grads.threshold[i] = F0
+        if sae.selection == JUMP:
+            n_window = work.n_window[f]
+            for k in range(n_window):
+                pulls[k] = pull(sae, f, d[work.window[f, k]] + same, l1)
+                grads.threshold[i] -= pulls[k]
+        grads.b_enc[i] = masked_sum_(d, c, same)
+        for k in range(n_window if sae.through_input else 0):
+            d[work.window[f, k]] += pulls[k]
+            grads.b_enc[i] += pulls[k]
     gemm(False, False, codes, g, grads.W_dec[:n])
     gemm(False, False, delta, x, grads.W_enc[:n])
 
@@ -457,11 +456,11 @@ def dense_gradients(W_dec, codes, g, x, grads, l1):
 def finish(sae, work, numbers):
     """Adam of b_dec, whose gradient the tiles have left in parts."""
     if sae.b_dec.shape[0]:
-        grad = work.off[0]
+        grad, g = work.off[0], work.g[0]
         for t in range(1, work.off.shape[0]):
             add_(grad, work.off[t])
-        for b in range(work.g.shape[0]):
-            add_(grad, work.g[b])
+        for b in range(g.shape[0]):
+            add_(grad, g[b])
         adam_(sae.b_dec, sae.b_dec_m, sae.b_dec_v, grad, numbers)
 
 
@@ -476,10 +475,16 @@ def steps(sae, work, grads, xs, of_steps, todo, span):
         x, numbers = xs[i], of_steps[i]
         if todo & ENCODE:
             encode(sae, work, x, span)
+        if todo & BOUND and sae.selection == TOPK:
+            bound(sae, work)
+        if todo & LIST and sae.selection == TOPK:
+            list_bounded(sae, work, span)
         if todo & CHOOSE:
             work.sparse[0] = choose(sae, work, numbers)
         if todo & DECODE:
             decode(sae, work, x, span)
+        if todo & AUXILIARY:
+            auxiliary(work, x, grads, span)
         if todo & UPDATE:
             update(sae, work, x, grads, numbers, span)
         if todo & FINISH:

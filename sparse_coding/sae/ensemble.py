@@ -1,9 +1,9 @@
 """Many sparse autoencoders trained at once on one stream of batches.
 
 Autoencoders of one family and width form a Stack (stack.py has the formulas); all stacks see the
-same x. Engines step them: with kernels that leave out the zeros, compiled for the CPU (cpu.py) or a
-GPU (gpu.py), else densely with torch, which is the reference. State and results are the same
-but for rounding.
+same x. Engines step them: with kernels that leave out the zeros, compiled for the CPU (cpu.py, all
+families) or a GPU (gpu.py, relu), else densely with torch, which is the reference. State and
+results are the same but for rounding; silence is not counted on a GPU.
 
 On a CPU an autoencoder's numbers are the same bits whatever else is in the ensemble: each is
 stepped alone, and each batched GEMM of the dense steps has the shape of a single autoencoder (if
@@ -161,17 +161,18 @@ class Engines:
 def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | Engines:
     """The fastest that this machine has for the stacks' device and precision."""
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
-    relu = FAMILIES["relu"]
-    fast = [stack for stack in stacks if stack.family == relu and stack.unit_rows]
-    dense = [stack for stack in stacks if stack not in fast]
-    if not fast or dtype != torch.float32:
+    if dtype != torch.float32:
         return DenseEngine(stacks)
-    if on == "cpu" and has_kernels() and kernels_compile():
+    relu, fast = FAMILIES["relu"], [stack for stack in stacks if stack.unit_rows]
+    if on == "cuda":
+        fast = [stack for stack in fast if stack.family == relu]
+    if fast and on == "cpu" and has_kernels() and kernels_compile():
         engine = CpuEngine(fast, n_threads=torch.get_num_threads())
-    elif on == "cuda" and gpu.has_triton():
+    elif fast and on == "cuda" and gpu.has_triton():
         engine = gpu.GpuEngine(fast)
     else:
         return DenseEngine(stacks)
+    dense = [stack for stack in stacks if stack not in fast]
     return Engines([engine, DenseEngine(dense)]) if dense else engine
 
 
@@ -190,15 +191,15 @@ def ensemble_bytes(
     state += sum(12 * n for arch, n in kinds if FAMILIES[arch].selection == "jump")
     compiled = device.type == "cpu" and has_kernels()
     on_gpu = device.type == "cuda" and gpu.has_triton()
-    fast = [n for arch, n in kinds if arch == "relu" and (compiled or on_gpu)]
+    fast = [kind for kind in kinds if compiled or (on_gpu and kind[0] == "relu")]
     scratch = 4 * max(
-        kinds.count(kind) * _scratch_numbers(kind, h, batch_size, fast=kind[1] in fast)
+        kinds.count(kind) * _scratch_numbers(kind, h, batch_size, fast=kind in fast)
         for kind in set(kinds)
     )
     if fast and compiled:
         scratch += engine_bytes(fast, h, batch_size, n_threads=torch.get_num_threads())
     if fast and on_gpu:
-        scratch += gpu.engine_bytes(fast, h, batch_size)
+        scratch += gpu.engine_bytes([n for _, n in fast], h, batch_size)
     return state + scratch
 
 
@@ -206,9 +207,11 @@ def _scratch_numbers(kind: Kind, h: int, batch: int, *, fast: bool) -> int:
     """Of one autoencoder of a stack: codes and x_hat; δ and gradients of dense steps; and of those
     of other families, temporaries."""
     (arch, n), family = kind, FAMILIES[kind[0]]
-    if arch == "relu":
-        return n * (batch if fast else 2 * (batch + h)) + batch * h
-    kept = family.selection == "jump" or family.aux
-    n_errors = (MOST_PREFIXES if family.nested else 1) + 2 * family.aux
     # selections and penalties, of masks and powers, take three more tensors of the codes' shape
-    return n * (2 * (batch + h) + (kept + 3) * batch) + (1 + n_errors) * batch * h
+    temporaries = 3 * (arch != "relu")
+    if fast:  # evaluations alone
+        return n * batch * (1 + temporaries) + batch * h
+    kept = (family.selection == "jump" or family.aux) + temporaries
+    n_prefixes = MOST_PREFIXES if family.nested else 1
+    n_errors = n_prefixes + 2 * family.aux if temporaries else 0
+    return n * (2 * (batch + h) + kept * batch) + (1 + n_errors) * batch * h

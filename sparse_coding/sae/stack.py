@@ -347,11 +347,13 @@ class Stack:
         kernels left them alone (cpu_kernels.py): as if all had been stepped densely."""
         missed = (self.idle - DORMANT).clamp_(min=0)
         self.idle.zero_()
-        for name in PARAMETERS if missed.any() else ():
+        for name in (*PARAMETERS, "threshold") if missed.any() else ():
+            if name not in self.parameters:
+                continue
             state = self.adam.state[self.parameters[name]]
             for moment, beta in zip(("exp_avg", "exp_avg_sq"), BETAS, strict=True):
                 decay = beta ** missed.to(state[moment].dtype)
-                state[moment] *= decay if name == "b_enc" else decay.unsqueeze(2)
+                state[moment] *= decay if state[moment].dim() == 2 else decay.unsqueeze(2)
 
 
 def largest(values: Tensor, n: int) -> Tensor:

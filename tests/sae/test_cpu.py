@@ -136,19 +136,22 @@ def firing_again(dormant_steps: int) -> tuple[torch.Tensor, int]:
     return x, 30 + dormant_steps
 
 
-def two_features(**options) -> Ensemble:
+def two_features(arch: str = "relu", **options) -> Ensemble:
     """Feature 0 codes dimension 0, feature 1 dimension 1; b_enc is small, so they fire by these."""
-    ensemble = build([SAESpec(8, 1e-3, 0)], h=8, **options)
+    ensemble = build([SAESpec(8, 1e-3, 0, target_l0=2, arch=arch)], h=8, **options)
     stack = ensemble.stacks[0]
+    if stack.threshold is not None:
+        stack.threshold.fill_(0.3)
     stack.W_enc.copy_(torch.eye(8)).mul_(0.8)
     stack.W_dec.copy_(torch.eye(8))
     stack.b_enc.fill_(-0.2)
     return ensemble
 
 
-def test_a_dormant_feature_that_fires_again_continues_as_under_dense_adam():
+@pytest.mark.parametrize("arch", ["relu", "batchtopk", "jumprelu"])
+def test_a_dormant_feature_that_fires_again_continues_as_under_dense_adam(arch):
     x, again = firing_again(dormant_steps=1000)
-    dense, sparse = two_features(dtype=torch.float64), two_features(density=ALWAYS)
+    dense, sparse = two_features(arch, dtype=torch.float64), two_features(arch, density=ALWAYS)
     asleep = {}
     for end in (30 + DORMANT, again, again + 1, again + 20):
         for ensemble in (dense, sparse):
@@ -161,7 +164,7 @@ def test_a_dormant_feature_that_fires_again_continues_as_under_dense_adam():
                 # dense Adam moves it by less than float32 can show; sparse training leaves it alone
                 assert moved < (1e-10 if ensemble is dense else 1e-30)
         if end > again:
-            for name in PARAMETERS:
+            for name in sparse.stacks[0].parameters:
                 ours, theirs = (e.stacks[0].parameters[name] for e in (sparse, dense))
                 assert distance(ours[0, 0], theirs[0, 0]) < 1e-6, (end, name)
                 for moment in ("exp_avg", "exp_avg_sq"):
@@ -169,7 +172,9 @@ def test_a_dormant_feature_that_fires_again_continues_as_under_dense_adam():
                         e.stacks[0].adam.state[e.stacks[0].parameters[name]][moment][0, 0]
                         for e in (sparse, dense)
                     )
-                    assert distance(ours, theirs) < 1e-5, (end, name, moment)
+                    least = torch.finfo(torch.float32).tiny  # float32 has nothing less
+                    near = distance(ours, theirs) < 1e-5 or theirs.abs().max() < least
+                    assert near, (end, name, moment)
     assert sparse.stacks[0].idle[0, 0] == 0
 
 
@@ -240,14 +245,15 @@ def test_a_resume_has_the_same_bits_across_the_switch_and_with_dormant_features(
 
 
 @pytest.mark.parametrize(("first", "second"), [(ALWAYS, None), (None, ALWAYS), (NEVER, None)])
-def test_each_engine_goes_on_from_the_others_checkpoint_with_dormant_features(first, second):
+@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+def test_each_engine_goes_on_from_the_others_checkpoint_with_dormant_features(arch, first, second):
     x, again = firing_again(dormant_steps=1000)
-    expected = train(two_features(dtype=torch.float64), x)
-    begun = train(two_features(density=first), x[:again])
-    gone_on = two_features(density=second)
+    expected = train(two_features(arch, dtype=torch.float64), x)
+    begun = train(two_features(arch, density=first), x[:again])
+    gone_on = two_features(arch, density=second)
     gone_on.load_state_({name: t.clone() for name, t in begun.state().items()})
     train(gone_on, x[again:])
-    for name in PARAMETERS:
+    for name in gone_on.stacks[0].parameters:
         assert distance(gone_on.dictionary(0)[name], expected.dictionary(0)[name]) < 1e-5
 
 

@@ -173,12 +173,13 @@ def test_memory_plan_covers_what_the_ensemble_allocates(n_dicts, engine, monkeyp
     held = [t for name, t in ensemble.state().items() if "step" not in name]
     held += ensemble.scratch.flat.values()
     allocated = sum(t.numel() * t.element_size() for t in held)
+    kinds = [("relu", n) for n in n_dicts]
     if engine == "compiled":
-        scratch = Scratch(max(n_dicts), len(x), H, density=DENSITY)
-        scratch.work(max(n_dicts))
+        scratch = Scratch(kinds, len(x), H, density=DENSITY)
+        scratch.work(("relu", max(n_dicts)))
         allocated += scratch.n_bytes * min(torch.get_num_threads(), len(n_dicts))
         allocated += 3 * 4 * x.numel() * ensemble.engine.steps_at_a_time
-    assert allocated == ensemble_bytes([("relu", n) for n in n_dicts], H, len(x), CPU)
+    assert allocated == ensemble_bytes(kinds, H, len(x), CPU)
 
 
 def test_dense_steps_are_taken_one_at_a_time():
