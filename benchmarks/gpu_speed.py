@@ -27,8 +27,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, require, run_as_script
 from sparse_coding.files import write_atomic
-from sparse_coding.sae import gpu
 from sparse_coding.sae.batches import ahead_on, step_ranges
+from sparse_coding.sae.engines import gpu
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sae.stack import DenseEngine

@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
-from sparse_coding.sae.cpu import DENSITY, CpuEngine
+from sparse_coding.sae.engines.cpu import DENSITY, CpuEngine
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sweep.hardware import describe, set_precision

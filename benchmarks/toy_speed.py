@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import write_csv
 from sparse_coding.sae.batches import prefetched, step_ranges
-from sparse_coding.sae.cpu import CpuEngine
+from sparse_coding.sae.engines.cpu import CpuEngine
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.sweep.hardware import describe, set_precision

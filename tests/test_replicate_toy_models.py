@@ -801,7 +801,7 @@ def test_no_heavy_package_is_imported_without_need(tmp_path: Path):
         "wandb",
         "vastai",
         "pandas",
-        "sparse_coding.sae.gpu_kernels",
+        "sparse_coding.sae.engines.gpu_kernels",
     }
     assert modules & heavy == set()
 

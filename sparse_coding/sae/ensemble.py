@@ -16,8 +16,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparse_coding.sae import gpu
-from sparse_coding.sae.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
+from sparse_coding.sae.engines import gpu
+from sparse_coding.sae.engines.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
 from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine, Scratch, Stack

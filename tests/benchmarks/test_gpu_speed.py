@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_coding.sae.cpu import has_kernels, kernels_compile
+from sparse_coding.sae.engines.cpu import has_kernels, kernels_compile
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -53,7 +53,7 @@ for name in sys.argv[2:]:
 tyro.cli(int, args=["1"])
 runpy.run_path(script, run_name="preload")
 if "torch" in sys.modules:
-    from sparse_coding.sae import cpu
+    from sparse_coding.sae.engines import cpu
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
         if cpu.has_kernels():
             cpu.kernels_compile()

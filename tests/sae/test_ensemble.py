@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparse_coding.config import named_seed
-from sparse_coding.sae.cpu import DENSITY, Scratch
+from sparse_coding.sae.engines.cpu import DENSITY, Scratch
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.spec import SAESpec, Schedule, initial_autoencoder
 from sparse_coding.toy.data import ToyData, ToyStream, make_world

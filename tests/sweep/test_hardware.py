@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
-from sparse_coding.sae.gpu import DOT
+from sparse_coding.sae.engines.gpu import DOT
 from sparse_coding.sweep.hardware import (
     free_memory,
     pick_device,

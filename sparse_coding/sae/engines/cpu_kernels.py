@@ -25,7 +25,7 @@ after 200 steps is below lr · 3.2 · 0.9005^200 / (1 − 0.9005) = 3e-8 lr, tha
 
 import numpy as np
 
-from sparse_coding.sae.cpu_codes import (
+from sparse_coding.sae.engines.cpu_codes import (
     BATCHTOPK,
     F0,
     F1,
@@ -276,7 +276,7 @@ def decode(sae, work, x, span):
         for b in range(t, e):
             errors(sae, work, x[b], b, scale)
         if work.n_dead[0]:
-            n, g, g_aux = work.n_dead[0], work.g[work.g.shape[0] - 1], work.g_aux
+            n, g, g_aux = work.n_dead[0], work.g[sae.bands.shape[0] - 1], work.g_aux
             gemm(True, False, work.aux[:n, t:e], work.aux_dec[:n], g_aux[t:e])
             for b in range(t, e):  # what the dead leave of −e = g · batch · h/2
                 for j in range(h):

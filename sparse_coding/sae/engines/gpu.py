@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import first_line
-from sparse_coding.sae.cpu import step_numbers
+from sparse_coding.sae.engines.cpu import step_numbers
 from sparse_coding.sae.spec import PLACE, Factors, SAESpec
 from sparse_coding.sae.stack import DenseEngine, Scratch, Stack
 
 if TYPE_CHECKING:  # Triton may be missing
-    from sparse_coding.sae.gpu_kernels import Rows, Shape, Work
+    from sparse_coding.sae.engines.gpu_kernels import Rows, Shape, Work
 
 MOST_STEPS = 16  # at a time; their batches are made while others train
 DOT = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # torch's names for float32 GEMMs
@@ -45,7 +45,7 @@ TRIAL_ERROR = 0.1  # of a movement, relative; factors cut to tf32 give 0.02, to 
 def has_triton() -> bool:
     """Whether Triton is there; says so, once, if it isn't."""
     try:
-        from sparse_coding.sae import gpu_kernels  # noqa: F401
+        from sparse_coding.sae.engines import gpu_kernels  # noqa: F401
     except ImportError as error:
         _say_dense(str(error))
         return False
@@ -61,7 +61,7 @@ def shape_of(h: int, batch: int, *, b_dec: bool, project: bool, dot: str, **tile
 
     tiles: other than those of gpu_kernels.Shape
     """
-    from sparse_coding.sae.gpu_kernels import Shape
+    from sparse_coding.sae.engines.gpu_kernels import Shape
 
     shape = Shape(h, batch, b_dec, project, dot)._replace(**tiles)
     cover = dict.fromkeys(("encode_k", "decode_h", "backward_k", "update_h"), h)
@@ -114,7 +114,7 @@ def engine_bytes(n_dicts: list[int], h: int, batch: int) -> int:
 
 def make_work(sizes: list[int], shape: "Shape", device: torch.device) -> "Work":
     """Scratch for autoencoders of these sizes, with its tables of tiles filled: largest first."""
-    from sparse_coding.sae.gpu_kernels import Work
+    from sparse_coding.sae.engines.gpu_kernels import Work
 
     shapes = work_shapes(sizes, shape)
     work = Work(*(torch.empty(s, dtype=t, device=device) for s, t in shapes.values()))
@@ -140,7 +140,7 @@ def join_(tensors: list[Tensor], *row: int) -> Tensor:
 
 def rows_of_(stacks: list[Stack]) -> "Rows":
     """The stacks' parameters and moments as the kernels take them."""
-    from sparse_coding.sae.gpu_kernels import Rows
+    from sparse_coding.sae.engines.gpu_kernels import Rows
 
     h, device = stacks[0].W_dec.shape[2], stacks[0].W_dec.device
     joined = {}
@@ -160,7 +160,7 @@ def rows_of_(stacks: list[Stack]) -> "Rows":
 
 def launcher(rows: "Rows", work: "Work", shape: "Shape") -> Callable[[], None]:
     """A function that launches the kernels of a step on the current stream."""
-    from sparse_coding.sae import gpu_kernels
+    from sparse_coding.sae.engines import gpu_kernels
 
     n_saes, n_lists = len(work.saes), len(work.list_tiles)
     chunks = -(-shape.h // shape.update_h)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_coding.sae import cpu
-from sparse_coding.sae.cpu import CpuEngine
+from sparse_coding.sae.engines import cpu
+from sparse_coding.sae.engines.cpu import CpuEngine
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.families import FAMILIES
 from sparse_coding.sae.spec import SAESpec, Schedule
@@ -22,8 +22,8 @@ SCHEDULE = Schedule(
 ALWAYS, NEVER = 1.0, -1.0  # densities up to which steps are sparse
 WITH_K = [arch for arch, family in FAMILIES.items() if family.has_k]
 
-k = pytest.importorskip("sparse_coding.sae.cpu_kernels")
-cpu_codes = pytest.importorskip("sparse_coding.sae.cpu_codes")
+k = pytest.importorskip("sparse_coding.sae.engines.cpu_kernels")
+cpu_codes = pytest.importorskip("sparse_coding.sae.engines.cpu_codes")
 pytestmark = pytest.mark.skipif(
     not cpu.has_kernels(), reason="needs numba and a torch built with MKL"
 )

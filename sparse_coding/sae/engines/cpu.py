@@ -161,7 +161,7 @@ def has_kernels() -> bool:
     try:
         import llvmlite.binding
 
-        from sparse_coding.sae import cpu_codes
+        from sparse_coding.sae.engines import cpu_codes
 
         needed = ("sgemm_", *ONE_THREAD)
         missing = [name for name in needed if not hasattr(libtorch(), name)]
@@ -207,13 +207,13 @@ def _compile_elsewhere() -> None:
     """In a process of its own; what fails there fails here too, and is said then."""
     code = f"from {__name__} import *; has_kernels() and step_of_zeros()"
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[3]
     subprocess.run(command, cwd=root, **streams, start_new_session=True, check=False)
 
 
 def step_of_zeros() -> None:
     """What makes numba compile or load the kernels."""
-    from sparse_coding.sae.cpu_kernels import steps
+    from sparse_coding.sae.engines.cpu_kernels import steps
 
     steps(*_zeros())
 
@@ -222,7 +222,7 @@ def kernels_missing_in() -> Path | None:
     """The folder where compiled kernels are kept, if it can be written and they are not there."""
     from numba import typeof
 
-    from sparse_coding.sae.cpu_kernels import steps
+    from sparse_coding.sae.engines.cpu_kernels import steps
 
     folder, types = steps.stats.cache_path, tuple(map(typeof, _zeros()))
     if folder is None or steps._cache.load_overload(types, steps.targetctx) is not None:
@@ -232,7 +232,7 @@ def kernels_missing_in() -> Path | None:
 
 def _zeros() -> tuple:
     """A smallest autoencoder and batch, as `steps` takes them."""
-    from sparse_coding.sae.cpu_kernels import ALL
+    from sparse_coding.sae.engines.cpu_kernels import ALL
     from sparse_coding.sae.spec import SAESpec
 
     stack_scratch = StackScratch(torch.device("cpu"), torch.float32)
@@ -359,7 +359,7 @@ class CpuEngine:
     """
 
     def __init__(self, stacks: list[Stack], *, n_threads: int, density: float = DENSITY):
-        from sparse_coding.sae import cpu_kernels
+        from sparse_coding.sae.engines import cpu_kernels
 
         self.kernels, self.stacks, self.density = cpu_kernels, stacks, density
         self.saes = [sae for stack in stacks for sae in views(stack)]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from builders.scripts import ROOT
 
-from sparse_coding.sae import cpu
-from sparse_coding.sae.cpu import CpuEngine, kernels_compile
+from sparse_coding.sae.engines import cpu
+from sparse_coding.sae.engines.cpu import CpuEngine, kernels_compile
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import BETAS, DORMANT, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine
@@ -310,7 +310,7 @@ def test_without_numba_training_is_dense_and_one_line_says_so(missing, tmp_path:
 def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
     from numba.core.errors import TypingError
 
-    from sparse_coding.sae import cpu_kernels
+    from sparse_coding.sae.engines import cpu_kernels
 
     def steps(*arguments: object) -> None:
         raise TypingError("no such type\nin detail")
@@ -345,7 +345,8 @@ def test_kernels_are_kept_by_their_source_and_the_constants_compiled_into_them(t
         spec = tmp_path / name / "sparse_coding" / "sae" / "spec.py"
         assert edit[0] in spec.read_text()
         spec.write_text(spec.read_text().replace(*edit))
-        code = "from sparse_coding.sae.cpu_kernels import steps; print(steps._cache.cache_path)"
+        where = "sparse_coding.sae.engines.cpu_kernels"
+        code = f"from {where} import steps; print(steps._cache.cache_path)"
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=tmp_path / name, stdout=subprocess.PIPE, text=True)
         names |= {part for part in Path(done.stdout).parts if part.startswith("kernels-")}

@@ -15,9 +15,9 @@ import torch
 from builders.scripts import ROOT
 from torch import Tensor
 
-from sparse_coding.sae import cpu, gpu
+from sparse_coding.sae.engines import cpu, gpu
+from sparse_coding.sae.engines.gpu import GpuEngine, launcher, make_work, shape_of, trial_error
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
-from sparse_coding.sae.gpu import GpuEngine, launcher, make_work, shape_of, trial_error
 from sparse_coding.sae.spec import DORMANT, PLACE, Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, DenseEngine
 from sparse_coding.sweep.grid import make_grid
@@ -148,7 +148,7 @@ def test_steps_with_shorter_factors_move_them_less_exactly(dot, most):
 
 
 def test_lists_hold_who_fired_from_the_front_and_who_rests_from_the_back():
-    from sparse_coding.sae.gpu_kernels import choose
+    from sparse_coding.sae.engines.gpu_kernels import choose
 
     sizes, rng = [5, 90, 64], torch.Generator().manual_seed(0)
     engine = build([SAESpec(n, 1e-3, n, target_l0=3.0) for n in sizes], tiles=SMALL).engine
@@ -474,7 +474,7 @@ from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from sparse_coding.sae import gpu, gpu_kernels
+from sparse_coding.sae.engines import gpu, gpu_kernels
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)

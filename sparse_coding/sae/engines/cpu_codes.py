@@ -26,8 +26,9 @@ from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sparse_coding.sae import cpu, families, spec
-from sparse_coding.sae.cpu import GROUP, TILE
+from sparse_coding.sae import families, spec
+from sparse_coding.sae.engines import cpu
+from sparse_coding.sae.engines.cpu import GROUP, TILE
 from sparse_coding.sae.families import BANDWIDTH, EMA, Penalty, Selection
 
 RELU, JUMP, TOPK, BATCHTOPK = range(len(get_args(Selection)))

@@ -1,0 +1,1 @@
+"""What steps stacks fast: compiled kernels for the CPU and for GPUs."""
