@@ -54,6 +54,7 @@ class Config:
     arch: tuple[Arch, ...] = ("relu",)  # families, of sparse_coding/sae/families.py
     target_l0: tuple[int, ...] = ()  # for these; (): n_active, but of relu the grid of l1_alpha
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
+    baseline: Literal["none", "frozen-decoder"] = "none"  # beside each: a random W_dec that stays
     l1_exp_low: int = -8  # lowest e of l1_alpha = 10^(e/4): from 0.01
     l1_exp_high: int = 9  # end of e, exclusive: to 10^(8/4) = 100
     dict_ratio_exp_low: int = -3  # lowest e of dict_ratio = 2^e: n_dict from n_true_features / 8

@@ -76,6 +76,7 @@ class Config:
     expansion_exp_low: int = 0
     expansion_exp_high: int = 3
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
+    baseline: Literal["none", "frozen-decoder"] = "none"  # beside each: a random W_dec that stays
     seed: int = 0  # a seed has its own starts and order of activations
     n_seeds: int = 1  # seeds seed, seed + 1, ...
 

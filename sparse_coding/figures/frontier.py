@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from sparse_coding.figures.heatmap import DPI, GREY, WIDTH, number_labels, ratio_labels
 from sparse_coding.files import csv_text
-from sparse_coding.sae.families import FAMILIES
-from sparse_coding.sweep.grid import Cell
+from sparse_coding.sae.families import FAMILIES, FROZEN, TRAINED
+from sparse_coding.sweep.grid import Cell, on_grid
 
 MAX_LABELLED = 6  # values of l1_alpha named in a frontier; more would touch
 MAX_PANELS = 6  # rows and columns of histograms that are still readable at WIDTH
@@ -87,7 +87,8 @@ def draw_frontier(
 ) -> Figure:
     """spec.column over l0 (log scale), a line per family and dictionary size.
 
-    One family alone: brighter the larger. Several: a colour for each, a marker for each size. Grey
+    One family alone: brighter the larger. Several: a colour for each, a marker for each size;
+    dashed, where W_dec is frozen. Grey
     lines join points of one l1_alpha, which stands beside them. Points that have no place on the
     axes (l0 0, or worse than the worst ablation) are counted in the small print.
 
@@ -104,8 +105,8 @@ def draw_frontier(
     lines = defaultdict(list)
     for point in shown:
         lines[point["arch"], point[size], point["n_dict"]].append(point)
-    on_grid = [line for line in lines.values() if line[0]["target_l0"] is None]
-    _join_equal_l1_alphas(axes, on_grid, upwards=spec.upwards)
+    of_grid = [line for line in lines.values() if on_grid(line[0])]
+    _join_equal_l1_alphas(axes, of_grid, upwards=spec.upwards)
     _draw_lines(axes, lines, size)
     if shown:
         _scale_axes(axes, shown, logarithmic=not spec.upwards)
@@ -113,7 +114,7 @@ def draw_frontier(
     scale = " (log scale)" if axes.get_yscale() == "log" else ""
     axes.set_ylabel(spec.y_label + scale, fontsize=8.5)
     notes = [_seeds_note(points, len(points) - len(shown))]
-    notes += [f"grey lines: equal l1_alpha; {l1_note}"] if on_grid else []
+    notes += [f"grey lines: equal l1_alpha; {l1_note}"] if of_grid else []
     notes += [_ablation_note(rows)] if spec.column == "ce_recovered" else []
     _head(axes, spec.title, notes)
     return figure
@@ -125,14 +126,14 @@ def _draw_lines(axes: Axes, lines: dict[tuple, list[dict]], size: str) -> None:
     labels = ratio_labels(tuple(ratio for ratio, _ in sizes), [n_dict for _, n_dict in sizes])
     several = len({arch for arch, *_ in lines}) > 1
     for (arch, *of_size), line in lines.items():
-        i = sizes.index(tuple(of_size))
-        colour = COLOURS[list(FAMILIES).index(arch)] if several else _colours(len(sizes))[i]
+        i, family = sizes.index(tuple(of_size)), TRAINED.index(arch.removesuffix(FROZEN))
+        colour = COLOURS[family] if several else _colours(len(sizes))[i]
         axes.errorbar(
             [p["l0"] for p in line], [p["mean"] for p in line],
             yerr=[p["std"] or 0.0 for p in line] if any(p["std"] for p in line) else None,
             label=f"{arch}, {labels[i]}" if several else labels[i], color=colour,
             marker=MARKERS[i % len(MARKERS)] if several else "o", markersize=3.5, linewidth=1.4,
-            elinewidth=0.8, zorder=3,
+            linestyle=(0, (4, 2)) if FAMILIES[arch].frozen else "-", elinewidth=0.8, zorder=3,
         )  # fmt: skip
     if lines:
         title = "family, " * several + f"{size}\n(n_dict)"

@@ -31,7 +31,7 @@ from sparse_coding.sae.exported import EXPORTERS
 from sparse_coding.sae.families import FAMILIES
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae
 from sparse_coding.sweep.cells import sae_folder
-from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap
+from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap, on_grid
 
 SHOWN = "shown.json"  # the choice behind what the folder shows
 TITLE = "Sparse autoencoders on a language model"
@@ -216,10 +216,10 @@ def draw_figures(
         densities: (n_dict,) of each cell, the share of n_tokens tokens on which a feature fires
         l1_note: how the L1 term of the loss is normalised
     """
-    on_grid = [row for row in rows if row["target_l0"] is None]  # of relu alone
+    of_grid = [row for row in rows if on_grid(row)]
     paths = write_figures(
         folder,
-        on_grid,
+        of_grid,
         _heatmaps(list(densities)),
         x_label=f"l1_alpha; {l1_note}",
         y_label="expansion_factor",

@@ -6,7 +6,7 @@ SAESpec leaves them free; x is scaled to a mean square norm of 1 where a constan
 value of an activation or code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = tuple[str, int]  # name of a family, n_dict: on what an autoencoder's memory depends
@@ -27,6 +27,7 @@ class Family:
     nested: the loss sums the errors of x_hat from the first features alone, for several prefixes
     aux: features that have not fired for long learn to reconstruct what x_hat leaves over
     through_input: the straight-through gradient of thresholds goes to pre-activations as well
+    frozen: rows of W_dec stay the random ones that they start as; a baseline
     """
 
     selection: Selection
@@ -34,6 +35,7 @@ class Family:
     nested: bool = False
     aux: bool = False
     through_input: bool = False
+    frozen: bool = False
 
     @property
     def has_k(self) -> bool:
@@ -46,7 +48,7 @@ class Family:
         return {"relu": "standard", "topk": "topk"}.get(self.selection, "jumprelu")
 
 
-FAMILIES: dict[Arch, Family] = {
+FAMILIES: dict[str, Family] = {
     # Sharkey, Braun, Millidge 2022; unit rows: Bricken et al. 2023, Towards Monosemanticity
     "relu": Family("relu", "l1"),
     # Karvonen et al. 2024, https://arxiv.org/abs/2408.00113
@@ -62,6 +64,10 @@ FAMILIES: dict[Arch, Family] = {
     # Bussmann et al. 2025, https://arxiv.org/abs/2503.17547
     "matryoshka": Family("batchtopk", nested=True, aux=True),
 }
+TRAINED = tuple(FAMILIES)
+FROZEN = "_frozen"  # what the names of the baselines end with
+# Korznikov et al. 2026, https://arxiv.org/abs/2602.14111
+FAMILIES |= {f"{name}{FROZEN}": replace(FAMILIES[name], frozen=True) for name in TRAINED}
 # of n_dict; the last is the whole. SynthSAEBench's 128, 512, 2048 of 4096 (arXiv 2602.14687)
 PREFIXES = (1 / 32, 1 / 8, 1 / 2, 1.0)
 MOST_PREFIXES = 8  # for which memory is planned

@@ -214,8 +214,10 @@ class Stack:
             self._add_auxiliary_(kept, dead, delta, errors[-1])
         self._set_encoder_gradients_(x, delta, errors[0])
         self.adam.param_groups[0]["lr"] = self.lr * factors.lr
+        if self.family.frozen:
+            self.W_dec.grad.zero_()
         self.adam.step()
-        if self.unit_rows:
+        if self.unit_rows and not self.family.frozen:
             normalize(self.W_dec, dim=2, out=self.W_dec)
         if self.threshold is not None:
             self.threshold.clamp_(min=0)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sparse_coding.config import UserError, given_flags, named_seed, require, require_flag
-from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
+from sparse_coding.sae.families import FAMILIES, FROZEN, MOST_PREFIXES, Kind
 
 if TYPE_CHECKING:
     from sparse_coding.sae.ensemble import Ensemble
@@ -86,6 +86,7 @@ class Families:
     arch: tuple[str, ...]
     target_l0: tuple[int, ...]
     prefixes: tuple[float, ...]
+    baseline: str = "none"
 
     def __post_init__(self) -> None:
         """Raises UserError for a flag out of its range."""
@@ -134,9 +135,12 @@ class Families:
                 f"smallest {cell.arch}: lower it, or raise the low end of the sizes",
             )
         order = {name: i for i, name in enumerate(self.arch)}
-        return sorted(
-            on_grid + asked, key=lambda c: (c.seed, c.size_exp, order[c.arch], c.sparsity)
-        )
+        cells = on_grid + asked
+        cells.sort(key=lambda c: (c.seed, c.size_exp, order[c.arch], c.sparsity))
+        if self.baseline == "none":
+            return cells
+        frozen = [replace(cell, arch=f"{cell.arch}{FROZEN}") for cell in cells]
+        return sorted(cells + frozen, key=lambda cell: cell.seed)  # stable
 
 
 def asked_and_found(cell: Cell, ensemble: "Ensemble", i: int, l1_normalisation: str) -> dict:
@@ -159,6 +163,11 @@ def asked_of(row: dict) -> str:
     """What was asked of the cell of a row, in words: its family and sparsity."""
     wanted = f"l0 {row['target_l0']}" if row["target_l0"] else f"l1_alpha {row['l1_alpha']:.3g}"
     return f"{row['arch']}, {wanted}"
+
+
+def on_grid(row: dict) -> bool:
+    """Whether the cell of a row is on relu's grid of l1_alpha, as heat-maps show it."""
+    return row["arch"] == "relu" and row["target_l0"] is None
 
 
 def gap(rows: list[dict]) -> str:

@@ -51,7 +51,8 @@ WRITTEN = (
 # constants that matter while something is trained
 MACHINE = {"device_type", "precision", "stdlib_files"}
 RENAMED = {"learning_rate": "lr"}  # constants of older folders
-ADDED = {"arch": ["relu"], "target_l0": [], "prefixes": list(PREFIXES)}  # since, as they were
+ADDED = {"arch": ["relu"], "target_l0": [], "prefixes": list(PREFIXES),
+         "baseline": "none"}  # since, as they were  # fmt: skip
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
 

@@ -10,7 +10,7 @@ from sparse_coding.figures.frontier import FrontierSpec, draw_frontier, frontier
 from sparse_coding.figures.heatmap import HeatmapSpec
 from sparse_coding.figures.report import write_figure, write_figures, write_report
 from sparse_coding.files import Damaged, read_tensors, write_tensors
-from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap
+from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap, on_grid
 from sparse_coding.sweep.metrics import ceiling_mmcs, chance_mmcs
 from sparse_coding.toy.data import ToyData, make_world
 
@@ -114,12 +114,12 @@ def draw(
 
     context: what was run, for the report
     """
-    on_grid = [row for row in rows if row["target_l0"] is None]  # of relu alone
-    sizes = sorted({row["n_dict"] for row in on_grid})
-    maps, frontiers = FIGURES if on_grid else (), FRONTIERS if len(on_grid) < len(rows) else ()
+    of_grid = [row for row in rows if on_grid(row)]
+    sizes = sorted({row["n_dict"] for row in of_grid})
+    maps, frontiers = FIGURES if of_grid else (), FRONTIERS if len(of_grid) < len(rows) else ()
     figures = write_figures(
         folder,
-        on_grid,
+        of_grid,
         maps,
         x_label=f"l1_alpha; L1 term of the loss: {L1_TERMS[l1_normalisation]}",
         y_label="dict_ratio",
@@ -163,7 +163,7 @@ def verdict(rows: list[dict]) -> str:
         f"{best['dict_ratio']:g} (n_dict {best['n_dict']}): {best['n_recovered']} true features "
         f"recovered (cosine similarity above 0.9), {best['n_dead']} dead, l0 {best['l0']:.1f}."
     )
-    steps = dict(_grid_steps_between_peaks([row for row in rows if row["target_l0"] is None]))
+    steps = dict(_grid_steps_between_peaks([row for row in rows if on_grid(row)]))
     if steps:
         listed = ", ".join(f"{n} at dict_ratio {ratio:g}" for ratio, n in steps.items())
         points = "points" if all(n <= 1 for n in steps.values()) else "does not point"

@@ -123,6 +123,13 @@ def test_families_have_a_colour_each_and_sizes_a_marker():
     assert "grey lines" not in "\n".join(texts(draw(FAMILIES[:5])))  # of l1_alpha: none
 
 
+def test_a_frozen_decoder_has_the_colour_of_its_family_dashed():
+    rows = [asked("topk", 16, 1.0, 16.0, 0.02), asked("topk_frozen", 16, 1.0, 16.0, 0.3)]
+    bars = [bar.lines[0] for bar in draw(rows).axes[0].containers]
+    assert bars[0].get_color() == bars[1].get_color()
+    assert [bar.get_linestyle() for bar in bars] == ["-", "--"]
+
+
 def test_the_size_of_a_toy_run_is_the_dict_ratio():
     rows = [r | {"dict_ratio": r["expansion_factor"], "expansion_factor": None} for r in ROWS]
     assert frontier_csv(rows, "fvu", "dict_ratio").startswith("arch,dict_ratio,n_dict")

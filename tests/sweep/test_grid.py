@@ -249,3 +249,13 @@ def test_what_makes_sense_is_not():
     families("relu", "topk").require_used(["--l1-exp-low", "-8", "--seed", "1"])
     families("relu", "matryoshka").require_used(["--prefixes", "0.5", "1"])
     assert asked(families("jumprelu", target_l0=(9,))) == [(0, 8, "jumprelu", 5, 9)]  # no k
+
+
+def test_a_baseline_stands_beside_each_cell_after_those_of_its_seed():
+    of = Families(("topk", "relu"), (), PREFIXES, "frozen-decoder")
+    cells = of.cells(make_grid(8, seeds=range(2), l1_exps=range(1), size_exps=range(1)),
+                     start=5, default_l0=(3,))  # fmt: skip
+    names = ["topk", "relu", "topk_frozen", "relu_frozen"]
+    assert [(c.seed, c.arch) for c in cells] == [(s, name) for s in range(2) for name in names]
+    assert [c.sparsity for c in cells[:4]] == [(3, 0), (0, 0)] * 2
+    assert cells[3].name == "seed0_dict000008_relu_frozen_l1exp+00"

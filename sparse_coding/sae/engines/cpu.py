@@ -81,6 +81,7 @@ class Sae(NamedTuple):
     selection: int
     penalty: int
     through_input: bool
+    frozen: bool
     aux: bool
     k: float  # per sample
     dead_steps: int
@@ -449,6 +450,7 @@ def views(stack: Stack) -> list[Sae]:
         selection=get_args(Selection).index(family.selection),
         penalty=get_args(Penalty).index(family.penalty),
         through_input=family.through_input,
+        frozen=family.frozen,
         aux=family.aux,
         dead_steps=stack.dead_steps,
     )

@@ -157,8 +157,9 @@ def rest(sae, f, numbers):
         adam_without_gradient_(sae.threshold[s], sae.threshold_m[s], sae.threshold_v[s], numbers)
         sae.threshold[f] = F0 if sae.threshold[f] < F0 else sae.threshold[f]
     adam_without_gradient_(sae.W_enc[f], sae.W_enc_m[f], sae.W_enc_v[f], numbers)
-    adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
-    scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
+    if not sae.frozen:
+        adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
+        scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
 
 
 @kernel
@@ -202,8 +203,9 @@ def fired(sae, f, d_biases, d_enc, d_dec, off, numbers):
         adam_(sae.threshold[s], sae.threshold_m[s], sae.threshold_v[s], d_threshold, numbers)
         sae.threshold[f] = F0 if sae.threshold[f] < F0 else sae.threshold[f]
     adam_(W_enc, sae.W_enc_m[f], sae.W_enc_v[f], d_enc, numbers)
-    adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
-    scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
+    if not sae.frozen:
+        adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
+        scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
 
 
 @kernel
