@@ -85,8 +85,10 @@ def ours(arch: str, cfg: Config, xs: Tensor) -> Step:
             b_enc.fill_(-smallest if stack.threshold is None else stack.threshold[0, 0] - smallest)
 
     def step(_: int) -> None:
-        stack.silent[:, : cfg.n_dead] = 10**6
-        ensemble.steps_(xs)
+        at_a_time = 1 if cfg.n_dead else len(xs)  # who fires is dead no longer
+        for some in xs.split(at_a_time):
+            stack.silent[:, : cfg.n_dead] = 10**6
+            ensemble.steps_(some)
 
     return step
 
