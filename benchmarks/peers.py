@@ -1,5 +1,7 @@
-"""Training loops of others, for toy_speed.py: each returns a function that makes n steps on xs."""
+"""Training loops of others. For toy_speed.py: each returns a function that makes n steps on xs; for
+family_speed.py: each returns a function that makes the i-th step, on x."""
 
+import importlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -79,3 +81,77 @@ class _Quiet:
 
 OTHERS = {"loop of 2023": loop_2023, "dictionary_learning": dictionary_learning,
           "sae_lens": sae_lens}  # fmt: skip
+
+
+def _lens_family(arch: str, **settings: object) -> Callable:
+    """A trainer of SAELens's class of that name, with the settings of its own trainer."""
+
+    def trainer(width: int, n_dict: int, k: int, n_dead: int) -> Callable[[int, Tensor], None]:
+        import sae_lens
+        from sae_lens.saes.sae import TrainStepInput
+
+        cls, config = (getattr(sae_lens, f"{arch}TrainingSAE{end}") for end in ("", "Config"))
+        sae = cls(
+            config(d_in=width, d_sae=n_dict, **({"k": k} if "TopK" in arch else {}), **settings)
+        )
+        adam = torch.optim.Adam(sae.parameters(), lr=3e-4)
+        dead = torch.arange(n_dict) < n_dead
+
+        def step(i: int, x: Tensor) -> None:
+            of_step = TrainStepInput(
+                sae_in=x,
+                coefficients={"l1": 2.0, "l0": 2.0},
+                dead_neuron_mask=dead,
+                n_training_steps=i,
+                is_logging_step=False,
+            )
+            adam.zero_grad()
+            loss = sae.training_forward_pass(of_step).loss
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+                nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+                adam.step()
+
+        return step
+
+    return trainer
+
+
+def _dl_family(module: str, cls: str, **settings: object) -> Callable:
+    """A trainer of dictionary_learning."""
+
+    def trainer(width: int, n_dict: int, k: int, n_dead: int) -> Callable[[int, Tensor], None]:
+        found = importlib.import_module(f"dictionary_learning.trainers.{module}")
+        options = dict(steps=10**6, activation_dim=width, dict_size=n_dict, layer=0, lm_name="none")
+        one = getattr(found, cls)(**options, device="cpu", warmup_steps=10, k=k, **settings)
+
+        def step(i: int, x: Tensor) -> None:
+            one.num_tokens_since_fired[:n_dead] = 10**9
+            one.update(i, x)
+
+        return step
+
+    return trainer
+
+
+PREFIXES = [128, 512, 2048]  # of 4096
+FAMILIES_OF = {  # package -> family -> function of (width, n_dict, k, dead features)
+    "sae_lens": {
+        "relu": _lens_family("Standard", l1_coefficient=2.0),
+        "topk": _lens_family("TopK"),
+        "batchtopk": _lens_family("BatchTopK"),
+        "jumprelu": _lens_family("JumpReLU"),
+        "matryoshka": _lens_family(
+            "MatryoshkaBatchTopK", matryoshka_widths=PREFIXES, use_matryoshka_aux_loss=True
+        ),
+    },
+    "dictionary_learning": {
+        "topk": _dl_family("top_k", "TopKTrainer"),
+        "batchtopk": _dl_family("batch_top_k", "BatchTopKTrainer"),
+        "matryoshka": _dl_family(
+            "matryoshka_batch_top_k",
+            "MatryoshkaBatchTopKTrainer",
+            group_fractions=[1 / 32, 3 / 32, 3 / 8, 1 / 2],
+        ),
+    },
+}

@@ -40,7 +40,7 @@ MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 ho
 MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then signals are seen
 # Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.40 to 0.45)
 DENSITY = 0.4
-SAID_AFTER = 3.0  # seconds
+SAID_AFTER = 6.0  # seconds; loading them takes two
 ONE_THREAD = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")  # functions of libtorch
 TILE = 128  # features: a tile's codes and gradients (128 KB each at 256) stay in L2
 GROUP = 4  # least number of features of which topk keeps a maximum
@@ -191,7 +191,7 @@ def kernels_compile() -> bool:
     from numba.core.errors import NumbaError
 
     try:
-        with _said_if_slow("compiling the CPU kernels, once on this machine: up to a minute"):
+        with _said_if_slow("compiling the CPU kernels, once on this machine: some 45 s"):
             folder = kernels_missing_in()
             if folder:
                 with held(folder / "lock"):  # of several processes one compiles

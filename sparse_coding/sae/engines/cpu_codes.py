@@ -9,10 +9,9 @@
 **Selection of the k largest sorts nothing.** Positive floats are ordered as the integers of their
 bits (KEY), so the k-th largest of many is found by bisection, counting how many reach a value. It
 is sought among few candidates: for batchtopk the codes above a hint (HINT of what the last batch
-selected); for topk those above the k-th largest of the sample's maxima over groups of features,
-which k codes at least reach. Where candidates do not do (the first step, a hint too high, codes
-that are many times equal) all codes are gone through: slower, with the same result, since what is
-selected follows from the codes alone.
+selected); for topk those from the k-th largest of the sample's maxima over groups of features on.
+Where candidates do not do (the first step, a hint too high, codes that are many times equal) all
+codes are gone through: slower, with the same result, which follows from the codes alone.
 """
 
 from functools import partial
@@ -128,60 +127,63 @@ def relu_(codes, bias):
 
 
 @kernel
-def jump_(codes, bias, threshold, window):
-    """codes of a feature = those of codes + bias above 0 and the threshold; lists the samples in
-    the threshold's window. Returns how many codes are above 0 (or NaN), and how many in it."""
-    batch, half, n, k = codes.shape[0], np.float32(BANDWIDTH / 2), np.int32(0), 0
-    for first in range(0, batch, RUN):
+def jump_(sae, work, f, bias):
+    """Codes of a feature that are above 0 and its threshold; lists the samples in its window."""
+    codes, window, threshold = work.codes[f], work.window[f], sae.threshold[f]
+    half, n, k = np.float32(BANDWIDTH / 2), np.int32(0), np.int32(0)
+    for first in range(0, codes.shape[0], RUN):
         run, within = codes[first : first + RUN], np.int32(0)
         for b in range(run.shape[0]):
             run[b] += bias
             within += np.int32(abs(run[b] - threshold) < half)
-        if within:
-            for b in range(run.shape[0]):
-                if abs(run[b] - threshold) < half:
-                    window[k] = first + b
-                    k += 1
+        for b in range(run.shape[0] if within else 0):
+            if abs(run[b] - threshold) < half:
+                window[k] = first + b
+                k += 1
         for b in range(run.shape[0]):
             c = run[b]
             c = F0 if c <= F0 or c <= threshold else c
             run[b] = c
             n += np.int32(c != F0)
-    return n, k
+    work.count[f], work.n_window[f] = n, k
 
 
 @kernel
-def list_(codes, where, floor):
-    """where = indices of codes above a floor (or NaN), ascending; how many."""
+def list_(codes, where):
+    """where = indices of codes that are not 0, ascending."""
     batch, k = codes.shape[0], 0
     runs = batch - batch % RUN
     for first in range(0, runs, RUN):
         run, n = codes[first : first + RUN], np.int32(0)
         for b in range(RUN):
-            n += np.int32(not run[b] <= floor)
+            n += np.int32(run[b] != F0)
         if n:
             for b in range(RUN):
                 where[k] = first + b
-                k += np.int64(not run[b] <= floor)
+                k += np.int64(run[b] != F0)
     for b in range(runs, batch):
-        if not codes[b] <= floor:
+        if codes[b] != F0:
             where[k] = b
             k += 1
-    return k
 
 
 @kernel
 def list_from_(bits, where, limit):
     """where = samples whose limit the keys of a feature reach, ascending; how many."""
     batch, k = bits.shape[0], 0
-    for first in range(0, batch, RUN):
+    runs = batch - batch % RUN
+    for first in range(0, runs, RUN):
         run, least, n = bits[first : first + RUN], limit[first : first + RUN], np.int32(0)
-        for b in range(run.shape[0]):
+        for b in range(RUN):
             n += np.int32((run[b] & KEY) >= least[b])
         if n:
-            for b in range(run.shape[0]):
+            for b in range(RUN):
                 where[k] = first + b
                 k += np.int64((run[b] & KEY) >= least[b])
+    for b in range(runs, batch):
+        if (bits[b] & KEY) >= limit[b]:
+            where[k] = b
+            k += 1
     return k
 
 
@@ -201,10 +203,7 @@ def kth(keys, k):
     while high - low > 1:
         middle = np.int32(low + (high - low) // 2)
         n = reached(keys, middle)
-        if n >= k:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if n >= k else (low, middle)
         if n == k:
             break
     least, low = KEY, max(low, np.int32(1))
@@ -253,8 +252,7 @@ def _count_reached(bits, n_rows, least, n):
 @kernel
 def keep_(bits, limit, room, each):
     """Sets codes of a feature to 0 that are below their sample's limit; of those at it the first
-    stay, as far as there is room. How many stay. each: 1 if each sample has room of its own, or 0.
-    """
+    stay while there is room (each: 1 if each sample has its own, or 0). How many stay."""
     n, ties = np.int32(0), np.int32(0)
     for b in range(bits.shape[0]):
         key = bits[b] & KEY
@@ -292,9 +290,8 @@ def keep_listed_(bits, where, limit, room, each):
 
 @kernel
 def group_of(sae, n_dict):
-    """Features in a group of topk's maxima: three groups at least for each of the k codes, so that
-    the largest are hardly ever in the same; a part of a tile. 0 where the dictionary is too small.
-    """
+    """Features in a group of topk's maxima, a part of a tile: so many that there are three groups
+    for each of the k codes, which are hardly ever in the same then. 0: too small a dictionary."""
     size = GROUP
     while size < TILE // 2 and 2 * size * 3 * sae.k <= n_dict:
         size *= 2
@@ -304,10 +301,12 @@ def group_of(sae, n_dict):
 @kernel
 def encode(sae, work, x, span):
     """Codes of a span of tiles, before a k selects; lists as far as they are likely needed."""
-    n_dict, batch, start, total = sae.b_enc.shape[0], x.shape[0], span[0] * TILE, 0
-    group, n_dead = group_of(sae, n_dict) if sae.selection == TOPK else 0, 0
+    n_dict, start, total = sae.b_enc.shape[0], span[0] * TILE, 0
+    group, n_dead = group_of(sae, n_dict) if sae.selection == TOPK else 0, np.int64(0)
     for f in range(start if sae.aux else 0):
         n_dead += sae.silent[f] >= sae.dead_steps
+    if sae.selection == BATCHTOPK:
+        fill_(work.limit_value, sae.hint[0])  # threads that share it write the same
     for t in range(start, min(span[1] * TILE, n_dict), TILE):
         e = min(t + TILE, n_dict)
         gemm(False, True, sae.W_enc[t:e], x, work.codes[t:e])
@@ -316,26 +315,32 @@ def encode(sae, work, x, span):
             if sae.b_dec.shape[0]:
                 bias -= dot(sae.W_enc[f], sae.b_dec)
             if sae.selection == JUMP:
-                work.count[f], work.n_window[f] = jump_(
-                    work.codes[f], bias, sae.threshold[f], work.window[f]
-                )
+                jump_(sae, work, f, bias)
             else:
                 work.count[f] = relu_(work.codes[f], bias)
             if sae.aux:
                 n_dead = set_aside(sae, work, f, n_dead)
+            if sae.selection == TOPK or sae.selection == BATCHTOPK:
+                take_candidates(sae, work, f, group)
+                continue
             total += work.count[f]
-            if sae.selection == TOPK:
-                if group:
-                    raise_(work.maxima, work.bits, f, group, batch)
-            elif sae.selection == BATCHTOPK:
-                work.listed[f] = sae.hint[0] > F0
-                if work.listed[f]:
-                    work.count[f] = list_(work.codes[f], work.where[f], sae.hint[0])
-            else:
-                # listed while in the cache, but not where it looks as if the step will be dense
-                work.listed[f] = total * n_dict <= work.value.shape[0] * (f - start + 1)
-                if work.listed[f] and work.count[f]:
-                    list_(work.codes[f], work.where[f], F0)
+            # listed while in the cache, but not where it looks as if the step will be dense
+            work.listed[f] = total * n_dict <= work.value.shape[0] * (f - start + 1)
+            if work.listed[f] and work.count[f]:
+                list_(work.codes[f], work.where[f])
+
+
+@kernel
+def take_candidates(sae, work, f, group):
+    """Of a feature: for batchtopk those from the hint on, for topk maxima of its group."""
+    batch = work.codes.shape[1]
+    if sae.selection == BATCHTOPK:
+        work.listed[f] = sae.hint[0] > F0
+        if work.listed[f]:
+            row = work.bits[f * batch : (f + 1) * batch]
+            work.count[f] = list_from_(row, work.where[f], work.limit)
+    elif group:
+        raise_(work.maxima, work.bits, f, group, batch)
 
 
 @kernel
@@ -345,11 +350,10 @@ def set_aside(sae, work, f, n_dead):
     if sae.silent[f] < sae.dead_steps:
         return n_dead
     work.dead_row[f] = n_dead
-    codes, W_dec = work.aux[n_dead], work.aux_dec[n_dead]
-    for b in range(codes.shape[0]):
-        codes[b] = work.codes[f, b]
-    for j in range(W_dec.shape[0]):
-        W_dec[j] = sae.W_dec[f, j]
+    for b in range(work.codes.shape[1]):
+        work.aux[n_dead, b] = work.codes[f, b]
+    for j in range(sae.W_dec.shape[1]):
+        work.aux_dec[n_dead, j] = sae.W_dec[f, j]
     return n_dead + 1
 
 
@@ -370,8 +374,8 @@ def bound(sae, work):
     """work.limit: of each sample what at least k codes reach, or 1."""
     n_dict, batch = work.codes.shape
     group = group_of(sae, n_dict)
-    if group:
-        kth_of_samples(work.maxima, -(-n_dict // group), int(sae.k), ROUNDS, work)
+    if group > 0:
+        kth_of_samples(work.maxima, -(-n_dict // group), np.int64(sae.k), np.int64(ROUNDS), work)
         for b in range(batch):
             work.limit[b] = max(work.limit[b], 1)
 
@@ -393,13 +397,12 @@ def select(sae, work):
     """Codes that a k selects: `where` and `count` have them alone. Where candidates do not do,
     codes that are not selected become 0."""
     n_dict, batch = work.codes.shape
-    each = 1 if sae.selection == TOPK else 0
+    each = np.int64(sae.selection == TOPK)
     k = int(sae.k) if each else int(sae.k * batch)
-    most = k * batch if each else k
-    few = most <= work.value.shape[0] and work.listed[0]
+    few = work.listed[0] and (k * batch if each else k) <= work.value.shape[0]
     few = few and (limits_by_sample(work, k) if each else limit_of_batch(work, k))
     if each and not few:
-        kth_of_samples(work.bits, n_dict, k, 31, work)
+        kth_of_samples(work.bits, n_dict, k, np.int64(31), work)
     elif not few:
         work.limit[0], work.room[0] = kth(work.bits, k)
     if not each:
@@ -408,10 +411,10 @@ def select(sae, work):
         bits, where = work.bits[f * batch : (f + 1) * batch], work.where[f]
         work.listed[f] = few
         if few:
-            n = keep_listed_(bits, where[: work.count[f]], work.limit, work.room, each)
+            where = where[: work.count[f]]
+            work.count[f] = keep_listed_(bits, where, work.limit, work.room, each)
         else:
-            n = keep_(bits, work.limit, work.room, each)
-        work.count[f] = n
+            work.count[f] = keep_(bits, work.limit, work.room, each)
 
 
 @kernel
@@ -477,20 +480,20 @@ def choose_auxiliary(sae, work):
     for b in range(batch):
         most = max(most, work.room[b])
     if most > k:
-        kth_of_samples(work.aux_bits, n_dead, k, 31, work)
+        kth_of_samples(work.aux_bits, n_dead, k, np.int64(31), work)
     else:
         fill_(work.limit, 0)
     for d in range(n_dead):
         bits = work.aux_bits[d * batch : (d + 1) * batch]
-        work.aux_count[d] = keep_(bits, work.limit, work.room, 1)
+        work.aux_count[d] = keep_(bits, work.limit, work.room, np.int64(1))
 
 
 @kernel
 def note_silence(sae, work):
     """How long each feature has been silent, and how many dead ones fired."""
+    n_revived = np.int64(0)
     for f in range(work.count.shape[0]):
-        if work.count[f]:
-            sae.n_revived[0] += sae.silent[f] >= sae.dead_steps
-            sae.silent[f] = 0
-        else:
-            sae.silent[f] += 1
+        silent = sae.silent[f]
+        n_revived += np.int64(work.count[f] > 0 and silent >= sae.dead_steps)
+        sae.silent[f] = 0 if work.count[f] else silent + 1
+    sae.n_revived[0] += n_revived

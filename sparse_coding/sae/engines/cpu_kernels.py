@@ -231,7 +231,7 @@ def adapt_l1(sae, work, numbers, total):
 @kernel
 def choose(sae, work, numbers):
     """Whether this step is sparse: then codes are sorted by sample."""
-    batch, total = work.codes.shape[1], 0
+    batch, total = work.codes.shape[1], np.int64(0)
     work.n_dead[0] = 0
     if sae.selection == TOPK or sae.selection == BATCHTOPK:
         select(sae, work)
@@ -249,7 +249,7 @@ def choose(sae, work, numbers):
     fill_(start, 0)
     for f in range(work.count.shape[0]):
         if not work.listed[f]:
-            list_(work.codes[f], work.where[f], F0)
+            list_(work.codes[f], work.where[f])
         for k in range(work.count[f]):
             start[work.where[f, k] + 2] += 1
     for b in range(2, batch + 2):
@@ -267,54 +267,54 @@ def choose(sae, work, numbers):
 def decode(sae, work, x, span):
     """g of each band and g_aux, for a span of blocks."""
     batch, h = x.shape
-    sparse, scale = work.sparse[0], np.float32(2.0 / (batch * h))
+    sparse, n_bands, scale = work.sparse[0], sae.bands.shape[0], np.float32(2.0 / (batch * h))
     for t in range(span[0] * BLOCK, min(span[1] * BLOCK, batch), BLOCK):
         e, first = min(t + BLOCK, batch), 0
-        for level in range(0 if sparse else sae.bands.shape[0]):
-            end = sae.bands[level]
+        for band in range(0 if sparse else n_bands):
+            end = sae.bands[band]
             codes, W_dec = work.codes[first:end, t:e], sae.W_dec[first:end]
-            gemm(True, False, codes, W_dec, work.g[level, t:e])
+            gemm(True, False, codes, W_dec, work.g[band, t:e])
             first = end
         for b in range(t, e):
-            errors(sae, work, x[b], b, scale)
-        if work.n_dead[0]:
-            n, g, g_aux = work.n_dead[0], work.g[sae.bands.shape[0] - 1], work.g_aux
-            gemm(True, False, work.aux[:n, t:e], work.aux_dec[:n], g_aux[t:e])
-            for b in range(t, e):  # what the dead leave of −e = g · batch · h/2
+            xb, p = x[b], work.start[b]
+            for band in range(n_bands):  # x_hat of each prefix
+                g = work.g[band, b]
+                if sparse:
+                    ends = work.start[b + 1], sae.bands[band]
+                    p = sum_rows_(g, sae.W_dec, work.feature, work.value, p, ends)
+                if band:
+                    add_(g, work.g[band - 1, b])
+                    continue
                 for j in range(h):
-                    g_aux[b, j] = np.float32(AUX) * (g_aux[b, j] * scale + g[b, j])
+                    g[j] -= xb[j]
+                if sae.b_dec.shape[0]:
+                    add_(g, sae.b_dec)
+            for band in range(n_bands):
+                scale_(work.g[band, b], scale)
+            for band in range(n_bands - 2, -1, -1):
+                add_(work.g[band, b], work.g[band + 1, b])
+        if work.n_dead[0]:
+            decode_dead(work, n_bands, (t, e), scale)
 
 
 @kernel
-def errors(sae, work, x, b, scale):
-    """g of sample b for each band; in a dense step from what the bands alone add up to."""
-    n, p = sae.bands.shape[0], work.start[b]
-    for level in range(n):
-        g = work.g[level, b]
-        if work.sparse[0]:
-            p = sum_rows_(g, sae.W_dec, work, (p, work.start[b + 1]), sae.bands[level])
-        if level:
-            add_(g, work.g[level - 1, b])
-            continue
-        for j in range(g.shape[0]):
-            g[j] -= x[j]
-        if sae.b_dec.shape[0]:
-            add_(g, sae.b_dec)
-    for level in range(n):
-        scale_(work.g[level, b], scale)
-    for level in range(n - 2, -1, -1):
-        add_(work.g[level, b], work.g[level + 1, b])
+def decode_dead(work, n_bands, span, scale):
+    """g_aux of a block of samples: what the dead leave of −e = g · batch · h/2."""
+    (t, e), n, g, g_aux = span, work.n_dead[0], work.g[n_bands - 1], work.g_aux
+    gemm(True, False, work.aux[:n, t:e], work.aux_dec[:n], g_aux[t:e])
+    for b in range(t, e):
+        for j in range(g.shape[1]):
+            g_aux[b, j] = np.float32(AUX) * (g_aux[b, j] * scale + g[b, j])
 
 
 @kernel
-def sum_rows_(out, W, work, span, band_end):
-    """out = Σ codes · rows of W, four at a time, for codes of a sample in work.feature and
-    work.value[first:end], as far as their features are below band_end; returns where that is."""
-    feature, value = work.feature, work.value
-    p, end = span
-    if band_end < W.shape[0]:
+def sum_rows_(out, W, feature, value, p, ends):
+    """out = Σ value · rows of W for the features of a sample from place p on, four at a time, as
+    far as they are of a band; returns where that is. ends: of the sample, and of the band."""
+    end = ends[0]
+    if ends[1] < W.shape[0]:
         end = p
-        while end < span[1] and feature[end] < band_end:
+        while end < ends[0] and feature[end] < ends[1]:
             end += 1
     fill_(out, F0)
     while p + 4 <= end:
