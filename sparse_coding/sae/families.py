@@ -28,6 +28,7 @@ class Family:
     aux: features that have not fired for long learn to reconstruct what x_hat leaves over
     through_input: the straight-through gradient of thresholds goes to pre-activations as well
     frozen: rows of W_dec stay the random ones that they start as; a baseline
+    lr: what of the learning rate that suits relu suits this family; measured, LOG.md
     """
 
     selection: Selection
@@ -36,6 +37,7 @@ class Family:
     aux: bool = False
     through_input: bool = False
     frozen: bool = False
+    lr: float = 1.0
 
     @property
     def has_k(self) -> bool:
@@ -52,17 +54,17 @@ FAMILIES: dict[str, Family] = {
     # Sharkey, Braun, Millidge 2022; unit rows: Bricken et al. 2023, Towards Monosemanticity
     "relu": Family("relu", "l1"),
     # Karvonen et al. 2024, https://arxiv.org/abs/2408.00113
-    "p_anneal": Family("relu", "lp"),
+    "p_anneal": Family("relu", "lp", lr=2),
     # Gao et al. 2024, https://arxiv.org/abs/2406.04093
-    "topk": Family("topk", aux=True),
+    "topk": Family("topk", aux=True, lr=2),
     # Bussmann, Leask, Nanda 2024, https://arxiv.org/abs/2412.06410
-    "batchtopk": Family("batchtopk", aux=True),
+    "batchtopk": Family("batchtopk", aux=True, lr=2),
     # Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435; here l0 is sought by the weight
-    "jumprelu": Family("jump", "l0_step"),
+    "jumprelu": Family("jump", "l0_step", lr=2),
     # Anthropic, January 2025, https://transformer-circuits.pub/2025/january-update
-    "jumprelu_tanh": Family("jump", "l0_tanh", through_input=True),
+    "jumprelu_tanh": Family("jump", "l0_tanh", through_input=True, lr=2),
     # Bussmann et al. 2025, https://arxiv.org/abs/2503.17547
-    "matryoshka": Family("batchtopk", nested=True, aux=True),
+    "matryoshka": Family("batchtopk", nested=True, aux=True, lr=2),
 }
 TRAINED = tuple(FAMILIES)
 FROZEN = "_frozen"  # what the names of the baselines end with
@@ -75,9 +77,10 @@ MOST_PREFIXES = 8  # for which memory is planned
 # smallest codes are so steep that rounding decides what a run of 200 steps gives (LOG.md)
 LP_EPS = 1e-2
 # Of the threshold's straight-through gradient: width of the window around it in which a
-# pre-activation tells how l0 and error change with it. Rajamanoharan et al.: 0.001, see LOG.md
-BANDWIDTH = 0.001
-THRESHOLD = 0.001  # at the start; Rajamanoharan et al.
+# pre-activation tells how l0 and error change with it; and the threshold at the start. Both ours:
+# Rajamanoharan et al. have 0.001, whose window is hit too rarely in short runs (LOG.md)
+BANDWIDTH = 0.03
+THRESHOLD = 0.03
 SLOPE = 4.0  # of tanh, times √width, for Anthropic's x has a mean square norm of its width
 AUX = 1 / 32  # weight of the auxiliary error; Gao et al.
 EMA = 0.01  # weight of a step in the mean of the smallest code chosen; as in SAELens

@@ -33,6 +33,7 @@ class SAESpec:
     arch: its family, a name in FAMILIES
     prefixes: of nested ones, shares of n_dict, ascending to 1
     unit_rows: rows of W_dec keep length 1; else they are free, see stack.py
+    lr_factor: of the ensemble's learning rate; the same for all of one family
     """
 
     n_dict: int
@@ -43,6 +44,7 @@ class SAESpec:
     arch: str = "relu"
     prefixes: tuple[float, ...] = PREFIXES
     unit_rows: bool = True
+    lr_factor: float = 1.0
 
     @property
     def seeks_l0(self) -> bool:

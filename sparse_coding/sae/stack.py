@@ -111,7 +111,8 @@ class Stack:
         project: bool = False,
         dead_steps: int = DEAD_STEPS,
     ):
-        self.specs, self.scratch, self.lr, self.project = specs, scratch, lr, project
+        self.specs, self.scratch, self.project = specs, scratch, project
+        self.lr = lr * specs[0].lr_factor
         self.n_dict, self.dead_steps = specs[0].n_dict, dead_steps
         self.family = FAMILIES[specs[0].arch]
         self.bands = bands(self.n_dict, specs[0].prefixes if self.family.nested else (1.0,))
@@ -133,7 +134,7 @@ class Stack:
         self.target_l0 = torch.tensor(sought, **to).view(-1, 1, 1)
         self.seeks_l0 = any(sought)
         self.smallest = torch.zeros(len(specs), **to)  # code chosen in a batch, a running mean
-        self.adam = _adam_in_place(self.parameters.values(), lr=lr, eps=eps)
+        self.adam = _adam_in_place(self.parameters.values(), lr=self.lr, eps=eps)
         # steps since a feature fired, as far as sparse kernels count them; no moments, no hurry
         of_features = {"dtype": torch.int32, "device": scratch.device}
         self.idle = torch.full(shape, DORMANT, **of_features)

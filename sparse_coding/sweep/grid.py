@@ -206,6 +206,7 @@ def specs_of(
             target_l0=cell.target_l0,
             arch=cell.arch,
             prefixes=prefixes,
+            lr_factor=FAMILIES[cell.arch].lr,
         )
         for cell in cells
     ]

@@ -376,13 +376,15 @@ class CpuEngine:
 
     def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
         """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
-        numbers, x = step_numbers(self.stacks[0], n_done, factors), xs.numpy()
+        of_stacks = [step_numbers(stack, n_done, factors) for stack in self.stacks]
+        numbers = [of_stacks[k] for k, stack in enumerate(self.stacks) for _ in stack.specs]
+        x = xs.numpy()
         if self.shared:
             for i in range(len(self.saes)):
-                self._together(i, x, numbers)
+                self._together(i, x, numbers[i])
         else:
             order = sorted(range(len(self.saes)), key=lambda i: -self.seconds[i])  # ends even
-            list(self.pool.map(lambda i: self._alone(i, x, numbers), order))
+            list(self.pool.map(lambda i: self._alone(i, x, numbers[i]), order))
         for stack in self.stacks:
             for state in stack.adam.state.values():
                 state["step"] += len(xs)
