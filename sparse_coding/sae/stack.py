@@ -111,9 +111,13 @@ class Stack:
         project: bool = False,
         dead_steps: int = DEAD_STEPS,
     ):
-        self.specs, self.scratch, self.project = specs, scratch, project
-        self.lr = lr * specs[0].lr_factor
-        self.n_dict, self.dead_steps = specs[0].n_dict, dead_steps
+        self.specs, self.scratch, self.project, self.dead_steps = (
+            specs,
+            scratch,
+            project,
+            dead_steps,
+        )
+        self.n_dict, self.lr = specs[0].n_dict, lr * specs[0].lr_factor
         self.family = FAMILIES[specs[0].arch]
         self.bands = bands(self.n_dict, specs[0].prefixes if self.family.nested else (1.0,))
         to = {"device": scratch.device, "dtype": scratch.dtype}

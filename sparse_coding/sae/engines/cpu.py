@@ -31,7 +31,7 @@ from torch import Tensor
 from sparse_coding.config import first_line
 from sparse_coding.files import held
 from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind, Penalty, Selection
-from sparse_coding.sae.spec import BETAS, PLACE, Factors, StepNumbers
+from sparse_coding.sae.spec import BETAS, PLACE, Factors, SAESpec, StepNumbers
 from sparse_coding.sae.stack import Scratch as StackScratch
 from sparse_coding.sae.stack import Stack
 
@@ -234,7 +234,6 @@ def kernels_missing_in() -> Path | None:
 def _zeros() -> tuple:
     """A smallest autoencoder and batch, as `steps` takes them."""
     from sparse_coding.sae.engines.cpu_kernels import ALL
-    from sparse_coding.sae.spec import SAESpec
 
     stack_scratch = StackScratch(torch.device("cpu"), torch.float32)
     (sae,) = views(Stack([SAESpec(8, 0.0, 0)], 8, lr=0.0, scratch=stack_scratch))
