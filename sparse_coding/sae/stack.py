@@ -111,12 +111,7 @@ class Stack:
         project: bool = False,
         dead_steps: int = DEAD_STEPS,
     ):
-        self.specs, self.scratch, self.project, self.dead_steps = (
-            specs,
-            scratch,
-            project,
-            dead_steps,
-        )
+        self.specs, self.scratch, self.project = specs, scratch, project
         self.n_dict, self.lr = specs[0].n_dict, lr * specs[0].lr_factor
         self.family = FAMILIES[specs[0].arch]
         self.bands = bands(self.n_dict, specs[0].prefixes if self.family.nested else (1.0,))
@@ -139,11 +134,15 @@ class Stack:
         self.seeks_l0 = any(sought)
         self.smallest = torch.zeros(len(specs), **to)  # code chosen in a batch, a running mean
         self.adam = _adam_in_place(self.parameters.values(), lr=self.lr, eps=eps)
+        self._start_counts(dead_steps)
+
+    def _start_counts(self, dead_steps: int) -> None:
+        self.dead_steps, shape = dead_steps, self.b_enc.shape
+        of_features = {"dtype": torch.int32, "device": self.scratch.device}
         # steps since a feature fired, as far as sparse kernels count them; no moments, no hurry
-        of_features = {"dtype": torch.int32, "device": scratch.device}
         self.idle = torch.full(shape, DORMANT, **of_features)
         self.silent = torch.zeros(shape, **of_features)  # steps since it fired, or since the start
-        self.n_revived = torch.zeros(len(specs), dtype=torch.int64, device=scratch.device)
+        self.n_revived = self.silent.new_zeros(shape[:1], dtype=torch.int64)
 
     @property
     def unit_rows(self) -> bool:
