@@ -69,7 +69,7 @@ class Config:
     n_page_tokens: int = 200_000  # held-out tokens for features.html
 
     # the grid: families x sparsity x expansion_factor = n_dict / width = 2^e; high ends exclusive
-    arch: tuple[Arch, ...] = ("relu",)  # families, of sparse_coding/sae/families.py
+    arch: tuple[Arch, ...] = ("batchtopk", "relu")  # families, of sparse_coding/sae/families.py
     target_l0: tuple[int, ...] = ()  # (): 16 32 64, but of relu a grid of l1_alpha = 10^(e/4):
     l1_exp_low: int | None = None  # both None: seven steps around an l0 of some 25, -22 to -16 at
     l1_exp_high: int | None = None  # gpt2's width of 3072, in proportion to 1/width elsewhere

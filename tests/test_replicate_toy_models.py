@@ -99,6 +99,11 @@ BAD_FLAGS = {
     "--verify --n-steps 100": ["--n-steps 100", "5000", "--verify"],
     "--verify --preset smoke": ["--verify", "--preset"],
     "--fresh --shard 1/2": ["--fresh", "shard"],
+    "--arch foo": ["'foo'", "--arch", "batchtopk"],
+    "--preset smoke --arch topk --target-l0 3 600": ["--target-l0 600", "32 features", "topk"],
+    "--arch topk --l1-exp-low -4": ["--l1-exp-low", "--arch relu"],
+    "--arch matryoshka --prefixes 0.5 0.25 1": ["--prefixes", "ascend"],
+    "--prefixes 0.5 1": ["--prefixes", "--arch matryoshka"],
 }
 
 

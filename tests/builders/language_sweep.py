@@ -22,8 +22,8 @@ LLAMA = dict(num_hidden_layers=2, intermediate_size=WIDTH)
 FAMILIES = {"gpt2": dict(n_layer=2, n_inner=WIDTH), "gpt_neox": LLAMA, "llama": LLAMA}
 PLACES = ("--output-dir", "run", "--activations-dir", "acts")
 TINY = (
-    f"--preset full --layer 1 --context-length {CONTEXT} --held-out 0.2 --n-tokens 12000 "
-    "--batch-size 64 --lm-batch-size 8 --n-eval-tokens 1000 --n-page-tokens 1000 "
+    f"--arch relu --preset full --layer 1 --context-length {CONTEXT} --held-out 0.2 "
+    "--n-tokens 12000 --batch-size 64 --lm-batch-size 8 --n-eval-tokens 1000 --n-page-tokens 1000 "
     "--l1-exp-low -8 --l1-exp-high -6 --expansion-exp-low -1 --expansion-exp-high 1 "
     "--wandb-mode disabled --log-every 10 --device cpu"
 ).split()
