@@ -154,6 +154,7 @@ def main(argv: list[str]) -> int:
     target, recipe = open_target_of(cfg, device)
     target.require_same_files(files)
     cells = grid_of(cfg).cells(target.site.width)
+    show.require_exportable(cells, cfg.export)
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     planned = dataclasses.replace(planned, origin=planned.origin | {"activations": target.metadata})
     with planned.opened(cells, shard, fresh=cfg.fresh):

@@ -472,7 +472,11 @@ def test_a_nanogpt_checkpoint_needs_only_the_bin_of_prepare(world, tmp_path):
     manifest = json.loads((tmp_path / "acts/manifest.json").read_text())["metadata"]
     assert (manifest["layer"], manifest["context_length"]) == (1, 32)
     assert manifest["tokenizer"] == "vocab:tokenizer.json"
-    exps = [round(4 * math.log10(float(row["l1_alpha"]))) for row in table(tmp_path / "run")]
+    rows = table(tmp_path / "run")  # the default: batchtopk at some l0s, relu on its grid
+    assert [(r["arch"], r["target_l0"]) for r in rows[:3]] == [
+        ("batchtopk", l0) for l0 in ("16", "32", "64")
+    ]
+    exps = [round(4 * math.log10(float(row["l1_alpha"]))) for row in rows[3:]]
     assert exps == list(range(-16, -9))
 
     checkpoint.rename(tmp_path / "models/other.pt")

@@ -23,7 +23,7 @@ from sparse_coding.sweep.grid import Cell, on_grid
 MAX_LABELLED = 6  # values of l1_alpha named in a frontier; more would touch
 MAX_PANELS = 6  # rows and columns of histograms that are still readable at WIDTH
 # of families, in the order of FAMILIES: Okabe and Ito's, which the colour-blind tell apart
-COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#F0E442", "#CC79A7", "#000000")
+COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#8C510A", "#CC79A7", "#000000")
 MARKERS = "osD^vP"  # of sizes, where colours are of families
 BIN = 0.25  # decades; in narrower bins the rare end (1, 2, 3 tokens) would have gaps
 
