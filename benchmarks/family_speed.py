@@ -6,7 +6,8 @@ step of one autoencoder, samples/s, how far the repeats lie apart, and ms of a c
 encoder's GEMM alone, the machine's sgemm peak, and how much of our step that GEMM is. All see the
 same random x of about length 1. Biases of families without a k are set so that L0 is k, and the
 learning rate is so small that it stays there. --n-dead: features that count as dead in all, so that
-the auxiliary loss is at work (as far as they have one).
+the auxiliary loss is at work (as far as they have one). "grid": four families at four l0 each, k/2
+to 4 k, in one ensemble; beside it, the best others' times added up.
 
     make .venv-peers/installed
     .venv-peers/bin/python benchmarks/family_speed.py --output results/DATE_family_speed.txt
@@ -34,10 +35,12 @@ from sparse_coding.files import write_atomic
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.families import FAMILIES, TRAINED
 from sparse_coding.sae.spec import SAESpec, Schedule
+from sparse_coding.sae.stack import Stack
 from sparse_coding.sweep.hardware import describe, set_precision
 
 CPU = torch.device("cpu")
 Step = Callable[[int], None]  # makes the i-th step
+GRID, OF_GRID, SHARES = "grid", ("relu", "topk", "batchtopk", "matryoshka"), (0.5, 1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,21 @@ def batches(cfg: Config) -> Tensor:
     return torch.randn(8, cfg.batch, cfg.width, generator=rng) / cfg.width**0.5
 
 
-def ours(arch: str, cfg: Config, xs: Tensor) -> Step:
-    """Steps of all autoencoders of a family, as many as there are batches."""
-    weight = 0.0 if FAMILIES[arch].has_k else 1e-6
-    specs = [
-        SAESpec(cfg.n_dict, weight, seed, tied=True, target_l0=cfg.k, arch=arch)
-        for seed in range(cfg.n_saes)
+def specs_of(asked: list[tuple[str, int]], cfg: Config) -> list[SAESpec]:
+    """asked: (family, l0) of each autoencoder"""
+    weight = {arch: 0.0 if FAMILIES[arch].has_k else 1e-6 for arch, _ in asked}
+    return [
+        SAESpec(cfg.n_dict, weight[arch], seed, tied=True, target_l0=l0, arch=arch)
+        for seed, (arch, l0) in enumerate(asked)
     ]
+
+
+def ours(asked: list[tuple[str, int]], cfg: Config, xs: Tensor) -> Step:
+    """Steps of all autoencoders asked for, as many as there are batches."""
     # lr rises so slowly, and l0 is sought so late, that nothing moves in this time
     schedule = Schedule(10**6, lr_warmup=10**6, l1_warmup=10**6, anneal=range(0, 10**6))
     ensemble = Ensemble(
-        specs,
+        specs_of(asked, cfg),
         cfg.width,
         lr=3e-4,
         device=CPU,
@@ -78,19 +85,25 @@ def ours(arch: str, cfg: Config, xs: Tensor) -> Step:
         project=True,
         schedule=schedule,
     )
-    (stack,) = ensemble.stacks
-    if not stack.family.has_k:
-        for pre, b_enc in zip(stack.encode(xs[0]), stack.b_enc, strict=True):
-            smallest = pre.flatten().topk(cfg.k * cfg.batch).values[-1]
-            b_enc.fill_(-smallest if stack.threshold is None else stack.threshold[0, 0] - smallest)
+    for stack in ensemble.stacks:
+        if not stack.family.has_k:
+            set_biases_(stack, xs[0])
 
     def step(_: int) -> None:
         at_a_time = 1 if cfg.n_dead else len(xs)  # who fires is dead no longer
         for some in xs.split(at_a_time):
-            stack.silent[:, : cfg.n_dead] = 10**6
+            for stack in ensemble.stacks:
+                stack.silent[:, : cfg.n_dead] = 10**6
             ensemble.steps_(some)
 
     return step
+
+
+def set_biases_(stack: Stack, x: Tensor) -> None:
+    """So that each has the l0 that is asked of it."""
+    for pre, b_enc, spec in zip(stack.encode(x), stack.b_enc, stack.specs, strict=True):
+        smallest = pre.flatten().topk(int(spec.target_l0 * len(x))).values[-1]
+        b_enc.fill_(-smallest if stack.threshold is None else stack.threshold[0, 0] - smallest)
 
 
 def theirs(of: str, arch: str, cfg: Config, xs: Tensor, autocast: bool) -> Step:
@@ -109,12 +122,15 @@ def contestants(cfg: Config, xs: Tensor) -> dict[tuple[str, str], tuple[Step, in
     """(who, family) -> (a function that steps, how many SAE-steps it makes)."""
     found = {}
     for arch in cfg.families:
-        found["ours", arch] = ours(arch, cfg, xs), cfg.n_saes * len(xs)
+        found["ours", arch] = ours([(arch, cfg.k)] * cfg.n_saes, cfg, xs), cfg.n_saes * len(xs)
         for of in FAMILIES_OF if cfg.peers else ():
             if importlib.util.find_spec(of) and arch in FAMILIES_OF[of]:
                 for autocast in (False, True):
                     who = of + ", bf16" * autocast
                     found[who, arch] = theirs(of, arch, cfg, xs, autocast), 1
+    if set(OF_GRID) <= set(cfg.families):
+        asked = [(arch, int(share * cfg.k)) for arch in OF_GRID for share in SHARES]
+        found["ours", GRID] = ours(asked, cfg, xs), len(asked) * len(xs)
     return found
 
 
@@ -147,6 +163,15 @@ def measure(runs: dict, cfg: Config) -> dict[tuple, list[tuple[float, float]]]:
     return seconds
 
 
+def best_others(median: dict, families: tuple[str, ...]) -> float | None:
+    """Mean over the families of the seconds of the best other in float32, if all have one."""
+    of_each = [
+        [clock for (who, arch), (clock, _) in median.items() if arch == a and who in FAMILIES_OF]
+        for a in families
+    ]
+    return statistics.fmean(map(min, of_each)) if all(of_each) else None
+
+
 def report(seconds: dict, flops: dict, cfg: Config) -> list[str]:
     """Lines to print."""
     median = {
@@ -170,8 +195,8 @@ def report(seconds: dict, flops: dict, cfg: Config) -> list[str]:
         line = f"{arch:14} {who:28} {1e3 * clock:7.1f} {spread:>15} {cfg.batch / clock:10,.0f}"
         line += f" {1e3 * cores:10.1f}"
         if who == "ours":
-            others = [m[0] for (w, a), m in median.items() if a == arch and w in FAMILIES_OF]
-            line += f"   {min(others) / clock:.1f} times" if others else " " * 12
+            best = best_others(median, OF_GRID if arch == GRID else (arch,))
+            line += f"   {best / clock:.1f} times" if best else " " * 12
             line += f"; {share_of / clock:.0%}"
         lines.append(line)
     return lines
