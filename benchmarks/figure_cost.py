@@ -28,9 +28,9 @@ from replicate_toy_models import PRESETS, grid
 from replicate_toy_models import Config as ToyConfig
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import write_csv
+from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.spec import SAESpec
-from sparse_coding.sae.stack import DenseEngine
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 
 H, BATCH = 256, 256

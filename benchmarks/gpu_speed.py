@@ -29,9 +29,9 @@ from sparse_coding.config import parse_flags, require, run_as_script
 from sparse_coding.files import write_atomic
 from sparse_coding.sae.batches import ahead_on, step_ranges
 from sparse_coding.sae.engines import gpu
+from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import SAESpec
-from sparse_coding.sae.stack import DenseEngine
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.sweep.hardware import describe, set_precision
 from sparse_coding.sweep.training import Task

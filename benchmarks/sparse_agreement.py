@@ -28,7 +28,7 @@ from replicate_toy_models import recipe_of
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import read_csv, write_csv
 from sparse_coding.sae.batches import stacked, step_ranges
-from sparse_coding.sae.stack import DenseEngine
+from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.sweep.hardware import set_precision
 

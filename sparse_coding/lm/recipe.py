@@ -397,5 +397,5 @@ def feature_density(folder: Path) -> np.ndarray:
 def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases and
     thresholds change, and codes are in the units of x."""
-    names = tensors.keys() & {"b_enc", "b_dec", "threshold"}
+    names = tensors.keys() & {"b_enc", "b_dec", "threshold", "first_threshold"}
     return tensors | {name: tensors[name] / scale for name in names}

@@ -150,6 +150,12 @@ def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
 
 def require_exportable(cells: list[Cell], export: str) -> None:
     """Raises UserError if --export names a library that lacks the family of a cell."""
+    refined = sorted({c.arch for c in cells if FAMILIES[c.arch].refined})
+    require(
+        export == "none" or not refined,
+        f"--export {export}: it has no class that refines its codes, as {', '.join(refined)} "
+        "does: drop the flag",
+    )
     others = sorted({c.arch for c in cells if FAMILIES[c.arch].selection != "topk"})
     require(
         export != "sparsify" or not others,

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from sparse_coding.sae.engines import gpu
 from sparse_coding.sae.engines.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
+from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule
-from sparse_coding.sae.stack import PARAMETERS, DenseEngine, Scratch, Stack
+from sparse_coding.sae.stack import PARAMETERS, Scratch, Stack
 
 COUNTS = ("idle", "silent", "n_revived")  # of a stack, beside its parameters
 
@@ -91,7 +92,8 @@ class Ensemble:
         """Autoencoder i as saved: W_enc (activation_dim, n_dict), b_enc (n_dict,),
         W_dec (n_dict, activation_dim), b_dec (activation_dim,), on the CPU; and threshold (n_dict,)
         where its family has one of each feature, or chooses by batch: then the smallest code that
-        a batch chose, on average. Free rows of W_dec are brought to length 1, codes along."""
+        a batch chose, on average (first_threshold: of the first codes of a refined family). Free
+        rows of W_dec are brought to length 1, codes along."""
         s, k = self.place[i]
         stack = self.stacks[s]
         W_enc, b_enc, W_dec = (stack.parameters[name][k].cpu() for name in PARAMETERS)
@@ -105,6 +107,8 @@ class Ensemble:
         saved = {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
         if stack.family.selection == "batchtopk":
             saved["threshold"] = stack.smallest[k].cpu().repeat(stack.n_dict)
+        if stack.family.refined:
+            saved["first_threshold"] = stack.smallest_of_first[k].cpu().repeat(stack.n_dict)
         if stack.threshold is not None:
             saved["threshold"] = stack.threshold[k].cpu() * length
         return saved
@@ -128,6 +132,9 @@ class Ensemble:
                 tensors[f"{s}.l1"] = stack.l1
             if stack.family.selection == "batchtopk":
                 tensors[f"{s}.smallest"] = stack.smallest
+            if stack.family.refined:
+                tensors[f"{s}.rate"] = stack.rate
+                tensors[f"{s}.smallest_of_first"] = stack.smallest_of_first
             for name, parameter in stack.parameters.items():
                 tensors[f"{s}.{name}"] = parameter
                 for moment, value in stack.adam.state[parameter].items():
@@ -163,7 +170,10 @@ def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | 
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
     if dtype != torch.float32:
         return DenseEngine(stacks)
-    relu, fast = FAMILIES["relu"], [stack for stack in stacks if stack.unit_rows]
+    relu, fast = (
+        FAMILIES["relu"],
+        [stack for stack in stacks if stack.unit_rows and not stack.family.refined],
+    )
     if on == "cuda":
         fast = [stack for stack in fast if stack.family == relu]
     if fast and on == "cpu" and has_kernels() and kernels_compile():
@@ -171,9 +181,9 @@ def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | 
     elif fast and on == "cuda" and gpu.has_triton():
         engine = gpu.GpuEngine(fast)
     else:
-        return DenseEngine(stacks)
+        return DenseEngine(stacks, one_thread=on == "cpu" and has_kernels())
     dense = [stack for stack in stacks if stack not in fast]
-    return Engines([engine, DenseEngine(dense)]) if dense else engine
+    return Engines([engine, DenseEngine(dense, one_thread=on == "cpu")]) if dense else engine
 
 
 def ensemble_bytes(
@@ -191,7 +201,8 @@ def ensemble_bytes(
     state += sum(12 * n for arch, n in kinds if FAMILIES[arch].selection == "jump")
     compiled = device.type == "cpu" and has_kernels()
     on_gpu = device.type == "cuda" and gpu.has_triton()
-    fast = [kind for kind in kinds if compiled or (on_gpu and kind[0] == "relu")]
+    known = [kind for kind in kinds if not FAMILIES[kind[0]].refined]
+    fast = [kind for kind in known if compiled or (on_gpu and kind[0] == "relu")]
     scratch = 4 * max(
         kinds.count(kind) * _scratch_numbers(kind, h, batch_size, fast=kind in fast)
         for kind in set(kinds)
@@ -211,7 +222,7 @@ def _scratch_numbers(kind: Kind, h: int, batch: int, *, fast: bool) -> int:
     temporaries = 3 * (arch != "relu")
     if fast:  # evaluations alone
         return n * batch * (1 + temporaries) + batch * h
-    kept = (family.selection == "jump" or family.aux) + temporaries
+    kept = (family.selection == "jump" or family.aux) + temporaries + 3 * family.refined
     n_prefixes = MOST_PREFIXES if family.nested else 1
     n_errors = n_prefixes + 2 * family.aux if temporaries else 0
     return n * (2 * (batch + h) + kept * batch) + (1 + n_errors) * batch * h

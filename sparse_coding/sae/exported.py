@@ -24,8 +24,10 @@ def export_dictionary_learning(folder: Path, sae: SparseAutoencoder, *, metadata
     metadata: as in save_sae. ae.pt is torch's own format, loadable with weights_only=True.
 
     Raises:
-        UserError: it would not fit on the disk.
+        UserError: it refines its codes, or would not fit on the disk.
     """
+    refines = sae.first_threshold is not None
+    require(not refines, f"{folder.name}: dictionary_learning has no SAE that refines its codes")
     dict_class, state = _as_dictionary(sae.to("cpu", torch.float32), metadata)
     buffer = io.BytesIO()
     torch.save({name: t.contiguous() for name, t in state.items()}, buffer)

@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = tuple[str, int]  # name of a family, n_dict: on what an autoencoder's memory depends
-Arch = Literal["relu", "p_anneal", "topk", "batchtopk", "jumprelu", "jumprelu_tanh", "matryoshka"]
+Arch = Literal[
+    "relu", "p_anneal", "topk", "batchtopk", "jumprelu", "jumprelu_tanh", "matryoshka",
+    "matryoshka_refined",
+]  # fmt: skip
 Selection = Literal["relu", "jump", "topk", "batchtopk"]
 Penalty = Literal["none", "l1", "lp", "l0_step", "l0_tanh"]
 
@@ -27,6 +30,9 @@ class Family:
     nested: the loss sums the errors of x_hat from the first features alone, for several prefixes
     aux: features that have not fired for long learn to reconstruct what x_hat leaves over
     through_input: the straight-through gradient of thresholds goes to pre-activations as well
+    refined: codes are chosen twice, the second time with what the encoder finds in what the first
+        ones leave over; and prefixes are cut along how often features fire, each trains its own
+        band alone, samples of large errors count more, and k falls
     frozen: rows of W_dec stay the random ones that they start as; a baseline
     lr: what of the learning rate that suits relu suits this family; measured, LOG.md
     """
@@ -36,6 +42,7 @@ class Family:
     nested: bool = False
     aux: bool = False
     through_input: bool = False
+    refined: bool = False
     frozen: bool = False
     lr: float = 1.0
 
@@ -65,6 +72,8 @@ FAMILIES: dict[str, Family] = {
     "jumprelu_tanh": Family("jump", "l0_tanh", through_input=True, lr=2),
     # Bussmann et al. 2025, https://arxiv.org/abs/2503.17547
     "matryoshka": Family("batchtopk", nested=True, aux=True, lr=2),
+    # Chanin 2026, https://github.com/chanind/claude-auto-research-synthsaebench, commit 183b197
+    "matryoshka_refined": Family("batchtopk", nested=True, aux=True, refined=True, lr=2),
 }
 TRAINED = tuple(FAMILIES)
 FROZEN = "_frozen"  # what the names of the baselines end with
@@ -83,6 +92,12 @@ BANDWIDTH = 0.03
 THRESHOLD = 0.03
 SLOPE = 4.0  # of tanh, times √width, for Anthropic's x has a mean square norm of its width
 AUX = 1 / 32  # weight of the auxiliary error; Gao et al.
+# Of refined families, as in their source
+REFINEMENT = 0.3  # of what the encoder finds in what is left over, added to pre-activations
+TILT = 0.002  # samples weigh as softmax(TILT · error / mean error)
+RATE_EMA = 0.01  # weight of a batch in the running mean of how often features fire
+K_START = 2.4  # times k, from which k falls linearly, in the source until the end; here it ends
+K_FALL = 0.9  # at this share of the steps, so that thresholds, running means, are those of k
 EMA = 0.01  # weight of a step in the mean of the smallest code chosen; as in SAELens
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from sparse_coding.config import require
 from sparse_coding.files import CHECKSUM, Damaged, read_json, record_checksum
+from sparse_coding.sae.families import REFINEMENT
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 AGAIN = "write or fetch the SAE again"  # where its files are damaged
-ARCHITECTURES = ("standard", "jumprelu", "topk")
+REFINED = "matryoshka_refined"  # ours: no class of sae_lens refines codes
+ARCHITECTURES = ("standard", "jumprelu", "topk", REFINED)
 HOOKS = {  # site -> TransformerLens's name of it
     "mlp_act": "blocks.{}.mlp.hook_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
@@ -82,6 +84,7 @@ def _require_expressible(path: Path, config: dict) -> None:
         "dtype": config.get("dtype") is None or _dtype(config["dtype"]) in DTYPES,
         "reshape_activations": config.get("reshape_activations") in (None, "none", "hook_z"),
         "activation_fn": config.get("activation_fn") in (None, "relu", architecture),
+        "refinement": architecture != REFINED or config.get("refinement") == REFINEMENT,
     } | {name: config.get(name) in (None, True, False) for name in flags}
     _require_all(path, known, config)
 

@@ -14,16 +14,19 @@ from torch import Tensor
 
 from sparse_coding.config import UserError, require
 from sparse_coding.files import Damaged, read_tensors, write_record, write_tensors
+from sparse_coding.sae.families import REFINEMENT
 from sparse_coding.sae.saelens import (
     AGAIN,
     CONFIG,
     HOOKS,
+    REFINED,
     UNPROCESSED,
     WEIGHTS,
     foreign_metadata,
     read_config,
 )
 
+THRESHOLDS = ("threshold", "first_threshold")
 FORMAT_VERSION = "6.0.0"  # of SAELens: the first whose folders look like this
 
 
@@ -41,6 +44,7 @@ class SparseAutoencoder:
     b_dec: Tensor  # (activation_dim,)
     metadata: dict  # where it comes from: model, layer, site, ... as far as its folder says
     threshold: Tensor | None = None  # (n_dict,)
+    first_threshold: Tensor | None = None  # (n_dict,), of a refined one: see stack.py
     top_k: int | None = None
 
     @property
@@ -61,6 +65,9 @@ class SparseAutoencoder:
     def encode(self, x: Tensor) -> Tensor:
         """x (..., activation_dim) -> codes (..., n_dict)"""
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        if self.first_threshold is not None:
+            first = pre.relu() * (pre > self.first_threshold)
+            pre = pre + REFINEMENT * (x - self.decode(first)) @ self.W_enc
         codes = pre.relu()
         if self.threshold is not None:
             codes = codes * (pre > self.threshold)
@@ -78,8 +85,9 @@ class SparseAutoencoder:
     ) -> "SparseAutoencoder":
         """The same autoencoder elsewhere."""
         moved = {name: t.to(device=device, dtype=dtype) for name, t in self.tensors.items()}
-        if self.threshold is not None:
-            moved["threshold"] = self.threshold.to(device=device, dtype=dtype)
+        for name in THRESHOLDS:
+            if (threshold := getattr(self, name)) is not None:
+                moved[name] = threshold.to(device=device, dtype=dtype)
         return replace(self, **moved)
 
 
@@ -90,7 +98,8 @@ def save_sae(
 
     Args:
         tensors: W_enc, b_enc, W_dec, b_dec for raw activations: any scaling is folded in; and
-            threshold, in the same units, of a jumprelu SAE, or one that chose by batch
+            threshold, in the same units, of a jumprelu SAE, or one that chose by batch; and
+            first_threshold of a refined one, whose folder sae_lens can't read
         top_k: of a topk SAE, whose rows of W_dec have length 1
         metadata: where it comes from, kept whole in metadata.sparse_coding of cfg.json. SAELens's
             own fields are filled from model, layer, site, context_length, dataset and prepend_bos,
@@ -100,24 +109,25 @@ def save_sae(
     """
     metadata = {k: None if _is_nan(v) else v for k, v in metadata.items()}  # NaN is no JSON
     activation_dim, n_dict = tensors["W_enc"].shape
-    names = ["W_enc", "b_enc", "W_dec", "b_dec", *({"threshold"} & tensors.keys())]
-    assert not (top_k and "threshold" in tensors)
-    architecture = "jumprelu" if "threshold" in tensors else "topk" if top_k else "standard"
-    of_topk = {"k": top_k, "rescale_acts_by_decoder_norm": False} if top_k else {}
-    on_z = metadata.get("site") == "attn_concat"
+    thresholds = [name for name in THRESHOLDS if name in tensors]
+    assert not (top_k and thresholds)
+    architecture = ("topk" if top_k else "standard", "jumprelu", REFINED)[len(thresholds)]
+    of_topk = {"k": top_k, "rescale_acts_by_decoder_norm": False}
+    own = {"topk": of_topk, REFINED: {"refinement": REFINEMENT}}.get(architecture, {})
     (folder / CONFIG).unlink(missing_ok=True)  # old constants beside new weights would be a lie
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", *thresholds)
     write_tensors(folder / WEIGHTS, {name: tensors[name].float() for name in names})
     config = {
         "architecture": architecture,
         "d_in": activation_dim,
         "d_sae": n_dict,
-        **of_topk,
+        **own,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": bool(tensors["b_dec"].any()),  # false where it is fixed at 0
         "normalize_activations": "none",
         # hook_z has a dimension for the heads, which SAELens then flattens
-        "reshape_activations": "hook_z" if on_z else "none",
+        "reshape_activations": "hook_z" if metadata.get("site") == "attn_concat" else "none",
         "metadata": _saelens_metadata(metadata),
     }
     write_record(folder / CONFIG, config)  # SAELens leaves out the checksum when it saves it again
@@ -159,7 +169,7 @@ def load_sae(folder: Path) -> SparseAutoencoder:
     config = read_config(folder)
     architecture, top_k = config["architecture"], config.get("k")
     parameters = ["W_enc", "b_enc", "W_dec", "b_dec"]
-    parameters += ["threshold"] * (architecture == "jumprelu")
+    parameters += THRESHOLDS[: {"jumprelu": 1, REFINED: 2}.get(architecture, 0)]
     tensors = _read_weights(folder / WEIGHTS, parameters, config)
     if architecture == "topk":
         require(

@@ -74,13 +74,14 @@ PLACE = StepNumbers(*range(len(StepNumbers._fields)))  # of each number in the a
 
 
 class Factors(NamedTuple):
-    """What a Schedule says of one step."""
+    """What a Schedule says of one step; share: of the steps, done before it."""
 
     lr: float = 1.0
     l1: float = 1.0
     seek_l0: bool = False
     p: float = 1.0
     p_before: float = 1.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Schedule:
     def at(self, step: int) -> Factors:
         """All factors of a step."""
         rising = (self.lr_factor(step), self.l1_factor(step), self.seeks_l0(step))
-        return Factors(*rising, self.p(step), self.p(step - 1))
+        share = step / self.n_steps if self.n_steps else 1.0
+        return Factors(*rising, self.p(step), self.p(step - 1), share)
 
 
 def initial_autoencoder(

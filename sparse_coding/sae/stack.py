@@ -44,6 +44,15 @@ row gains Σ over batch of φ · codes, along the row.
 p-annealing: whenever p falls, l1 changes so that l1 · Σ codes^p of the batch at hand does not
 (Karvonen et al. use the mean of the last ten batches, and ten falls).
 
+Refined families: the codes above are the first ones, c₁. With r = x − b_dec − c₁ W_dec,
+
+    pre₂  = pre + REFINEMENT · r W_enc           and the codes are chosen from that
+
+so with δ of pre₂ and u = REFINEMENT · δ W_encᵀ = ∂loss/∂r: ∂W_enc gains REFINEMENT · rᵀ δ, ∂W_dec
+gains −c₁ᵀ u, ∂b_dec gains −Σ u, and δ of pre is δ − (u W_decᵀ) ∘ [c₁ > 0]. Bands are cut along the
+ranks of the features by how often they fire; the error of an inner prefix trains its last band
+alone, beside the error of the whole. Errors of samples weigh as softmax(TILT · error / their mean).
+
 Gradient projection (an option): the part of ∂W_dec along a row of W_dec only changes the row's
 length, which is put back to 1, so Adam is spared it (Bricken et al. 2023, Towards Monosemanticity).
 """
@@ -59,9 +68,14 @@ from sparse_coding.sae.families import (
     BANDWIDTH,
     EMA,
     FAMILIES,
+    K_FALL,
+    K_START,
     LP_EPS,
+    RATE_EMA,
+    REFINEMENT,
     SLOPE,
     THRESHOLD,
+    TILT,
     bands,
 )
 from sparse_coding.sae.spec import (
@@ -132,7 +146,11 @@ class Stack:
         sought = [spec.target_l0 * spec.seeks_l0 for spec in specs]
         self.target_l0 = torch.tensor(sought, **to).view(-1, 1, 1)
         self.seeks_l0 = any(sought)
-        self.smallest = torch.zeros(len(specs), **to)  # code chosen in a batch, a running mean
+        self.rate = torch.zeros(
+            shape, **to
+        )  # share of samples, a running mean, in refined families
+        # code chosen in a batch, a running mean
+        self.smallest, self.smallest_of_first = (torch.zeros(len(specs), **to) for _ in range(2))
         self.adam = _adam_in_place(self.parameters.values(), lr=self.lr, eps=eps)
         self._start_counts(dead_steps)
 
@@ -155,7 +173,17 @@ class Stack:
         Both are scratch: valid until the next forward of any stack.
         """
         codes = self.select_(self.encode(x))
+        if self.family.refined:
+            codes = self.select_(self.refine(x, codes)[0])
         return codes, self.decode(codes)
+
+    def refine(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(pre₂, c₁, r (n_saes, batch, h)) from first codes, whose scratch pre₂ takes."""
+        first = self.scratch("first", *codes.shape).copy_(codes)
+        r = self.scratch("r", len(codes), *x.shape).copy_(x)
+        r.sub_(self.decode(first))
+        pre = self.encode(x)
+        return pre.baddbmm_(self.W_enc, r.transpose(1, 2), alpha=REFINEMENT), first, r
 
     def encode(self, x: Tensor) -> Tensor:
         """Pre-activations, feature-major (n_saes, n_dict, batch); scratch."""
@@ -169,15 +197,15 @@ class Stack:
             bias = bias - torch.stack(of_b_dec).unsqueeze(2)
         return torch.baddbmm(bias, self.W_enc, x_T, out=pre)
 
-    def select_(self, pre: Tensor) -> Tensor:
-        """Pre-activations become codes, in place."""
+    def select_(self, pre: Tensor, k_factor: float = 1.0) -> Tensor:
+        """Pre-activations become codes, in place; k_factor: times the k of the family."""
         kind = self.family.selection
         if kind == "jump":
             pre.mul_(pre > self.threshold.unsqueeze(2))
         codes = pre.relu_()
         batch = codes.shape[2]
         for i, of_one in enumerate(codes) if self.family.has_k else ():
-            k, compared = self.specs[i].target_l0, self._of_unit_row(i, of_one)
+            k, compared = self.specs[i].target_l0 * k_factor, self._of_unit_row(i, of_one)
             if kind == "topk":
                 of_one.mul_(largest(compared.T, int(k)).T)
             else:
@@ -199,13 +227,17 @@ class Stack:
 
     def step_(self, x: Tensor, factors: Factors) -> None:
         """One dense step of gradient descent on x (batch, activation_dim)."""
-        pre = self.encode(x)
+        pre, k_factor = self.encode(x), 1.0
+        if self.family.refined:
+            k_factor = K_START + (1 - K_START) * min(1.0, factors.share / K_FALL)
+            pre, first, r = self.refine(x, self.select_(pre, k_factor))
+            self._track_(self.smallest_of_first, first)
         dead = self.silent >= self.dead_steps
         needed = self.threshold is not None or (self.family.aux and bool(dead.any()))
         kept = self.scratch("pre", *pre.shape).copy_(pre) if needed else None
-        codes = self.select_(pre)
+        codes = self.select_(pre, k_factor)
         self._adapt_(codes, factors)
-        errors = self._errors(x, codes)
+        errors, whole = self._errors(x, codes)
         delta = self._set_decoder_gradients_(codes, errors, self.l1 * factors.l1, factors.p)
         through = 0
         if self.threshold is not None:
@@ -215,8 +247,14 @@ class Stack:
         if self.family.through_input:
             delta += through
         if self.family.aux and needed:
-            self._add_auxiliary_(kept, dead, delta, errors[-1])
+            self._add_auxiliary_(kept, dead, delta, whole)
+        if self.family.refined:
+            W_enc_grad, u = self._add_refinement_(first, r, delta)
         self._set_encoder_gradients_(x, delta, errors[0])
+        if self.family.refined:
+            self.W_enc.grad += W_enc_grad
+            if self.b_dec is not None:
+                self.b_dec.grad -= u.sum(dim=1)
         self.adam.param_groups[0]["lr"] = self.lr * factors.lr
         if self.family.frozen:
             self.W_dec.grad.zero_()
@@ -226,11 +264,15 @@ class Stack:
         if self.threshold is not None:
             self.threshold.clamp_(min=0)
 
-    def _errors(self, x: Tensor, codes: Tensor) -> list[Tensor]:
-        """g (n_saes, batch, h) of each band of features: the sum over the prefixes with it."""
+    def _errors(self, x: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        """g (n_saes, batch, h) of each band of features, the sum over the prefixes with it; and of
+        the whole x_hat."""
         batch, h = x.shape
+        if self.family.refined:
+            return self._errors_of_ranks(x, codes)
         if len(self.bands) == 1:
-            return [self.decode(codes).sub_(x).mul_(2 / (batch * h))]
+            errors = [self.decode(codes).sub_(x).mul_(2 / (batch * h))]
+            return errors, errors[0]
         x_hats, so_far = [], torch.zeros_like(x) if self.b_dec is None else self.b_dec.unsqueeze(1)
         for i, (first, end) in enumerate(self.bands):
             x_hat = self.scratch(f"x_hat of prefix {i}", len(codes), batch, h)
@@ -241,7 +283,34 @@ class Stack:
             x_hat.sub_(x).mul_(2 / (batch * h))
         for inner, outer in zip(x_hats[-2::-1], x_hats[::-1], strict=False):
             inner += outer
-        return x_hats
+        return x_hats, x_hats[-1]
+
+    def _bands_of_ranks(self) -> list[Tensor]:
+        """Which features (n_saes, n_dict, 1) are in each band, cut along their rates."""
+        order = self.rate.argsort(dim=1, descending=True, stable=True)
+        ranks = order.argsort(dim=1).unsqueeze(2)
+        return [(ranks >= first) & (ranks < end) for first, end in self.bands]
+
+    def _errors_of_ranks(self, x: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The same where an inner prefix trains its last band alone and samples are weighed."""
+        batch, h = x.shape
+        whole = self.decode(codes).sub_(x).mul_(2 / (batch * h)).clone()
+        outer = _tilted(whole)
+        x_hat = x.new_zeros(1) if self.b_dec is None else self.b_dec.unsqueeze(1)
+        errors = []
+        for band in self._bands_of_ranks()[:-1]:
+            x_hat = x_hat + torch.bmm((codes * band).transpose(1, 2), self.W_dec)
+            errors.append(outer + _tilted((x_hat - x) * (2 / (batch * h))))
+        return [*errors, outer], whole
+
+    def _add_refinement_(self, first: Tensor, r: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds what goes through the first codes to ∂W_dec and δ; returns what r adds to ∂W_enc,
+        and u."""
+        W_enc_grad = REFINEMENT * torch.bmm(delta, r)
+        u = REFINEMENT * torch.bmm(delta.transpose(1, 2), self.W_enc)
+        self.W_dec.grad.baddbmm_(first, u, alpha=-1)
+        delta.sub_(torch.bmm(self.W_dec, u.transpose(1, 2)).mul_(first > 0))
+        return W_enc_grad, u
 
     def _set_decoder_gradients_(
         self, codes: Tensor, errors: list[Tensor], l1: Tensor, p: float
@@ -251,6 +320,13 @@ class Stack:
         self.W_dec.grad = self.scratch("W_dec.grad", *self.W_dec.shape)
         delta = self.scratch("delta", n_saes, n_dict, batch)
         plain = l1 / batch * (self.family.penalty == "l1" and self.unit_rows)
+        if self.family.refined:
+            self.W_dec.grad.zero_()
+            delta.zero_()
+            for band, g in zip(self._bands_of_ranks(), errors, strict=True):
+                self.W_dec.grad.baddbmm_(codes * band, g)
+                delta += torch.bmm(self.W_dec, g.transpose(1, 2)) * band
+            return delta
         for (first, end), g in zip(self.bands, errors, strict=True):
             torch.bmm(codes[:, first:end], g, out=self.W_dec.grad[:, first:end])
             W_dec = self.W_dec[:, first:end]
@@ -330,17 +406,21 @@ class Stack:
         if factors.seek_l0 and self.seeks_l0:
             self._seek_l0_(codes)
         if self.family.selection == "batchtopk":
-            for i, of_one in enumerate(codes):
-                self._track_smallest_(i, self._of_unit_row(i, of_one))
+            self._track_(self.smallest, codes)
+        if self.family.refined:
+            self.rate += RATE_EMA * ((codes > 0).to(codes).mean(dim=2) - self.rate)
         fired = codes.any(dim=2)
         self.n_revived += ((self.silent >= self.dead_steps) & fired).sum(dim=1)
         self.silent.add_(1).mul_(~fired)
 
-    def _track_smallest_(self, i: int, codes: Tensor) -> None:
-        found = torch.where(codes > 0, codes, torch.inf).amin()
-        found = torch.where(found < torch.inf, found, self.smallest[i])
-        before = torch.where(self.smallest[i] == 0, found, self.smallest[i])
-        self.smallest[i] = before + EMA * (found - before)
+    def _track_(self, smallest: Tensor, codes: Tensor) -> None:
+        """Moves running means (n_saes,) toward the smallest codes of a batch."""
+        for i, of_one in enumerate(codes):
+            of_one = self._of_unit_row(i, of_one)
+            found = torch.where(of_one > 0, of_one, torch.inf).amin()
+            found = torch.where(found < torch.inf, found, smallest[i])
+            before = torch.where(smallest[i] == 0, found, smallest[i])
+            smallest[i] = before + EMA * (found - before)
 
     def _seek_l0_(self, codes: Tensor) -> None:
         """Moves l1 toward the target l0, where there is one."""
@@ -376,6 +456,13 @@ def largest(values: Tensor, n: int) -> Tensor:
     return above | (tied & (tied.cumsum(dim=1) <= room))
 
 
+def _tilted(g: Tensor) -> Tensor:
+    """g (n_saes, batch, h), each sample's times batch · softmax(TILT · its error / their mean)."""
+    error = g.square().sum(dim=2)
+    share = torch.softmax(TILT * error / error.mean(dim=1, keepdim=True), dim=1)
+    return g * (share * g.shape[1]).unsqueeze(2)
+
+
 def _stacked_starts(
     specs: list[SAESpec], activation_dim: int, *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -403,19 +490,3 @@ def _adam_in_place(parameters: Iterable[Tensor], *, lr: float, eps: float) -> to
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return adam
-
-
-class DenseEngine:
-    """Steps stacks with torch's operations, on any device: the reference of all other engines."""
-
-    steps_at_a_time = 1
-
-    def __init__(self, stacks: list[Stack]):
-        self.stacks = stacks
-
-    def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
-        """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
-        for stack in self.stacks:
-            stack.catch_up_()
-            for x, of_step in zip(xs, factors, strict=True):
-                stack.step_(x, of_step)

@@ -120,3 +120,12 @@ def test_what_sparsify_lacks_is_not_exported_to_it(tmp_path, more):
     with pytest.raises(UserError, match="cell: sparsify has topk SAEs alone"):
         export_sparsify(tmp_path / "cell", random_sae(**more), metadata={})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_other_library_gets_a_refined_autoencoder(tmp_path):
+    some = torch.ones(2)
+    tensors = {"W_enc": torch.eye(2), "b_enc": some, "W_dec": torch.eye(2), "b_dec": some}
+    sae = SparseAutoencoder(**tensors, metadata={}, threshold=some, first_threshold=some)
+    with pytest.raises(UserError, match="dictionary_learning has no SAE that refines its codes"):
+        export_dictionary_learning(tmp_path / "x", sae, metadata={})
+    assert not (tmp_path / "x").exists()

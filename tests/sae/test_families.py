@@ -98,7 +98,9 @@ class Reference(nn.Module):
         if self.family.selection == "jump":
             self.threshold = nn.Parameter(torch.full((m.n_dict,), THRESHOLD, dtype=torch.float64))
         self.silent = torch.zeros(m.n_dict, dtype=torch.int64)
-        self.smallest, self.n_revived = None, 0
+        self.smallest = self.smallest_of_first = None
+        self.n_revived = 0
+        self.rate = torch.zeros(m.n_dict, dtype=torch.float64)
         self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
@@ -112,8 +114,10 @@ class Reference(nn.Module):
     def lengths(self) -> Tensor | float:
         return 1.0 if self.spec.unit_rows else self.W_dec.norm(dim=1)  # has a gradient
 
-    def codes(self, pre: Tensor) -> Tensor:
+    def codes(self, pre: Tensor, step: int) -> Tensor:
         kind, k = self.family.selection, self.spec.target_l0
+        if self.family.refined:  # falls from 2.4 k over 180 steps
+            k = k * (2.4 + (1 - 2.4) * min(1.0, step / N_STEPS / 0.9))
         if kind == "jump":
             return Jump.apply(pre, self.threshold, self.family.through_input)
         positive = pre.relu()
@@ -147,19 +151,24 @@ class Reference(nn.Module):
             off = float((codes > 0).sum()) / len(codes) / self.spec.target_l0
             self.weight *= min(max(off, 1 / L0_CLAMP), L0_CLAMP) ** L0_GAIN
         if self.family.selection == "batchtopk":
-            least = (codes * self.lengths)[codes > 0].min().item()
-            old = least if self.smallest is None else self.smallest
-            self.smallest = old + EMA * (least - old)
+            self.smallest = self.moved(self.smallest, codes)
 
     def backward(self, x: Tensor, step: int) -> None:
         pre = (x - self.b_dec) @ self.W_enc.T + self.b_enc
-        codes = self.codes(pre)
+        if self.family.refined:
+            first = self.codes(pre, step)
+            self.smallest_of_first = self.moved(self.smallest_of_first, first.detach())
+            r = x - self.b_dec - first @ self.W_dec
+            pre = pre + 0.3 * r @ self.W_enc.T
+        codes = self.codes(pre, step)
         self.adapt_(codes.detach(), step)
         errors = [
             x - codes[:, :end] @ self.W_dec[:end] - self.b_dec
             for _, end in bands(self.spec.n_dict, PREFIXES if self.family.nested else (1.0,))
         ]
-        loss = sum((e**2).mean() for e in errors)
+        loss = (
+            self.of_ranks(x, codes) if self.family.refined else sum((e**2).mean() for e in errors)
+        )
         weight = self.weight * min(1, step / 10)
         loss = loss + weight * self.penalty(pre, codes, SCHEDULE.p(step)) / len(x)
         dead = self.silent >= SCHEDULE.dead_steps
@@ -173,6 +182,26 @@ class Reference(nn.Module):
         fired = (codes > 0).any(dim=0)
         self.n_revived += int((fired & dead).sum())
         self.silent = torch.where(fired, 0, self.silent + 1)
+
+    def moved(self, smallest: float | None, codes: Tensor) -> float:
+        """The running mean of the smallest code."""
+        least = (codes * self.lengths)[codes > 0].min().item()
+        old = least if smallest is None else smallest
+        return old + EMA * (least - old)
+
+    def of_ranks(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Errors of the whole and of inner prefixes of the features by how often they fire, of
+        which each sees those before it without a gradient; large errors count more."""
+        self.rate = 0.99 * self.rate + 0.01 * (codes > 0).double().mean(dim=0)
+        order = self.rate.argsort(descending=True, stable=True)
+        errors, x_hat = [x - codes @ self.W_dec - self.b_dec], self.b_dec
+        for first, end in bands(self.spec.n_dict, PREFIXES)[:-1]:
+            x_hat = x_hat + codes[:, order[first:end]] @ self.W_dec[order[first:end]]
+            errors.append(x - x_hat)
+            x_hat = x_hat.detach()
+        of_samples = [(e**2).mean(dim=1) for e in errors]
+        weights = [torch.softmax(0.002 * e.detach() / e.detach().mean(), 0) for e in of_samples]
+        return sum((w * e).sum() for w, e in zip(weights, of_samples, strict=True))
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -231,6 +260,9 @@ def test_a_family_equals_plain_autograd_after_200_steps(arch, n_dict, unit_rows)
             assert sae.threshold.std() > 0  # it has learnt
         if FAMILIES[arch].selection == "batchtopk":
             expected["threshold"] = torch.full((n_dict,), sae.smallest, dtype=torch.float64)
+        if FAMILIES[arch].refined:
+            first = torch.full((n_dict,), sae.smallest_of_first, dtype=torch.float64)
+            expected["first_threshold"] = first
         assert found.keys() == expected.keys()
         for name, parameter in expected.items():
             assert distance(found[name], parameter.detach()) < 1e-9, name

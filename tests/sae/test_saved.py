@@ -249,7 +249,10 @@ def test_low_precision_weights_are_read_as_float32(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gated"}, "is a gated SAE; only standard, jumprelu, topk"),
+        (
+            {"architecture": "gated"},
+            "is a gated SAE; only standard, jumprelu, topk, matryoshka_refined",
+        ),
         ({"normalize_activations": "layer_norm"}, "normalize_activations layer_norm"),
         ({"metadata": None}, "not of SAELens 6"),
         ({"d_sae": 4}, r"W_enc has shape \(2, 3\), but d_in 2 and d_sae 4"),
@@ -317,3 +320,20 @@ def test_files_without_a_checksum_are_read_as_they_are(tmp_path):
     config["metadata"]["sparse_coding"]["layer"] = 7
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     assert load_sae(tmp_path).metadata["layer"] == 7
+
+
+def test_a_refined_autoencoder_chooses_its_codes_twice_and_is_read_back_the_same(tmp_path):
+    """By hand: W_enc and W_dec are the identity, b_dec 0. x = (1, 0.5) and thresholds .8, then .6:
+    first codes (1, 0) leave (0, .5) over, 0.3 of which lifts the second from .5 to .65."""
+    eye, zero = torch.eye(2), torch.zeros(2)
+    tensors = {"W_enc": eye, "b_enc": zero, "W_dec": eye, "b_dec": zero}
+    tensors |= {"threshold": torch.full((2,), 0.6), "first_threshold": torch.full((2,), 0.8)}
+    save_sae(tmp_path, tensors, metadata={})
+    sae = load_sae(tmp_path)
+    torch.testing.assert_close(sae.encode(torch.tensor([1.0, 0.5])), torch.tensor([1.0, 0.65]))
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert (config["architecture"], config["refinement"]) == ("matryoshka_refined", 0.3)
+    del config["checksum"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"refinement": 0.5}))
+    with pytest.raises(UserError, match=r"refinement 0\.5 can't be honoured here"):
+        load_sae(tmp_path)

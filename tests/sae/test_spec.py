@@ -43,8 +43,8 @@ def test_l0_is_sought_from_the_rise_of_l1_to_the_end():
 
 def test_a_step_is_told_all_its_factors():
     schedule = Schedule(n_steps=100, lr_warmup=4, l1_warmup=10)
-    assert schedule.at(2) == Factors(lr=0.6, l1=0.2, seek_l0=False)
-    assert schedule.at(10) == Factors(lr=1.0, l1=1.0, seek_l0=True)
+    assert schedule.at(2) == Factors(lr=0.6, l1=0.2, seek_l0=False, share=0.02)
+    assert schedule.at(10) == Factors(lr=1.0, l1=1.0, seek_l0=True, share=0.1)
 
 
 def test_a_tied_start_has_half_the_decoder_as_encoder_and_no_bias():

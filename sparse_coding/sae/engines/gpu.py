@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sparse_coding.config import first_line
 from sparse_coding.sae.engines.cpu import step_numbers
+from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.spec import PLACE, Factors, SAESpec
-from sparse_coding.sae.stack import DenseEngine, Scratch, Stack
+from sparse_coding.sae.stack import Scratch, Stack
 
 if TYPE_CHECKING:  # Triton may be missing
     from sparse_coding.sae.engines.gpu_kernels import Rows, Shape, Work

@@ -13,9 +13,10 @@ from builders.scripts import ROOT
 
 from sparse_coding.sae.engines import cpu
 from sparse_coding.sae.engines.cpu import CpuEngine, kernels_compile
+from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import BETAS, DORMANT, SAESpec, Schedule
-from sparse_coding.sae.stack import PARAMETERS, DenseEngine
+from sparse_coding.sae.stack import PARAMETERS
 from sparse_coding.toy.data import ToyData, ToyStream, make_world
 
 CPU = torch.device("cpu")

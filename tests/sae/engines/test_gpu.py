@@ -16,10 +16,11 @@ from builders.scripts import ROOT
 from torch import Tensor
 
 from sparse_coding.sae.engines import cpu, gpu
+from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.engines.gpu import GpuEngine, launcher, make_work, shape_of, trial_error
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.spec import DORMANT, PLACE, Factors, SAESpec, Schedule
-from sparse_coding.sae.stack import PARAMETERS, DenseEngine
+from sparse_coding.sae.stack import PARAMETERS
 from sparse_coding.sweep.grid import make_grid
 from sparse_coding.toy.data import LAWS, ToyData, ToyStream, make_world
 
