@@ -44,9 +44,8 @@ def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(user, tm
         python.write_text(
             python.read_text().replace("exec", f"PYTHONPATH={tmp_path}/no_kernels exec")
         )
-    done = user.sweep(
-        "--poll-seconds", "1", job=["--", *TOY, "--wandb-mode", "offline"], timeout_s=200
-    )
+    flags = ["--poll-seconds", "1", "--max-hours", "0.2"]
+    done = user.sweep(*flags, job=["--", *TOY, "--wandb-mode", "offline"], timeout_s=600)
     assert done.code == 0, done.out + done.err
     assert_nothing_lives(user)
     words = [ROOT / "replicate_toy_models.py", *TOY[2:], "--output-dir", "here"]
