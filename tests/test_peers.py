@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_coding.config import UserError
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.exported import export_dictionary_learning, export_sparsify
-from sparse_coding.sae.families import FAMILIES
+from sparse_coding.sae.families import FAMILIES, TRAINED
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae
 from sparse_coding.sae.spec import SAESpec, Schedule
 from sparse_coding.sweep.cells import sae_folder
@@ -185,7 +185,7 @@ def raw_batch(step: int, n: int = BATCH) -> Tensor:
     return SCALE * ((torch.rand(n, 60, generator=rng) * active) @ directions + 0.2 * mean)
 
 
-@pytest.fixture(scope="module", params=[a for a in FAMILIES if not FAMILIES[a].refined])
+@pytest.fixture(scope="module", params=[a for a in TRAINED if not FAMILIES[a].refined])
 def trained(request, tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
     """Folder of an autoencoder of each family after 50 steps; its tensors for raw activations."""
     arch, folder = request.param, tmp_path_factory.mktemp(request.param) / "cell"
