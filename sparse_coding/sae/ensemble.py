@@ -170,12 +170,9 @@ def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | 
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
     if dtype != torch.float32:
         return DenseEngine(stacks)
-    relu, fast = (
-        FAMILIES["relu"],
-        [stack for stack in stacks if stack.unit_rows and not stack.family.refined],
-    )
+    fast = [stack for stack in stacks if stack.unit_rows]
     if on == "cuda":
-        fast = [stack for stack in fast if stack.family == relu]
+        fast = [stack for stack in fast if stack.family == FAMILIES["relu"]]
     if fast and on == "cpu" and has_kernels() and kernels_compile():
         engine = CpuEngine(fast, n_threads=torch.get_num_threads())
     elif fast and on == "cuda" and gpu.has_triton():
@@ -199,10 +196,10 @@ def ensemble_bytes(
     h = activation_dim
     state = sum(12 * (2 * n * h + n) + 8 * n + 8 for _, n in kinds)
     state += sum(12 * n for arch, n in kinds if FAMILIES[arch].selection == "jump")
+    state += sum(8 * n for arch, n in kinds if FAMILIES[arch].refined)
     compiled = device.type == "cpu" and has_kernels()
     on_gpu = device.type == "cuda" and gpu.has_triton()
-    known = [kind for kind in kinds if not FAMILIES[kind[0]].refined]
-    fast = [kind for kind in known if compiled or (on_gpu and kind[0] == "relu")]
+    fast = [kind for kind in kinds if compiled or (on_gpu and kind[0] == "relu")]
     scratch = 4 * max(
         kinds.count(kind) * _scratch_numbers(kind, h, batch_size, fast=kind in fast)
         for kind in set(kinds)
@@ -221,7 +218,7 @@ def _scratch_numbers(kind: Kind, h: int, batch: int, *, fast: bool) -> int:
     # selections and penalties, of masks and powers, take three more tensors of the codes' shape
     temporaries = 3 * (arch != "relu")
     if fast:  # evaluations alone
-        return n * batch * (1 + temporaries) + batch * h
+        return n * batch * (1 + temporaries + family.refined) + (1 + family.refined) * batch * h
     kept = (family.selection == "jump" or family.aux) + temporaries + 3 * family.refined
     n_prefixes = MOST_PREFIXES if family.nested else 1
     n_errors = n_prefixes + 2 * family.aux if temporaries else 0

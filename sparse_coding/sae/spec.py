@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparse_coding.sae.families import FAMILIES, PREFIXES
+from sparse_coding.sae.families import FAMILIES, K_FALL, K_START, PREFIXES
 
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
 BETAS = 0.9, 0.999  # of Adam
@@ -68,6 +69,7 @@ class StepNumbers(NamedTuple):
     project: float  # 0 or 1
     p: float  # of p-annealing
     p_before: float  # that of the step before
+    k_factor: float  # times k, of refined families
 
 
 PLACE = StepNumbers(*range(len(StepNumbers._fields)))  # of each number in the array
@@ -82,6 +84,12 @@ class Factors(NamedTuple):
     p: float = 1.0
     p_before: float = 1.0
     share: float = 1.0
+
+    @property
+    def k(self) -> float:
+        """Factor of the k of refined families, a float32, since kernels have it as one."""
+        factor = K_START + (1 - K_START) * min(1.0, self.share / K_FALL)
+        return float(np.float32(factor))
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,6 @@ from sparse_coding.sae.families import (
     BANDWIDTH,
     EMA,
     FAMILIES,
-    K_FALL,
-    K_START,
     LP_EPS,
     RATE_EMA,
     REFINEMENT,
@@ -146,9 +144,8 @@ class Stack:
         sought = [spec.target_l0 * spec.seeks_l0 for spec in specs]
         self.target_l0 = torch.tensor(sought, **to).view(-1, 1, 1)
         self.seeks_l0 = any(sought)
-        self.rate = torch.zeros(
-            shape, **to
-        )  # share of samples, a running mean, in refined families
+        # share of samples that a feature fires on, a running mean, in refined families
+        self.rate = torch.zeros(len(specs), self.n_dict * self.family.refined, **to)
         # code chosen in a batch, a running mean
         self.smallest, self.smallest_of_first = (torch.zeros(len(specs), **to) for _ in range(2))
         self.adam = _adam_in_place(self.parameters.values(), lr=self.lr, eps=eps)
@@ -229,7 +226,7 @@ class Stack:
         """One dense step of gradient descent on x (batch, activation_dim)."""
         pre, k_factor = self.encode(x), 1.0
         if self.family.refined:
-            k_factor = K_START + (1 - K_START) * min(1.0, factors.share / K_FALL)
+            k_factor = factors.k
             pre, first, r = self.refine(x, self.select_(pre, k_factor))
             self._track_(self.smallest_of_first, first)
         dead = self.silent >= self.dead_steps

@@ -176,7 +176,7 @@ def test_memory_plan_covers_what_the_ensemble_allocates(n_dicts, engine, monkeyp
     kinds = [("relu", n) for n in n_dicts]
     if engine == "compiled":
         scratch = Scratch(kinds, len(x), H, density=DENSITY)
-        scratch.work(("relu", max(n_dicts)))
+        scratch.works(("relu", max(n_dicts)))
         allocated += scratch.n_bytes * min(torch.get_num_threads(), len(n_dicts))
         allocated += 3 * 4 * x.numel() * ensemble.engine.steps_at_a_time
     assert allocated == ensemble_bytes(kinds, H, len(x), CPU)

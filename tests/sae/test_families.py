@@ -116,8 +116,9 @@ class Reference(nn.Module):
 
     def codes(self, pre: Tensor, step: int) -> Tensor:
         kind, k = self.family.selection, self.spec.target_l0
-        if self.family.refined:  # falls from 2.4 k over 180 steps
-            k = k * (2.4 + (1 - 2.4) * min(1.0, step / N_STEPS / 0.9))
+        if self.family.refined:  # falls from 2.4 k over 180 steps, by a factor in float32
+            factor = 2.4 + (1 - 2.4) * min(1.0, step / N_STEPS / 0.9)
+            k = k * torch.tensor(factor, dtype=torch.float32).item()
         if kind == "jump":
             return Jump.apply(pre, self.threshold, self.family.through_input)
         positive = pre.relu()

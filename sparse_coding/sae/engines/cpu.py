@@ -21,17 +21,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
-from numpy import ndarray
 from torch import Tensor
 
 from sparse_coding.config import first_line
 from sparse_coding.files import held
-from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind, Penalty, Selection
-from sparse_coding.sae.spec import BETAS, PLACE, Factors, SAESpec, StepNumbers
+from sparse_coding.sae.engines.cpu_scratch import (
+    BLOCK,
+    TILE,
+    Scratch,
+    gradient_shapes,
+    largest_work,
+    step_numbers,
+    views,
+)
+from sparse_coding.sae.families import Kind
+from sparse_coding.sae.spec import PLACE, Factors, SAESpec
 from sparse_coding.sae.stack import Scratch as StackScratch
 from sparse_coding.sae.stack import Stack
 
@@ -42,101 +49,6 @@ MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then 
 DENSITY = 0.4
 SAID_AFTER = 6.0  # seconds; loading them takes two
 ONE_THREAD = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")  # functions of libtorch
-TILE = 128  # features: a tile's codes and gradients (128 KB each at 256) stay in L2
-GROUP = 4  # least number of features of which topk keeps a maximum
-CANDIDATES = 1 / 4  # share of the codes among which the k largest are sought
-
-
-class Sae(NamedTuple):
-    """An autoencoder's parameters with Adam's moments (_m, _v), views of a Stack's tensors, and
-    what its family chooses. What a family lacks has a length of 0.
-
-    idle: steps since a feature had a gradient; beyond DORMANT its row waits for what it missed
-    hint: below what a batch will select; no state, since no result depends on it
-    """
-
-    W_enc: ndarray  # (n_dict, h)
-    b_enc: ndarray  # (n_dict,)
-    W_dec: ndarray  # (n_dict, h)
-    b_dec: ndarray  # (h,), or (0,) where it is fixed at 0
-    threshold: ndarray  # (n_dict,)
-    W_enc_m: ndarray
-    W_enc_v: ndarray
-    b_enc_m: ndarray
-    b_enc_v: ndarray
-    W_dec_m: ndarray
-    W_dec_v: ndarray
-    b_dec_m: ndarray
-    b_dec_v: ndarray
-    threshold_m: ndarray
-    threshold_v: ndarray
-    idle: ndarray  # (n_dict,) int32
-    silent: ndarray  # (n_dict,) int32
-    n_revived: ndarray  # (1,) int64
-    l1: ndarray  # (1,)
-    target_l0: ndarray  # (1,), 0 where l1 stays
-    smallest: ndarray  # (1,)
-    hint: ndarray  # (1,)
-    bands: ndarray  # ends of the bands of features, int64
-    selection: int
-    penalty: int
-    through_input: bool
-    frozen: bool
-    aux: bool
-    k: float  # per sample
-    dead_steps: int
-
-
-class Work(NamedTuple):
-    """Scratch of one step of one autoencoder. What its family lacks has a length of 0.
-
-    sparse: whether this step is
-    off: ∂b_dec, a part per tile
-    start, feature, value: codes above 0 by sample; those of sample b at start[b] to start[b + 1]
-    limit: of each sample the smallest code that is selected, as bits
-    room: how many of those equal to the limit are; for batchtopk the first number alone
-    """
-
-    codes: ndarray  # (n_dict, batch)
-    bits: ndarray  # (n_dict * batch,) int32: the same memory
-    where: ndarray  # (n_dict, batch): samples that a feature fires on, ascending
-    count: ndarray  # (n_dict,) int32: how many
-    listed: ndarray  # (n_dict,) bool: whether `where` has them
-    sparse: ndarray  # (1,) bool
-    g: ndarray  # (bands, batch, h)
-    off: ndarray  # (tiles, h)
-    start: ndarray  # (batch + 2,) int64
-    feature: ndarray  # (most codes of a sparse step,) int32
-    value: ndarray  # the same, float32
-    window: ndarray  # (n_dict, batch): samples within the threshold's window, ascending
-    n_window: ndarray  # (n_dict,) int32
-    maxima: ndarray  # (groups * batch,) int32: keys of the largest codes
-    keys: ndarray  # (most candidates,) int32
-    limit: ndarray  # (batch,) int32
-    limit_value: ndarray  # (batch,) float32: the same memory
-    room: ndarray  # (batch,) int32
-    low: ndarray  # (batch,) int32, of bisection
-    high: ndarray  # (batch,) int32
-    aux: ndarray  # (n_dict, batch): ReLU(pre) of dead features, of which the largest stay
-    aux_bits: ndarray  # (n_dict * batch,) int32: the same memory
-    n_dead: ndarray  # (1,) int64
-    dead_row: ndarray  # (n_dict,) int32: where a feature stands among the dead, or -1
-    aux_count: ndarray  # (dead,) int32: codes above 0
-    g_aux: ndarray  # (batch, h)
-    aux_dec: ndarray  # (dead, h): rows of W_dec, later ∂W_dec
-    aux_enc: ndarray  # (dead, h): ∂W_enc
-    aux_bias: ndarray  # (dead,)
-
-
-class Gradients(NamedTuple):
-    """Gradients of a tile: scratch of one thread."""
-
-    delta: ndarray  # (TILE, batch)
-    b_enc: ndarray  # (TILE,)
-    threshold: ndarray  # (TILE,)
-    W_enc: ndarray  # (TILE, h)
-    W_dec: ndarray  # (TILE, h)
-    slope: ndarray  # (batch,), of a feature's penalty
 
 
 @functools.cache
@@ -162,7 +74,7 @@ def has_kernels() -> bool:
     try:
         import llvmlite.binding
 
-        from sparse_coding.sae.engines import cpu_codes
+        from sparse_coding.sae.engines import cpu_blas
 
         needed = ("sgemm_", *ONE_THREAD)
         missing = [name for name in needed if not hasattr(libtorch(), name)]
@@ -172,7 +84,7 @@ def has_kernels() -> bool:
         _say_slow(", ".join(missing))
         return False
     sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(cpu_codes.GEMM_SYMBOL, sgemm)
+    llvmlite.binding.add_symbol(cpu_blas.GEMM_SYMBOL, sgemm)
     return True
 
 
@@ -239,7 +151,7 @@ def _zeros() -> tuple:
     (sae,) = views(Stack([SAESpec(8, 0.0, 0)], 8, lr=0.0, scratch=stack_scratch))
     scratch, x = Scratch([("relu", 8)], 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
     numbers = np.zeros((1, len(PLACE)), np.float32)
-    return sae, scratch.work(("relu", 8)), scratch.gradients, x, numbers, ALL, (0, 1)
+    return sae, scratch.works(("relu", 8)), scratch.gradients, x, numbers, ALL, (0, 1)
 
 
 @contextlib.contextmanager
@@ -252,96 +164,11 @@ def _said_if_slow(message: str) -> Iterator[None]:
         timer.cancel()
 
 
-def work_shapes(kind: Kind, batch: int, h: int, *, density: float) -> dict[str, tuple]:
-    """(shape, dtype) of each field of Work that has memory of its own."""
-    (arch, n), f32, i32 = kind, torch.float32, torch.int32
-    family, sample = FAMILIES[arch], torch.uint16 if batch < 2**16 else i32
-    most = int(max(density, 0) * n * batch)
-    jump, topk = (n * (family.selection == name) for name in ("jump", "topk"))
-    chosen, dead = n * family.has_k, n * family.aux
-    of_batch = batch * (family.has_k or family.aux)
-    return {
-        "codes": ((n, batch), f32),
-        "where": ((n, batch), sample),
-        "count": ((n,), i32),
-        "listed": ((n,), torch.bool),
-        "sparse": ((1,), torch.bool),
-        "g": ((MOST_PREFIXES if family.nested else 1, batch, h), f32),
-        "off": ((-(-n // TILE), h), f32),
-        "start": ((batch + 2,), torch.int64),
-        "feature": ((most,), i32),
-        "value": ((most,), f32),
-        "window": ((jump, batch), sample),
-        "n_window": ((jump,), i32),
-        "maxima": ((-(-topk // GROUP) * batch,), i32),
-        "keys": ((int(CANDIDATES * chosen) * batch,), i32),
-        **dict.fromkeys(("limit", "room", "low", "high"), ((of_batch,), i32)),
-        "aux": ((dead, batch), f32),
-        "n_dead": ((1,), torch.int64),
-        "dead_row": ((dead,), i32),
-        "aux_count": ((dead,), i32),
-        "g_aux": ((batch if dead else 0, h), f32),
-        "aux_dec": ((dead, h), f32),
-        "aux_enc": ((dead, h), f32),
-        "aux_bias": ((dead,), f32),
-    }
-
-
-def gradient_shapes(batch: int, h: int) -> list[tuple]:
-    """Shape of each field of Gradients."""
-    return [(TILE, batch), (TILE,), (TILE,), (TILE, h), (TILE, h), (batch,)]
-
-
-def largest_work(kinds: list[Kind], batch: int, h: int, *, density: float) -> dict[str, tuple]:
-    """(numbers, dtype) of each field of Work with memory for autoencoders of any of these kinds."""
-    shapes = [work_shapes(kind, batch, h, density=density) for kind in set(kinds)]
-    return {
-        name: (max(math.prod(of_kind[name][0]) for of_kind in shapes), dtype)
-        for name, (_, dtype) in shapes[0].items()
-    }
-
-
-class Scratch:
-    """Work and Gradients of a thread, for autoencoders of these kinds."""
-
-    def __init__(self, kinds: list[Kind], batch: int, h: int, *, density: float):
-        self.kinds, self.batch, self.h, self.density = kinds, batch, h, density
-        self.flat: dict[str, Tensor] = {}
-        self.gradients = Gradients(
-            *(torch.empty(shape).numpy() for shape in gradient_shapes(batch, h))
-        )
-        self.of_kind: dict[Kind, Work] = {}
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory that is held."""
-        flat = sum(t.numel() * t.element_size() for t in self.flat.values())
-        return flat + sum(array.nbytes for array in self.gradients)
-
-    def work(self, kind: Kind) -> Work:
-        """The Work of an autoencoder of that kind; valid until the next one's."""
-        if not self.flat:
-            # torch's memory begins at multiples of 64 bytes, as fast vector loads want it
-            largest = largest_work(self.kinds, self.batch, self.h, density=self.density)
-            self.flat = {name: torch.empty(n, dtype=dtype) for name, (n, dtype) in largest.items()}
-        if kind not in self.of_kind:
-            shapes = work_shapes(kind, self.batch, self.h, density=self.density)
-            arrays = {
-                name: self.flat[name][: math.prod(shape)].view(shape).numpy()
-                for name, (shape, _) in shapes.items()
-            }
-            arrays["bits"] = arrays["codes"].reshape(-1).view(np.int32)
-            arrays["aux_bits"] = arrays["aux"].reshape(-1).view(np.int32)
-            arrays["limit_value"] = arrays["limit"].view(np.float32)
-            self.of_kind[kind] = Work(**arrays)
-        return self.of_kind[kind]
-
-
 def engine_bytes(kinds: list[Kind], h: int, batch: int, *, n_threads: int) -> int:
     """Scratch of an engine's threads, each of which may step the largest autoencoder, and the
     batches that are stepped, waiting and being made."""
-    work = largest_work(kinds, batch, h, density=DENSITY).values()
-    work = sum(n * dtype.itemsize for n, dtype in work)
+    works = [largest_work(kinds, batch, h, density=DENSITY, place=place) for place in (0, 1)]
+    work = sum(n * dtype.itemsize for work in works for n, dtype in work.values())
     gradients = 4 * sum(map(math.prod, gradient_shapes(batch, h)))
     batches = 3 * steps_at_a_time([n for _, n in kinds], h) * 4 * batch * h
     return min(n_threads, len(kinds)) * (work + gradients) + batches
@@ -391,34 +218,41 @@ class CpuEngine:
     def _alone(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i in this thread."""
         start, scratch, k = time.perf_counter(), self._scratch_for(xs), self.kernels
-        work = scratch.work(self.kinds[i])
-        k.steps(self.saes[i], work, scratch.gradients, xs, numbers, k.ALL, (0, NO_END))
+        works = scratch.works(self.kinds[i])
+        k.steps(self.saes[i], works, scratch.gradients, xs, numbers, k.ALL, (0, NO_END))
         self.seconds[i] = time.perf_counter() - start
 
     def _together(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i by all threads, phase after phase."""
-        k, work = self.kernels, self._scratch_for(xs).work(self.kinds[i])
-        n_tiles, n_blocks = len(work.off), -(-xs.shape[1] // k.BLOCK)
+        k, works = self.kernels, self._scratch_for(xs).works(self.kinds[i])
+        n_tiles, n_blocks = len(works[0].off), -(-xs.shape[1] // BLOCK)
 
         def run(step: int, todo: int, n: int) -> None:
             def share(span: tuple[int, int]) -> None:
                 grads, now = self._scratch_for(xs).gradients, slice(step, step + 1)
-                k.steps(self.saes[i], work, grads, xs[now], numbers[now], todo, span)
+                k.steps(self.saes[i], works, grads, xs[now], numbers[now], todo, span)
 
             n_shares = min(n, self.n_threads)
             ends = [n * j // n_shares for j in range(n_shares + 1)]
             list(self.pool.map(share, pairwise(ends)))
 
-        chosen_alone = self.saes[i].selection == k.TOPK  # each sample has a bound of its own
+        sae = self.saes[i]
         for step in range(len(xs)):
-            run(step, k.ENCODE, n_tiles)
-            if chosen_alone:
-                run(step, k.BOUND, 1)
-                run(step, k.LIST, n_tiles)
-            run(step, k.CHOOSE, 1)
+            for place in (1, 0) if sae.refined else (0,):
+                of = place * k.OF_FIRST
+                run(step, k.ENCODE << of, n_tiles)
+                if sae.selection == k.TOPK:  # each sample has a bound of its own
+                    run(step, k.BOUND << of, 1)
+                    run(step, k.LIST << of, n_tiles)
+                run(step, k.CHOOSE << of, 1)
+                if place:
+                    run(step, k.REFINE, n_blocks)
             run(step, k.DECODE, n_blocks)
-            if work.n_dead[0]:
-                run(step, k.AUXILIARY, -(-int(work.n_dead[0]) // TILE))
+            if sae.refined:
+                run(step, k.TILT, 1)
+                run(step, k.PULL_BACK, n_blocks)
+            if works[0].n_dead[0]:
+                run(step, k.AUXILIARY, -(-int(works[0].n_dead[0]) // TILE))
             run(step, k.UPDATE, n_tiles)
             run(step, k.FINISH, 1)
 
@@ -430,50 +264,3 @@ class CpuEngine:
             scratch = Scratch(self.kinds, batch, h, density=self.density)
             self.scratch.of_thread = scratch
         return scratch
-
-
-def views(stack: Stack) -> list[Sae]:
-    """A stack's autoencoders as the kernels take them: views, stepping one changes the stack."""
-    n_saes, family, none = len(stack.specs), stack.family, torch.zeros(len(stack.specs), 0)
-    tensors = {}
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
-        parameter = stack.parameters.get(name)
-        state = stack.adam.state.get(parameter, {})
-        tensors[name] = none if parameter is None else parameter
-        tensors[f"{name}_m"] = state.get("exp_avg", none)
-        tensors[f"{name}_v"] = state.get("exp_avg_sq", none)
-    for name in ("idle", "silent", "n_revived", "l1", "target_l0", "smallest"):
-        tensors[name] = getattr(stack, name).view(n_saes, -1)
-    tensors["hint"] = torch.zeros(n_saes, 1)
-    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-    same = dict(
-        bands=np.array([end for _, end in stack.bands], np.int64),
-        selection=get_args(Selection).index(family.selection),
-        penalty=get_args(Penalty).index(family.penalty),
-        through_input=family.through_input,
-        frozen=family.frozen,
-        aux=family.aux,
-        dead_steps=stack.dead_steps,
-    )
-    return [
-        Sae(**{name: array[i] for name, array in arrays.items()}, k=float(spec.target_l0), **same)
-        for i, spec in enumerate(stack.specs)
-    ]
-
-
-def step_numbers(stack: Stack, n_done: int, factors: list[Factors]) -> np.ndarray:
-    """StepNumbers of each step, (n, numbers) float32."""
-    numbers = [
-        StepNumbers(
-            rate=stack.lr * f.lr / (1 - BETAS[0] ** t),
-            root=(1 - BETAS[1] ** t) ** -0.5,
-            eps=stack.adam.param_groups[0]["eps"],
-            l1_factor=f.l1,
-            seeks_l0=f.seek_l0,
-            project=stack.project,
-            p=f.p,
-            p_before=f.p_before,
-        )
-        for t, f in enumerate(factors, start=n_done + 1)
-    ]
-    return np.array(numbers, np.float32)

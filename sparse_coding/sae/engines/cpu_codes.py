@@ -14,104 +14,36 @@ Where candidates do not do (the first step, a hint too high, codes that are many
 codes are gone through: slower, with the same result, which follows from the codes alone.
 """
 
-from functools import partial
-from hashlib import sha256
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from llvmlite import ir
-from numba import config, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from sparse_coding.sae import families, spec
-from sparse_coding.sae.engines import cpu
-from sparse_coding.sae.engines.cpu import GROUP, TILE
-from sparse_coding.sae.families import BANDWIDTH, EMA, Penalty, Selection
+from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, fill_, gemm, kernel
+from sparse_coding.sae.engines.cpu_scratch import GROUP, TILE
+from sparse_coding.sae.families import BANDWIDTH, EMA, LP_EPS, SLOPE, Penalty, Selection
+from sparse_coding.sae.spec import PLACE
 
 RELU, JUMP, TOPK, BATCHTOPK = range(len(get_args(Selection)))
 NO_PENALTY, L1, LP, L0_STEP, L0_TANH = range(len(get_args(Penalty)))
-F0, F1 = np.float32(0), np.float32(1)
-# Sums may be reordered, as in any GEMM; NaN and infinities keep their meaning
-FAST = {"reassoc", "contract", "nsz", "arcp"}
-GEMM_SYMBOL = "sparse_coding_sgemm"  # bound to torch's sgemm by cpu.py
-N, T = 78, 84  # the letters that it knows
 RUN = 32  # samples whose codes are tested together
 KEY = np.int32(2**31 - 1)  # bits of a code without its sign: NaN is the largest, -0.0 is 0
 HINT = np.float32(0.85)  # a batch's smallest code is hardly ever less than this times the last's
 ROUNDS = 14  # of bisection, for a bound: to 2 %
-
-
-def _cache_folder() -> str:
-    """One for each state of the source: numba looks for changes in one file alone, but kernels of
-    the other and the constants of two more are compiled in too."""
-    here = Path(__file__).parent
-    files = (__file__, cpu.__file__, here / "cpu_kernels.py", spec.__file__, families.__file__)
-    digest = sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:8]
-    return str(Path(config.CACHE_DIR or here / "__pycache__") / f"kernels-{digest}")
-
-
-CACHE_FOLDER = _cache_folder()
-
-
-def kernel(function):
-    """Compiled at the first call and kept on disk. Without the GIL, and without numba's counting of
-    references, a fifth of the time of a row: so kernels allocate nothing."""
-    options = dict(nogil=True, _nrt=False, fastmath=FAST, error_model="numpy")
-    before, config.CACHE_DIR = config.CACHE_DIR, CACHE_FOLDER
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba finds no folder it may write to
-        return njit(**options)(function)
-    finally:
-        config.CACHE_DIR = before
-
-
-@intrinsic
-def _sgemm(context, letters, shape, b, a, out, strides):
-    """Fortran's sgemm of column-major matrices, out = b a: all arguments by reference; integers of
-    64 bits, of which a BLAS of 32 bits reads the lower half."""
-    signature = types.void(letters, shape, b, a, out, strides)
-
-    def generate(context, builder, signature, arguments):
-        reference = partial(cgutils.alloca_once_value, builder)
-        unpacked = (cgutils.unpack_tuple(builder, arguments[i]) for i in (0, 1, 5))
-        letters, shape, strides = (list(map(reference, values)) for values in unpacked)
-        one, zero = (reference(ir.Constant(ir.FloatType(), value)) for value in (1, 0))
-        b, a, out = (builder.inttoptr(address, cgutils.voidptr_t) for address in arguments[2:5])
-        call = [*letters, *shape, one, b, strides[0], a, strides[1], zero, out, strides[2]]
-        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in call])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, GEMM_SYMBOL), call)
-        return context.get_dummy_value()
-
-    return signature, generate
+P = PLACE.p
 
 
 @kernel
-def gemm(a_transposed, b_transposed, a, b, out):
-    """out = a b or its transposed variants; rows contiguous. To column-major BLAS it is b a."""
-    k = a.shape[0] if a_transposed else a.shape[1]
-    letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
-    shape = out.shape[1], out.shape[0], k
-    strides = b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4  # of 4 bytes
-    _sgemm(letters, shape, b.ctypes.data, a.ctypes.data, out.ctypes.data, strides)
-
-
-@kernel
-def dot(a, b):
-    """Σ a b."""
-    total = F0
-    for j in range(a.shape[0]):
-        total += a[j] * b[j]
-    return total
-
-
-@kernel
-def fill_(a, value):
-    """a = value."""
-    for j in range(a.shape[0]):
-        a[j] = value
+def slope(sae, code, l1, numbers):
+    """What the penalty adds to δ of a code."""
+    if sae.penalty == L1 or (sae.penalty == LP and numbers[P] == F1):
+        return l1
+    if sae.penalty == LP:
+        return l1 * numbers[P] * (code + np.float32(LP_EPS)) ** (numbers[P] - F1)
+    if sae.penalty == L0_TANH:
+        steepness = np.float32(SLOPE * sae.W_dec.shape[1] ** 0.5)
+        t = np.float32(np.tanh(steepness * code))
+        return l1 * steepness * (F1 - t * t)
+    return F0
 
 
 @kernel
@@ -303,10 +235,11 @@ def encode(sae, work, x, span):
     """Codes of a span of tiles, before a k selects; lists as far as they are likely needed."""
     n_dict, start, total = sae.b_enc.shape[0], span[0] * TILE, 0
     group, n_dead = group_of(sae, n_dict) if sae.selection == TOPK else 0, np.int64(0)
-    for f in range(start if sae.aux else 0):
+    sets_aside = sae.aux and not work.place
+    for f in range(start if sets_aside else 0):
         n_dead += sae.silent[f] >= sae.dead_steps
     if sae.selection == BATCHTOPK:
-        fill_(work.limit_value, sae.hint[0])  # threads that share it write the same
+        fill_(work.limit_value, sae.hint[work.place])  # threads that share it write the same
     for t in range(start, min(span[1] * TILE, n_dict), TILE):
         e = min(t + TILE, n_dict)
         gemm(False, True, sae.W_enc[t:e], x, work.codes[t:e])
@@ -318,7 +251,7 @@ def encode(sae, work, x, span):
                 jump_(sae, work, f, bias)
             else:
                 work.count[f] = relu_(work.codes[f], bias)
-            if sae.aux:
+            if sets_aside:
                 n_dead = set_aside(sae, work, f, n_dead)
             if sae.selection == TOPK or sae.selection == BATCHTOPK:
                 take_candidates(sae, work, f, group)
@@ -335,7 +268,7 @@ def take_candidates(sae, work, f, group):
     """Of a feature: for batchtopk those from the hint on, for topk maxima of its group."""
     batch = work.codes.shape[1]
     if sae.selection == BATCHTOPK:
-        work.listed[f] = sae.hint[0] > F0
+        work.listed[f] = sae.hint[work.place] > F0
         if work.listed[f]:
             row = work.bits[f * batch : (f + 1) * batch]
             work.count[f] = list_from_(row, work.where[f], work.limit)
@@ -370,12 +303,12 @@ def raise_(maxima, bits, f, group, batch):
 
 
 @kernel
-def bound(sae, work):
+def bound(sae, work, k):
     """work.limit: of each sample what at least k codes reach, or 1."""
     n_dict, batch = work.codes.shape
     group = group_of(sae, n_dict)
     if group > 0:
-        kth_of_samples(work.maxima, -(-n_dict // group), np.int64(sae.k), np.int64(ROUNDS), work)
+        kth_of_samples(work.maxima, -(-n_dict // group), np.int64(k), np.int64(ROUNDS), work)
         for b in range(batch):
             work.limit[b] = max(work.limit[b], 1)
 
@@ -393,12 +326,12 @@ def list_bounded(sae, work, span):
 
 
 @kernel
-def select(sae, work):
-    """Codes that a k selects: `where` and `count` have them alone. Where candidates do not do,
-    codes that are not selected become 0."""
+def select(sae, work, k):
+    """Codes that a k, per sample, selects: `where` and `count` have them alone. Where candidates do
+    not do, codes that are not selected become 0."""
     n_dict, batch = work.codes.shape
     each = np.int64(sae.selection == TOPK)
-    k = int(sae.k) if each else int(sae.k * batch)
+    k = int(k) if each else int(k * batch)
     few = work.listed[0] and (k * batch if each else k) <= work.value.shape[0]
     few = few and (limits_by_sample(work, k) if each else limit_of_batch(work, k))
     if each and not few:
@@ -461,9 +394,10 @@ def track_smallest(sae, work):
     if work.limit[0] == KEY:  # none was above 0
         return
     found = work.limit_value[0]
-    before = found if sae.smallest[0] == F0 else sae.smallest[0]
-    sae.smallest[0] = before + np.float32(EMA) * (found - before)
-    sae.hint[0] = HINT * found if found == found else F0
+    smallest = sae.smallest_of_first if work.place else sae.smallest
+    before = found if smallest[0] == F0 else smallest[0]
+    smallest[0] = before + np.float32(EMA) * (found - before)
+    sae.hint[work.place] = HINT * found if found == found else F0
 
 
 @kernel

@@ -4,101 +4,70 @@ The encoder is a GEMM over all features. Where few codes are above 0, the rest w
 and Adam the rows of features that had a gradient lately; else it is GEMMs too (formulas: stack.py).
 Everything of a step stays in the cache of one core: gradients exist for TILE features at a time.
 
-    encode, bound, list: cpu_codes.py
+    encode, bound, list: cpu_codes.py; codes that are chosen twice: cpu_refined.py
     choose      sparse or dense, from the share of codes above 0 in this very step; l1 and silence
     decode      g = 2/(batch · h) · (codes W_dec + b_dec − x) of each prefix, summed over those with
                 a band of features, for blocks of samples; and of the auxiliary loss
     auxiliary   gradients of dead features, by GEMMs of these alone, for tiles of them
-    update      gradients of the rows, Adam, length 1; for tiles of features
+    update      gradients of the rows, then cpu_adam.py; for tiles of features
     finish      Adam of b_dec
 
 What goes through tiles or blocks takes a span of them, so that several threads may share an
 autoencoder: no result depends on how the spans are cut.
-
-**Dormant rows.** After DORMANT steps without firing a row is left alone. Its gradient is 0, so
-dense Adam would only decay its moments, which is made up for at once (m β₁^k, v β₂^k) when it fires
-again, and would move it by less than float32 can show: a single gradient leaves m̂/√v̂ ≤
-(1 − β₁)/√(1 − β₂) = 3.2, a steady one 1; the ratio falls by β₁/√β₂ = 0.9005 a step, so all movement
-after 200 steps is below lr · 3.2 · 0.9005^200 / (1 − 0.9005) = 3e-8 lr, that is 3e-11 at an lr of
-1e-3, where half a float32 step of an entry of 1/16 is 4e-9.
 """
+
+from functools import partial
 
 import numpy as np
 
+from sparse_coding.sae.engines.cpu_adam import adam_, fired, rest
+from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, fill_, gemm, kernel, scale_, sum_rows_
 from sparse_coding.sae.engines.cpu_codes import (
     BATCHTOPK,
-    F0,
-    F1,
     JUMP,
     L0_STEP,
     L0_TANH,
-    L1,
     LP,
-    TILE,
     TOPK,
     bound,
     choose_auxiliary,
-    dot,
     encode,
-    fill_,
-    gemm,
-    kernel,
     list_,
     list_bounded,
     note_silence,
     select,
+    slope,
     track_smallest,
 )
-from sparse_coding.sae.families import AUX, BANDWIDTH, LP_EPS, SLOPE
-from sparse_coding.sae.spec import BETAS, DORMANT, L0_CLAMP, L0_GAIN, PLACE
+from sparse_coding.sae.engines.cpu_refined import (
+    decode_by_rank,
+    pull_back,
+    rank,
+    refine,
+    tilt,
+)
+from sparse_coding.sae.engines.cpu_scratch import BLOCK, TILE
+from sparse_coding.sae.families import AUX, BANDWIDTH, LP_EPS
+from sparse_coding.sae.spec import L0_CLAMP, L0_GAIN, PLACE
 
-RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0, PROJECT, P, P_BEFORE = PLACE
-BETA1, BETA2 = BETAS
-BLOCK = 64  # samples decoded at a time where codes are dense
-# Phases of a step
-ENCODE, BOUND, LIST, CHOOSE, DECODE, AUXILIARY, UPDATE, FINISH = (2**i for i in range(8))
-ALL = 2**8 - 1
-
-
-@kernel
-def add_(a, b):
-    """a += b."""
-    for j in range(a.shape[0]):
-        a[j] += b[j]
-
-
-@kernel
-def scale_(a, factor):
-    """a *= factor."""
-    for j in range(a.shape[0]):
-        a[j] *= factor
-
-
-@kernel
-def slope(sae, code, l1, numbers):
-    """What the penalty adds to δ of a code."""
-    if sae.penalty == L1 or (sae.penalty == LP and numbers[P] == F1):
-        return l1
-    if sae.penalty == LP:
-        return l1 * numbers[P] * (code + np.float32(LP_EPS)) ** (numbers[P] - F1)
-    if sae.penalty == L0_TANH:
-        steepness = np.float32(SLOPE * sae.W_dec.shape[1] ** 0.5)
-        t = np.float32(np.tanh(steepness * code))
-        return l1 * steepness * (F1 - t * t)
-    return F0
+P, P_BEFORE, K_FACTOR = PLACE.p, PLACE.p_before, PLACE.k_factor
+# Phases of a step. The first four, times 2**OF_FIRST, are of the first codes of refined families
+OF_FIRST = 4
+ENCODE, BOUND, LIST, CHOOSE = (2**i for i in range(OF_FIRST))
+REFINE, DECODE, TILT, PULL_BACK, AUXILIARY, UPDATE, FINISH = (2**i for i in range(8, 15))
+ALL = 2**15 - 1
 
 
 @kernel
 def sparse_gradients(row, g, x, d_enc, d_dec, slopes):
-    """∂W_enc and ∂W_dec of a feature from the samples it fires on, four at a time; returns ∂b_enc.
+    """Adds to ∂W_enc and ∂W_dec of a feature what comes from the samples it fires on, four at a
+    time; returns what does to ∂b_enc.
 
     row: its codes (batch,), the samples, its row of W_dec
     slopes: of the penalty, for each of the samples
     """
     codes, where, W = row
     h, n, d_bias = W.shape[0], where.shape[0], F0
-    fill_(d_enc, F0)
-    fill_(d_dec, F0)
     for k in range(0, n - n % 4, 4):
         b0, b1, b2, b3 = where[k], where[k + 1], where[k + 2], where[k + 3]
         g0, g1, g2, g3 = g[b0], g[b1], g[b2], g[b3]
@@ -126,89 +95,6 @@ def sparse_gradients(row, g, x, d_enc, d_dec, slopes):
 
 
 @kernel
-def adam_(p, m, v, grad, numbers):
-    """A step of Adam for parameters p with moments m and v (Kingma, Ba 2015, arXiv 1412.6980)."""
-    rate, root, eps = numbers[RATE], numbers[ROOT], numbers[EPS]
-    for j in range(p.shape[0]):
-        m[j] = np.float32(BETA1) * m[j] + np.float32(1 - BETA1) * grad[j]
-        v[j] = np.float32(BETA2) * v[j] + np.float32(1 - BETA2) * grad[j] * grad[j]
-        p[j] -= rate * m[j] / (np.sqrt(v[j]) * root + eps)
-
-
-@kernel
-def adam_without_gradient_(p, m, v, numbers):
-    """The same where the gradient is 0."""
-    rate, root, eps = numbers[RATE], numbers[ROOT], numbers[EPS]
-    for j in range(p.shape[0]):
-        m[j] *= np.float32(BETA1)
-        v[j] *= np.float32(BETA2)
-        p[j] -= rate * m[j] / (np.sqrt(v[j]) * root + eps)
-
-
-@kernel
-def rest(sae, f, numbers):
-    """A feature without a gradient: its moments still carry it on, until it is dormant."""
-    sae.idle[f] += 1
-    if sae.idle[f] > DORMANT:
-        return
-    s = slice(f, f + 1)
-    adam_without_gradient_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], numbers)
-    if sae.threshold.shape[0]:
-        adam_without_gradient_(sae.threshold[s], sae.threshold_m[s], sae.threshold_v[s], numbers)
-        sae.threshold[f] = F0 if sae.threshold[f] < F0 else sae.threshold[f]
-    adam_without_gradient_(sae.W_enc[f], sae.W_enc_m[f], sae.W_enc_v[f], numbers)
-    if not sae.frozen:
-        adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
-        scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
-
-
-@kernel
-def catch_up(sae, f):
-    """Decays the moments of a feature for the steps that it was left alone."""
-    missed = sae.idle[f] - DORMANT
-    if missed > 0:
-        m, v = np.float32(BETA1**missed), np.float32(BETA2**missed)
-        sae.b_enc_m[f] *= m
-        sae.b_enc_v[f] *= v
-        if sae.threshold.shape[0]:
-            sae.threshold_m[f] *= m
-            sae.threshold_v[f] *= v
-        scale_(sae.W_enc_m[f], m)
-        scale_(sae.W_enc_v[f], v)
-        scale_(sae.W_dec_m[f], m)
-        scale_(sae.W_dec_v[f], v)
-    sae.idle[f] = 0
-
-
-@kernel
-def fired(sae, f, d_biases, d_enc, d_dec, off, numbers):
-    """Adam of a feature's row, and its part of ∂b_dec into off.
-
-    d_biases: ∂b_enc and ∂threshold, arrays of one number
-    """
-    catch_up(sae, f)
-    d_bias, d_threshold = d_biases
-    W_enc, W_dec = sae.W_enc[f], sae.W_dec[f]
-    if sae.b_dec.shape[0]:
-        for j in range(off.shape[0]):
-            off[j] -= d_bias[0] * W_enc[j]
-            d_enc[j] -= d_bias[0] * sae.b_dec[j]
-    if numbers[PROJECT]:
-        along = dot(d_dec, W_dec)
-        for j in range(d_dec.shape[0]):
-            d_dec[j] -= along * W_dec[j]
-    s = slice(f, f + 1)
-    adam_(sae.b_enc[s], sae.b_enc_m[s], sae.b_enc_v[s], d_bias, numbers)
-    if sae.threshold.shape[0]:
-        adam_(sae.threshold[s], sae.threshold_m[s], sae.threshold_v[s], d_threshold, numbers)
-        sae.threshold[f] = F0 if sae.threshold[f] < F0 else sae.threshold[f]
-    adam_(W_enc, sae.W_enc_m[f], sae.W_enc_v[f], d_enc, numbers)
-    if not sae.frozen:
-        adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
-        scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
-
-
-@kernel
 def adapt_l1(sae, work, numbers, total):
     """Moves l1 with the p of p-annealing, and toward the target l0."""
     if sae.penalty == LP and numbers[P] != numbers[P_BEFORE]:
@@ -222,7 +108,7 @@ def adapt_l1(sae, work, numbers, total):
                     now += (c + np.float32(LP_EPS)) ** numbers[P]
         if now > 0:
             sae.l1[0] *= np.float32(before / now)
-    if numbers[SEEKS_L0] and sae.target_l0[0] > 0:
+    if numbers[PLACE.seeks_l0] and sae.target_l0[0] > 0:
         off = np.float32(total / work.codes.shape[1]) / sae.target_l0[0]
         off = min(max(off, np.float32(1 / L0_CLAMP)), np.float32(L0_CLAMP))
         sae.l1[0] *= off ** np.float32(L0_GAIN)
@@ -231,70 +117,100 @@ def adapt_l1(sae, work, numbers, total):
 @kernel
 def choose(sae, work, numbers):
     """Whether this step is sparse: then codes are sorted by sample."""
-    batch, total = work.codes.shape[1], np.int64(0)
-    work.n_dead[0] = 0
+    total = np.int64(0)
     if sae.selection == TOPK or sae.selection == BATCHTOPK:
-        select(sae, work)
+        select(sae, work, sae.k * numbers[K_FACTOR])
     if sae.selection == BATCHTOPK:
         track_smallest(sae, work)
-    if sae.aux:
-        choose_auxiliary(sae, work)
     for f in range(work.count.shape[0]):
         total += work.count[f]
-    note_silence(sae, work)
-    adapt_l1(sae, work, numbers, total)
+    if not work.place:
+        work.n_dead[0] = 0
+        if sae.aux:
+            choose_auxiliary(sae, work)
+        note_silence(sae, work)
+        adapt_l1(sae, work, numbers, total)
+        if sae.refined:
+            rank(sae, work)
     if total > work.value.shape[0]:
         return False
-    start = work.start
+    sort_by_sample(sae, work)
+    return True
+
+
+@kernel
+def sort_by_sample(sae, work):
+    """Codes by sample; those of one ascend by feature, or by rank where bands are cut along it."""
+    start, by_rank = work.start, sae.refined and not work.place
     fill_(start, 0)
     for f in range(work.count.shape[0]):
         if not work.listed[f]:
             list_(work.codes[f], work.where[f])
         for k in range(work.count[f]):
             start[work.where[f, k] + 2] += 1
-    for b in range(2, batch + 2):
+    for b in range(2, start.shape[0]):
         start[b] += start[b - 1]
-    for f in range(work.count.shape[0]):
+    for i in range(work.count.shape[0]):
+        f = sae.order[i] if by_rank else i
         for k in range(work.count[f]):
             b = work.where[f, k]
             work.feature[start[b + 1]] = f
             work.value[start[b + 1]] = work.codes[f, b]
             start[b + 1] += 1
-    return True
 
 
 @kernel
 def decode(sae, work, x, span):
     """g of each band and g_aux, for a span of blocks."""
     batch, h = x.shape
-    sparse, n_bands, scale = work.sparse[0], sae.bands.shape[0], np.float32(2.0 / (batch * h))
+    scale = np.float32(2.0 / (batch * h))
     for t in range(span[0] * BLOCK, min(span[1] * BLOCK, batch), BLOCK):
-        e, first = min(t + BLOCK, batch), 0
-        for band in range(0 if sparse else n_bands):
-            end = sae.bands[band]
-            codes, W_dec = work.codes[first:end, t:e], sae.W_dec[first:end]
-            gemm(True, False, codes, W_dec, work.g[band, t:e])
-            first = end
-        for b in range(t, e):
-            xb, p = x[b], work.start[b]
-            for band in range(n_bands):  # x_hat of each prefix
-                g = work.g[band, b]
-                if sparse:
-                    ends = work.start[b + 1], sae.bands[band]
-                    p = sum_rows_(g, sae.W_dec, work.feature, work.value, p, ends)
-                if band:
-                    add_(g, work.g[band - 1, b])
-                    continue
-                for j in range(h):
-                    g[j] -= xb[j]
-                if sae.b_dec.shape[0]:
-                    add_(g, sae.b_dec)
-            for band in range(n_bands):
-                scale_(work.g[band, b], scale)
-            for band in range(n_bands - 2, -1, -1):
-                add_(work.g[band, b], work.g[band + 1, b])
+        block = t, min(t + BLOCK, batch)
+        if sae.refined:
+            decode_by_rank(sae, work, x, block, scale)
+        else:
+            decode_block(sae, work, x, block, scale)
         if work.n_dead[0]:
-            decode_dead(work, n_bands, (t, e), scale)
+            decode_dead(work, sae.bands.shape[0], block, scale)
+
+
+@kernel
+def decode_block(sae, work, x, block, scale):
+    """g of each band, for a block of samples."""
+    (t, e), sparse, n_bands, first = block, work.sparse[0], sae.bands.shape[0], 0
+    for band in range(0 if sparse else n_bands):
+        end = sae.bands[band]
+        gemm(True, False, work.codes[first:end, t:e], sae.W_dec[first:end], work.g[band, t:e])
+        first = end
+    for b in range(t, e):
+        xb, p = x[b], work.start[b]
+        for band in range(n_bands):  # x_hat of each prefix
+            g = work.g[band, b]
+            if sparse:
+                end = end_of_band(work.feature, p, work.start[b + 1], sae, band)
+                sum_rows_(g, sae.W_dec, work.feature, work.value, p, end)
+                p = end
+            if band:
+                add_(g, work.g[band - 1, b])
+                continue
+            for j in range(g.shape[0]):
+                g[j] -= xb[j]
+            if sae.b_dec.shape[0]:
+                add_(g, sae.b_dec)
+        for band in range(n_bands):
+            scale_(work.g[band, b], scale)
+        for band in range(n_bands - 2, -1, -1):
+            add_(work.g[band, b], work.g[band + 1, b])
+
+
+@kernel
+def end_of_band(feature, p, end, sae, band):
+    """Where the features of a sample, from place p on, are no longer of a band."""
+    if band + 1 < sae.bands.shape[0]:
+        while p < end and feature[p] < sae.bands[band]:
+            p += 1
+        return p
+    return end
 
 
 @kernel
@@ -305,29 +221,6 @@ def decode_dead(work, n_bands, span, scale):
     for b in range(t, e):
         for j in range(g.shape[1]):
             g_aux[b, j] = np.float32(AUX) * (g_aux[b, j] * scale + g[b, j])
-
-
-@kernel
-def sum_rows_(out, W, feature, value, p, ends):
-    """out = Σ value · rows of W for the features of a sample from place p on, four at a time, as
-    far as they are of a band; returns where that is. ends: of the sample, and of the band."""
-    end = ends[0]
-    if ends[1] < W.shape[0]:
-        end = p
-        while end < ends[0] and feature[end] < ends[1]:
-            end += 1
-    fill_(out, F0)
-    while p + 4 <= end:
-        c0, c1, c2, c3 = value[p], value[p + 1], value[p + 2], value[p + 3]
-        r0, r1, r2, r3 = W[feature[p]], W[feature[p + 1]], W[feature[p + 2]], W[feature[p + 3]]
-        for j in range(out.shape[0]):
-            out[j] += (c0 * r0[j] + c1 * r1[j]) + (c2 * r2[j] + c3 * r3[j])
-        p += 4
-    for q in range(p, end):
-        c0, r0 = value[q], W[feature[q]]
-        for j in range(out.shape[0]):
-            out[j] += c0 * r0[j]
-    return end
 
 
 @kernel
@@ -355,52 +248,82 @@ def masked_sum_(delta, codes, slope):
 
 
 @kernel
-def update(sae, work, x, grads, numbers, span):
+def update(sae, work, first, x, grads, numbers, span):
     """Gradients and Adam of a span of tiles, whose parts in different bands have different g."""
     n_dict = sae.b_enc.shape[0]
+    n_bands = 1 if sae.refined else sae.bands.shape[0]  # those of refined families are scattered
     for tile in range(span[0], min(span[1], work.off.shape[0])):
-        t, e, first = tile * TILE, min(tile * TILE + TILE, n_dict), 0
+        t, e, begin = tile * TILE, min(tile * TILE + TILE, n_dict), 0
         fill_(work.off[tile], F0)
-        for level in range(sae.bands.shape[0]):
-            part = max(t, first), min(e, sae.bands[level])
+        for band in range(n_bands):
+            end = n_dict if sae.refined else sae.bands[band]
+            part = max(t, begin), min(e, end)
             if part[0] < part[1]:
-                update_part(sae, work, work.g[level], x, grads, numbers, part)
-            first = sae.bands[level]
+                update_part(sae, work, first, x, grads, numbers, (part[0], part[1], band))
+            begin = end
 
 
 @kernel
-def update_part(sae, work, g, x, grads, numbers, part):
-    """The same of some features that have this g."""
-    sparse, off = work.sparse[0], work.off[part[0] // TILE]
-    l1 = sae.l1[0] * numbers[L1_FACTOR] / np.float32(x.shape[0])
+def update_part(sae, work, first, x, grads, numbers, part):
+    """The same of the features from part[0] to part[1], of the band part[2]."""
+    (start, end, band), sparse, off = part, work.sparse[0], work.off[part[0] // TILE]
+    l1 = penalty_weight(sae, numbers, x)
     if not sparse:
-        dense_gradients(sae, work, g, x, grads, (l1, numbers), part)
-    for f in range(part[0], part[1]):
+        dense_gradients(sae, work, work.g[band], x, grads, (l1, numbers), (start, end))
+    for f in range(start, end):
         n_window = work.n_window[f] if sae.selection == JUMP else 0
+        n_first = first.count[f] if sae.refined else 0
         d = work.dead_row[f] if sae.aux else -1
         if d >= 0 and work.aux_count[d] == 0:
             d = -1
-        if work.count[f] == 0 and n_window == 0 and d < 0:
+        if work.count[f] == 0 and n_window == 0 and n_first == 0 and d < 0:
             rest(sae, f, numbers)
             continue
-        i = f - part[0] if not sparse else 0  # one row only stays in L1
+        i = f - start if not sparse else 0  # one row only stays in L1
         d_bias, d_enc, d_dec = grads.b_enc[i : i + 1], grads.W_enc[i], grads.W_dec[i]
         d_biases = d_bias, grads.threshold[i : i + 1]
         if sparse:
-            where = work.where[f, : work.count[f]]
-            slopes = grads.slope
-            for k in range(where.shape[0]):
-                slopes[k] = slope(sae, work.codes[f, where[k]], l1, numbers)
-            row = work.codes[f], where, sae.W_dec[f]
-            d_bias[0] = sparse_gradients(row, g, x, d_enc, d_dec, slopes)
-            grads.threshold[0] = F0
+            g = work.g[work.band[f]] if sae.refined else work.g[band]
+            row_gradients(sae, work, f, (g, x), grads, (l1, numbers))
             if n_window:
                 window_gradients(sae, work, f, g, x, grads, (l1, numbers))
+        if n_first:
+            first_gradients(sae, work, first, f, x, grads)
         if d >= 0:
             d_bias[0] += work.aux_bias[d]
             add_(d_enc, work.aux_enc[d])
             add_(d_dec, work.aux_dec[d])
         fired(sae, f, d_biases, d_enc, d_dec, off, numbers)
+
+
+@kernel
+def penalty_weight(sae, numbers, x):
+    """l1 of this step, for a mean over samples."""
+    return sae.l1[0] * numbers[PLACE.l1_factor] / np.float32(x.shape[0])
+
+
+@kernel
+def row_gradients(sae, work, f, given, grads, weights):
+    """Gradients of a feature from its codes, into row 0 of grads; given: g, x."""
+    (g, x), (l1, numbers), slopes = given, weights, grads.slope
+    where = work.where[f, : work.count[f]]
+    for k in range(where.shape[0]):
+        slopes[k] = slope(sae, work.codes[f, where[k]], l1, numbers)
+    d_enc, d_dec = grads.W_enc[0], grads.W_dec[0]
+    fill_(d_enc, F0)
+    fill_(d_dec, F0)
+    row, inputs = (work.codes[f], where, sae.W_dec[f]), work.x if sae.refined else x
+    grads.b_enc[0] = sparse_gradients(row, g, inputs, d_enc, d_dec, slopes)
+    grads.threshold[0] = F0
+
+
+@kernel
+def first_gradients(sae, work, first, f, x, grads):
+    """Adds to them what goes through its first codes."""
+    where, slopes = first.where[f, : first.count[f]], grads.slope
+    fill_(slopes, F0)
+    row, d_enc, d_dec = (first.codes[f], where, sae.W_dec[f]), grads.W_enc[0], grads.W_dec[0]
+    grads.b_enc[0] += sparse_gradients(row, work.back, x, d_enc, d_dec, slopes)
 
 
 @kernel
@@ -463,31 +386,44 @@ def finish(sae, work, numbers):
             add_(grad, work.off[t])
         for b in range(g.shape[0]):
             add_(grad, g[b])
+        for b in range(work.back.shape[0]):
+            add_(grad, work.back[b])
         adam_(sae.b_dec, sae.b_dec_m, sae.b_dec_v, grad, numbers)
 
 
-@kernel
-def steps(sae, work, grads, xs, of_steps, todo, span):
+@partial(kernel, entry=True)
+def steps(sae, works, grads, xs, of_steps, todo, span):
     """Steps on each x of xs (n, batch, h); of_steps: (n, numbers), StepNumbers of each.
 
+    works: of the codes, and of the first codes of refined families
     todo: which phases, a sum; span: first and end of the tiles or blocks. One function for threads
     that work alone or share, since code compiled twice may round in two ways.
     """
+    work, first = works
     for i in range(xs.shape[0]):
         x, numbers = xs[i], of_steps[i]
-        if todo & ENCODE:
-            encode(sae, work, x, span)
-        if todo & BOUND and sae.selection == TOPK:
-            bound(sae, work)
-        if todo & LIST and sae.selection == TOPK:
-            list_bounded(sae, work, span)
-        if todo & CHOOSE:
-            work.sparse[0] = choose(sae, work, numbers)
+        encoded = work.x if sae.refined else x
+        for place in range(np.int64(sae.refined), -1, -1):
+            now, of = todo >> place * OF_FIRST, works[place]
+            if now & ENCODE:
+                encode(sae, of, x if place else encoded, span)
+            if now & BOUND and sae.selection == TOPK:
+                bound(sae, of, sae.k * numbers[K_FACTOR])
+            if now & LIST and sae.selection == TOPK:
+                list_bounded(sae, of, span)
+            if now & CHOOSE:
+                of.sparse[0] = choose(sae, of, numbers)
+            if place and todo & REFINE:
+                refine(sae, work, first, x, span)
         if todo & DECODE:
             decode(sae, work, x, span)
+        if sae.refined and todo & TILT:
+            tilt(sae, work)
+        if sae.refined and todo & PULL_BACK:
+            pull_back(sae, work, penalty_weight(sae, numbers, x), numbers, span)
         if todo & AUXILIARY:
-            auxiliary(work, x, grads, span)
+            auxiliary(work, encoded, grads, span)
         if todo & UPDATE:
-            update(sae, work, x, grads, numbers, span)
+            update(sae, work, first, x, grads, numbers, span)
         if todo & FINISH:
             finish(sae, work, numbers)

@@ -343,7 +343,7 @@ def test_no_kernel_writes_beside_its_tensors(xs, bad):
     shape = shape_of(H, BATCH, b_dec=True, project=True, dot="ieee", **SMALL)
     rows, work = fenced(engine.rows), fenced(make_work(engine.sizes, shape, DEVICE))
     launch = launcher(rows, work, shape)
-    work.numbers.copy_(torch.tensor([1e-3, 1.0, 1e-8, 1.0, 1.0, 1.0, 1.0, 1.0]))
+    work.numbers.copy_(torch.tensor([1e-3, 1.0, 1e-8, *[1.0] * (len(PLACE) - 3)]))
     work.x.copy_(xs[0])
     launch()
     work.x[5, 3] = bad
