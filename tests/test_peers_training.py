@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sparse_coding.sae import stack as stack_module
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.families import AUX, FAMILIES, bands
+from sparse_coding.sae.families import AUX, FAMILIES, Family, bands
 from sparse_coding.sae.families import PREFIXES as SHARES
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule
 
@@ -251,7 +251,7 @@ def test_dictionary_learning_with_a_k(trainers, xs, arch, trainer_class, dtype):
 def test_dictionary_learning_with_thresholds(trainers, xs, monkeypatch):
     """Its b_dec stays at 0, as it is not taken off its input. Without its penalty, whose gradient
     it takes from codes, that is from the upper half of the window only."""
-    monkeypatch.setattr(stack_module, "BANDWIDTH", BANDWIDTH)
+    monkeypatch.setattr(Family, "bandwidth", lambda self, width: BANDWIDTH)
     monkeypatch.setattr(stack_module, "BETAS", (0.0, 0.999))
     options = dict(sparsity_penalty=0.0, bandwidth=BANDWIDTH, sparsity_warmup_steps=None)
     trainer = trainers("jumprelu.JumpReluTrainer", **options)
@@ -343,7 +343,7 @@ SAE_LENS_JUMP = [
 )
 def test_sae_lens(sae_lens, xs, monkeypatch, arch, name, options, unit_rows, dtype):
     """Thresholds of a k: its mean starts at 0, here at the first batch's, as ours does."""
-    monkeypatch.setattr(stack_module, "BANDWIDTH", BANDWIDTH)
+    monkeypatch.setattr(Family, "bandwidth", lambda self, width: BANDWIDTH)
     trainer = sae_lens_trainer(sae_lens, name, options, unit_rows=unit_rows)
     sae, start = trainer.sae, of_sae_lens(trainer.sae)
     for step, x in enumerate(xs):

@@ -51,6 +51,16 @@ class Family:
         """Whether sparsity is a k; else the weight of a penalty decides on it."""
         return self.selection in ("topk", "batchtopk")
 
+    def bandwidth(self, width: int) -> float:
+        """Width of the threshold's window, for activations of this width."""
+        return TANH_BANDWIDTH / width**0.5 if self.penalty == "l0_tanh" else BANDWIDTH
+
+    def first_weight(self, width: int) -> float | None:
+        """Where a controller of the penalty's weight starts: what makes a code of the threshold's
+        start as dear as the error that it saves. None: the weight is given."""
+        of_number = self.penalty in ("l0_step", "l0_tanh")
+        return THRESHOLD**2 / width if of_number else None
+
     @property
     def saved_as(self) -> str:
         """The architecture as SAELens names it: what is chosen by batch gets a threshold."""
@@ -73,7 +83,7 @@ FAMILIES: dict[str, Family] = {
     # Bussmann et al. 2025, https://arxiv.org/abs/2503.17547
     "matryoshka": Family("batchtopk", nested=True, aux=True, lr=2),
     # Chanin 2026, https://github.com/chanind/claude-auto-research-synthsaebench, commit 183b197
-    "matryoshka_refined": Family("batchtopk", nested=True, aux=True, refined=True, lr=2),
+    "matryoshka_refined": Family("batchtopk", nested=True, aux=True, refined=True, lr=4),
 }
 TRAINED = tuple(FAMILIES)
 FROZEN = "_frozen"  # what the names of the baselines end with
@@ -90,7 +100,9 @@ LP_EPS = 1e-2
 # Rajamanoharan et al. have 0.001, whose window is hit too rarely in short runs (LOG.md)
 BANDWIDTH = 0.03
 THRESHOLD = 0.03
-SLOPE = 4.0  # of tanh, times √width, for Anthropic's x has a mean square norm of its width
+# Anthropic's window, over √width, and slope of tanh, times √width: for x of a mean square norm of
+# its width
+TANH_BANDWIDTH, SLOPE = 2.0, 4.0
 AUX = 1 / 32  # weight of the auxiliary error; Gao et al.
 # Of refined families, as in their source
 REFINEMENT = 0.3  # of what the encoder finds in what is left over, added to pre-activations

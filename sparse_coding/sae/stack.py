@@ -65,7 +65,6 @@ from torch.nn.functional import normalize
 
 from sparse_coding.sae.families import (
     AUX,
-    BANDWIDTH,
     EMA,
     FAMILIES,
     LP_EPS,
@@ -361,8 +360,8 @@ class Stack:
         pulls = theta * delta
         if self.family.penalty == "l0_step":
             pulls += l1 / pre.shape[2]
-        window = (pre - theta).abs() < BANDWIDTH / 2
-        pulls.mul_(window).div_(BANDWIDTH)
+        bandwidth = self.family.bandwidth(self.W_dec.shape[2])
+        pulls.mul_((pre - theta).abs() < bandwidth / 2).div_(bandwidth)
         self.threshold.grad = -pulls.sum(dim=2)
         return pulls
 

@@ -197,10 +197,16 @@ def specs_of(
         of_sparsity = (cell.l1_exp, cell.target_l0) if tied else (cell.l1_exp,)
         return named_seed(cell.seed, "start", cell.n_dict, *of_sparsity)
 
+    def weight(cell: Cell) -> float:
+        """Of the penalty, at first."""
+        width = round(cell.n_dict / 2.0**cell.size_exp)
+        given = cell.l1_alpha / l1_divisor(l1_normalisation, cell.n_dict)
+        return FAMILIES[cell.arch].first_weight(width) or given
+
     return [
         SAESpec(
             n_dict=cell.n_dict,
-            l1=cell.l1_alpha / l1_divisor(l1_normalisation, cell.n_dict),
+            l1=weight(cell),
             seed=start(cell),
             tied=tied,
             target_l0=cell.target_l0,

@@ -215,6 +215,13 @@ def test_l1_is_divided_by_the_size_per_feature_and_is_not_as_sum():
     assert all(m.tied for m in of_sum)
 
 
+def test_a_weight_of_the_number_of_codes_starts_where_the_threshold_does():
+    """A code of 0.03 saves an error of 0.03² / width, here of 40."""
+    for arch, starts in (("jumprelu", 0.03**2 / 40), ("p_anneal", 1e-2), ("relu", 1e-2)):
+        asked = [replace(cell, arch=arch, target_l0=4) for cell in cells()]
+        assert specs_of(asked, "sum", tied=True)[0].l1 == pytest.approx(starts)
+
+
 def test_every_cell_has_a_start_of_its_own_that_does_not_depend_on_the_others():
     targets = [replace(cell, target_l0=t) for cell in cells() for t in (0, 4, 8)]
     specs = specs_of(targets, "sum", tied=True)

@@ -62,7 +62,8 @@ class Step(torch.autograd.Function):
 
 
 class Jump(torch.autograd.Function):
-    """pre · 1[pre > θ] with that gradient; samples in rows."""
+    """pre · 1[pre > θ] with that gradient; samples in rows. Where it goes through the input, the
+    window is Anthropic's."""
 
     @staticmethod
     def forward(ctx, pre: Tensor, theta: Tensor, through_input: bool) -> Tensor:
@@ -73,9 +74,10 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         pre, theta = ctx.saved_tensors
-        window = ((pre - theta).abs() < BANDWIDTH / 2).to(pre.dtype)
+        width = 2 / H**0.5 if ctx.through_input else BANDWIDTH
+        window = ((pre - theta).abs() < width / 2).to(pre.dtype)
         on = ((pre > theta) & (pre > 0)).to(pre.dtype)
-        pull = theta / BANDWIDTH * window * grad
+        pull = theta / width * window * grad
         return on * grad + pull * ctx.through_input, -pull.sum(dim=0), None
 
 

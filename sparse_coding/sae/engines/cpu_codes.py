@@ -20,7 +20,7 @@ import numpy as np
 
 from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, fill_, gemm, kernel
 from sparse_coding.sae.engines.cpu_scratch import GROUP, TILE
-from sparse_coding.sae.families import BANDWIDTH, EMA, LP_EPS, SLOPE, Penalty, Selection
+from sparse_coding.sae.families import EMA, LP_EPS, SLOPE, Penalty, Selection
 from sparse_coding.sae.spec import PLACE
 
 RELU, JUMP, TOPK, BATCHTOPK = range(len(get_args(Selection)))
@@ -62,7 +62,7 @@ def relu_(codes, bias):
 def jump_(sae, work, f, bias):
     """Codes of a feature that are above 0 and its threshold; lists the samples in its window."""
     codes, window, threshold = work.codes[f], work.window[f], sae.threshold[f]
-    half, n, k = np.float32(BANDWIDTH / 2), np.int32(0), np.int32(0)
+    half, n, k = np.float32(sae.bandwidth / 2), np.int32(0), np.int32(0)
     for first in range(0, codes.shape[0], RUN):
         run, within = codes[first : first + RUN], np.int32(0)
         for b in range(run.shape[0]):

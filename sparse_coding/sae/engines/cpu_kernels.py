@@ -47,7 +47,7 @@ from sparse_coding.sae.engines.cpu_refined import (
     tilt,
 )
 from sparse_coding.sae.engines.cpu_scratch import BLOCK, TILE
-from sparse_coding.sae.families import AUX, BANDWIDTH, LP_EPS
+from sparse_coding.sae.families import AUX, LP_EPS
 from sparse_coding.sae.spec import L0_CLAMP, L0_GAIN, PLACE
 
 P, P_BEFORE, K_FACTOR = PLACE.p, PLACE.p_before, PLACE.k_factor
@@ -330,7 +330,7 @@ def first_gradients(sae, work, first, f, x, grads):
 def pull(sae, f, delta, l1):
     """What a sample in a threshold's window takes off its gradient; delta: δ before its mask."""
     step = l1 if sae.penalty == L0_STEP else F0
-    return (sae.threshold[f] * delta + step) * np.float32(1 / BANDWIDTH)
+    return (sae.threshold[f] * delta + step) * np.float32(1 / sae.bandwidth)
 
 
 @kernel

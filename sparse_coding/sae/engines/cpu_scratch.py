@@ -62,6 +62,7 @@ class Sae(NamedTuple):
     bands: ndarray  # ends of the bands of features, int64
     selection: int
     penalty: int
+    bandwidth: float  # of the threshold's window
     through_input: bool
     frozen: bool
     aux: bool
@@ -251,6 +252,7 @@ def views(stack: Stack) -> list[Sae]:
         bands=np.array([end for _, end in stack.bands], np.int64),
         selection=get_args(Selection).index(family.selection),
         penalty=get_args(Penalty).index(family.penalty),
+        bandwidth=family.bandwidth(stack.W_dec.shape[2]),
         through_input=family.through_input,
         frozen=family.frozen,
         refined=family.refined,
