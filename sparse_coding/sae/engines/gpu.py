@@ -154,9 +154,10 @@ def rows_of_(stacks: list[Stack]) -> "Rows":
         joined[name] = join_(parameters, *row)
         joined[f"{name}_m"] = join_([state["exp_avg"] for state in states], *row)
         joined[f"{name}_v"] = join_([state["exp_avg_sq"] for state in states], *row)
-    for name in ("idle", "l1", "target_l0"):
+    for name in ("idle", "silent", "n_revived", "l1", "target_l0"):
         joined[name] = join_([getattr(stack, name) for stack in stacks])
-    return Rows(**joined)
+    dead_steps = torch.tensor([stacks[0].dead_steps], dtype=torch.int32, device=device)
+    return Rows(**joined, dead_steps=dead_steps)
 
 
 def launcher(rows: "Rows", work: "Work", shape: "Shape") -> Callable[[], None]:

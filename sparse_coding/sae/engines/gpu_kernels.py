@@ -48,7 +48,10 @@ class Rows(NamedTuple):
     b_dec: Tensor  # (n_saes, h); unused where it is fixed at 0
     b_dec_m: Tensor
     b_dec_v: Tensor
-    idle: Tensor  # (n_rows,) int32: steps since a feature fired
+    idle: Tensor  # (n_rows,) int32: steps that a feature's moments are without a gradient
+    silent: Tensor  # (n_rows,) int32: steps since it fired, or since the start
+    n_revived: Tensor  # (n_saes,) int64: how often one that was dead fired
+    dead_steps: Tensor  # (1,) int32: without firing, after which it counts as dead
     l1: Tensor  # (n_saes,)
     target_l0: Tensor  # (n_saes,), 0 where l1 stays
 
@@ -162,7 +165,8 @@ def choose(rows, work, S: tl.constexpr):
     blocks: tl.constexpr = (S.batch + S.encode_b - 1) // S.encode_b
     s = tl.num_programs(0) - 1 - tl.program_id(0)  # the largest first
     first, end = tl.load(work.saes + 3 * s), tl.load(work.saes + 3 * s + 1)
-    n_fired, n_resting, n_codes = 0, 0, 0
+    n_fired, n_resting, n_codes, n_revived = 0, 0, 0, 0
+    dead_steps = tl.load(rows.dead_steps)
     for start in range(first, end, F):
         row = start + tl.arange(0, F)
         there = row < end
@@ -173,6 +177,9 @@ def choose(rows, work, S: tl.constexpr):
         fired = count > 0
         resting = there & (count == 0) & (idle < DORMANT)
         tl.store(rows.idle + row, tl.where(fired, 0, idle + 1), mask=there)
+        silent = tl.load(rows.silent + row, mask=there, other=0)
+        tl.store(rows.silent + row, tl.where(fired, 0, silent + 1), mask=there)
+        n_revived += tl.sum((fired & (silent >= dead_steps)).to(tl.int32), 0)
         tl.store(work.missed + row, tl.maximum(idle - DORMANT, 0), mask=fired)
         tl.store(work.missed + row, 0, mask=resting)
         front = first + n_fired + tl.cumsum(fired.to(tl.int32), 0) - 1
@@ -184,6 +191,7 @@ def choose(rows, work, S: tl.constexpr):
         n_codes += tl.sum(count, 0)
     tl.store(work.n_fired + s, n_fired)
     tl.store(work.n_resting + s, n_resting)
+    tl.store(rows.n_revived + s, tl.load(rows.n_revived + s) + n_revived)
     target = tl.load(rows.target_l0 + s)
     if (target > 0) & (tl.load(work.numbers + SEEKS_L0) > 0):
         off = n_codes.to(tl.float32) / S.batch / target

@@ -126,6 +126,21 @@ def test_each_kernel_computes_its_formula_on_ragged_sizes(xs, options):
         assert distance(work.along[rows][fired], along[fired]) < 1e-5
 
 
+def test_silent_steps_and_revivals_are_counted_as_by_the_dense_engine(xs):
+    of = [SAESpec(40, 1e-3, 0), SAESpec(70, 1e-3, 1), SAESpec(70, 1e-2, 2)]
+    options = RUN | {"schedule": Schedule(dead_steps=1)}
+    some = xs[:6].clone()
+    some[1:4] = some[1:4, :1]  # one sample many times: most features are silent
+    found, expected = build(of, tiles=SMALL, **options), in_float64(of, **options)
+    for x in some:
+        train(found, x[None])
+        train(expected, x[None])
+        for ours, dense in zip(found.stacks, expected.stacks, strict=True):
+            assert torch.equal(ours.silent, dense.silent)
+        assert [found.n_revived(i) for i in range(3)] == [expected.n_revived(i) for i in range(3)]
+    assert all(found.n_revived(i) > 5 for i in range(3))
+
+
 SHAPES = [  # h, batch, b_dec and project, tiles
     (16, 16, False, SMALL),  # tiles fit
     (H, BATCH, False, SMALL),
@@ -485,8 +500,8 @@ driver.set_active(Driver())
 h, batch, run, most_kb = (int(a) for a in sys.argv[2:])
 shape = gpu.shape_of(h, batch, b_dec=bool(run), project=bool(run), dot="tf32")
 work = gpu.make_work([64, 128], shape, torch.device("cpu"))
-integers = {"idle"}
-rows = gpu_kernels.Rows(*(torch.zeros(16, dtype=torch.int32 if name in integers else torch.float32)
+integers = dict.fromkeys(("idle", "silent", "dead_steps"), torch.int32) | {"n_revived": torch.int64}
+rows = gpu_kernels.Rows(*(torch.zeros(16, dtype=integers.get(name, torch.float32))
                           for name in gpu_kernels.Rows._fields))
 tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 for name, (warps, stages) in gpu.LAUNCH.items():
