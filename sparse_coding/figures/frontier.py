@@ -140,6 +140,7 @@ def _draw_lines(axes: Axes, lines: dict[tuple, list[dict]], size: str) -> None:
         axes.legend(
             title=title, loc="center left", bbox_to_anchor=(1.0, 0.5),
             frameon=False, fontsize=7.5, title_fontsize=7.5,
+            handlelength=3.5 if several else None,  # dashes are seen beside the marker
         )  # fmt: skip
 
 

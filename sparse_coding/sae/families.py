@@ -46,6 +46,11 @@ class Family:
     frozen: bool = False
     lr: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what has no gradients in stack.py."""
+        if self.refined and (self.penalty != "none" or not self.has_k):
+            raise ValueError("refined codes are those of a k, without a penalty")
+
     @property
     def has_k(self) -> bool:
         """Whether sparsity is a k; else the weight of a penalty decides on it."""

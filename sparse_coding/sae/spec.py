@@ -14,7 +14,7 @@ TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 
 BETAS = 0.9, 0.999  # of Adam
 DORMANT = 200  # steps without firing, after which a feature's moments move it no more (cpu_kernels)
 # Of the controller that finds l1 for a target l0, per step; ours, LOG.md
-L0_GAIN = 0.008  # d log l1 / d log(l0 / target): its time constant is some hundred steps
+L0_GAIN = 0.016  # d log l1 / d log(l0 / target): its time constant is some sixty steps
 L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement
 DEAD_STEPS = 1000  # without firing, after which a feature counts as dead; as in SAELens
 DEAD_SHARE = 4  # of shorter runs than 4 000 steps it is a quarter

@@ -240,6 +240,12 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+@pytest.mark.parametrize("choices", [{"selection": "jump"}, {"penalty": "l1"}])
+def test_a_combination_without_gradients_is_refused(choices):
+    with pytest.raises(ValueError, match="those of a k, without a penalty"):
+        replace(FAMILIES["matryoshka_refined"], **choices)
+
+
 @pytest.mark.parametrize(
     ("arch", "n_dict", "unit_rows"),
     [(arch, n_dict, True) for arch in OTHERS for n_dict in (40, 96)]

@@ -103,7 +103,7 @@ def kernels_compile() -> bool:
     from numba.core.errors import NumbaError
 
     try:
-        with _said_if_slow("compiling the CPU kernels, once on this machine: some 45 s"):
+        with _said_if_slow("compiling the CPU kernels, once on this machine: some 35 s"):
             folder = kernels_missing_in()
             if folder:
                 with held(folder / "lock"):  # of several processes one compiles

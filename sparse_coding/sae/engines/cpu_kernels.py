@@ -420,7 +420,7 @@ def steps(sae, works, grads, xs, of_steps, todo, span):
         if sae.refined and todo & TILT:
             tilt(sae, work)
         if sae.refined and todo & PULL_BACK:
-            pull_back(sae, work, penalty_weight(sae, numbers, x), numbers, span)
+            pull_back(sae, work, span)
         if todo & AUXILIARY:
             auxiliary(work, encoded, grads, span)
         if todo & UPDATE:

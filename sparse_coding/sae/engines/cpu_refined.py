@@ -12,7 +12,6 @@ Steps are always sparse.
 import numpy as np
 
 from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, fill_, kernel, scale_, sum_rows_
-from sparse_coding.sae.engines.cpu_codes import slope
 from sparse_coding.sae.engines.cpu_scratch import BLOCK
 from sparse_coding.sae.families import RATE_EMA, REFINEMENT, TILT
 
@@ -95,7 +94,7 @@ def tilt(sae, work):
 
 
 @kernel
-def pull_back(sae, work, l1, numbers, span):
+def pull_back(sae, work, span):
     """g of each band, and work.back = −u, for a span of blocks."""
     outermost = sae.bands.shape[0] - 1
     start, end = span[0] * BLOCK, min(span[1] * BLOCK, work.back.shape[0])
@@ -108,8 +107,7 @@ def pull_back(sae, work, l1, numbers, span):
         fill_(back, F0)
         for p in range(work.start[b], work.start[b + 1]):
             f = work.feature[p]
-            delta = dot(sae.W_dec[f], work.g[work.band[f], b])
-            add_part_(back, sae.W_enc[f], delta + slope(sae, work.value[p], l1, numbers))
+            add_part_(back, sae.W_enc[f], dot(sae.W_dec[f], work.g[work.band[f], b]))
     for f in range(work.dead_row.shape[0] if work.n_dead[0] else 0):
         d = work.dead_row[f]
         for b in range(start, end if d >= 0 else start):

@@ -101,7 +101,7 @@ def test_parameters_and_counts_equal_dense_training_in_float64(arch, n_dict):
                 assert max(distances) < most, (end, density)
                 assert torch.equal(compiled.stacks[0].silent, expected.stacks[0].silent)
                 assert torch.equal(compiled.stacks[0].n_revived, expected.stacks[0].n_revived)
-            assert statistics.median(distances) < max(most, 5e-3), (end, density)
+            assert statistics.median(distances) < max(most, 1e-2), (end, density)
             for i in (0, 1):
                 assert compiled.l1(i) == pytest.approx(expected.l1(i), rel=1e-4)
     if family.aux:
@@ -270,11 +270,17 @@ def test_memory_plan_is_what_an_engine_of_this_family_allocates(arch, batch):
     assert ensemble_bytes(kinds, H, batch, CPU) > planned
 
 
-def test_a_family_made_of_other_choices_trains_as_the_dense_engine_does(monkeypatch):
-    """Matryoshka over jumps, with an auxiliary loss and the penalty l1."""
-    new = dataclasses.replace(FAMILIES["jumprelu_tanh"], penalty="l1", nested=True, aux=True)
-    monkeypatch.setitem(FAMILIES, "new", new)
-    xs, m = batches(20, 33), SAESpec(131, 2e-3, 0, tied=True, arch="new")
+@pytest.mark.parametrize(
+    ("like", "choices"),
+    [  # Matryoshka over jumps, with an auxiliary loss and the penalty l1; codes of a sample's k
+        ("jumprelu_tanh", dict(penalty="l1", nested=True, aux=True)),
+        ("matryoshka_refined", dict(selection="topk", nested=False)),
+    ],
+)
+def test_a_family_made_of_other_choices_trains_as_the_dense_engine_does(monkeypatch, like, choices):
+    monkeypatch.setitem(FAMILIES, "new", dataclasses.replace(FAMILIES[like], **choices))
+    l0 = 5.0 * FAMILIES["new"].has_k
+    xs, m = batches(20, 33), SAESpec(131, 2e-3, 0, tied=True, target_l0=l0, arch="new")
     scratch = {d: Scratch(CPU, d) for d in (torch.float32, torch.float64)}
     found = {}
     for density, dtype in ((None, torch.float64), (ALWAYS, torch.float32), (NEVER, torch.float32)):
