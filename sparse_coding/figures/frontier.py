@@ -241,12 +241,13 @@ def draw_density_histograms(
     """Share of the features per quarter decade of density: sizes down, families and sparsities
     across.
 
-    Of the first seed. At most six sizes and six columns, evenly chosen with both ends.
+    Of the first seed, without baselines. At most six sizes and six columns, evenly chosen: of
+    sparsities with both ends, of each family the same number.
     """
     seed = min(cell.seed for cell in densities)
     places = {((c.size_ratio, c.n_dict), _column(c)): c for c in densities if c.seed == seed}
     sizes = _spread_out(sorted({size for size, _ in places}), MAX_PANELS)
-    sparsities = _spread_out(sorted({sparsity for _, sparsity in places}), MAX_PANELS)
+    sparsities = _columns(list(places.values()))
     figure = Figure((WIDTH, 1.35 + 0.95 * len(sizes)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(sizes), len(sparsities), sharex=True, sharey=True, squeeze=False)
@@ -259,7 +260,7 @@ def draw_density_histograms(
                 panels[i, j].set_facecolor("0.92")
                 continue
             _draw_histogram(panels[i, j], densities[cell], n_tokens, colour)
-    several = len({cell.arch for cell in densities}) > 1
+    several = len({family for family, _ in sparsities}) > 1
     for axes, (family, (target_l0, l1_exp)) in zip(panels[0], sparsities, strict=True):
         text = f"l0 near {target_l0}" if target_l0 else f"l1_alpha {_short(10 ** (l1_exp / 4))}"
         text = f"{list(FAMILIES)[family]}\n{text}" if several else text
@@ -268,8 +269,12 @@ def draw_density_histograms(
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])  # room for the number of dead ones
     figure.supxlabel("log10 of the share of tokens on which a feature fires", fontsize=8.5)
     figure.supylabel("% of the features", fontsize=8.5)
-    notes = [f"{n_tokens:,} held-out tokens, seed {seed}; dead features fire on none of them and "
-             "are not in the bars", "left: expansion_factor (n_dict)", ""]  # fmt: skip
+    notes = [
+        f"{n_tokens:,} held-out tokens, seed {seed}; dead features fire on none of them and "
+        "are not in the bars",
+        "left: expansion_factor (n_dict)",
+        *[""] * (1 + several),
+    ]
     _head(panels[0, 0], spec.title, notes)
     return figure
 
@@ -290,14 +295,28 @@ def _column(cell: Cell) -> tuple[int, tuple[int, int]]:
     return list(FAMILIES).index(cell.arch), cell.sparsity
 
 
+def _columns(cells: list[Cell]) -> list[tuple[int, tuple[int, int]]]:
+    """The columns that are shown, in order."""
+    asked: dict[int, set] = {}
+    for cell in cells:
+        if not FAMILIES[cell.arch].frozen:
+            family, sparsity = _column(cell)
+            asked.setdefault(family, set()).add((family, sparsity))
+    families = _spread_out(sorted(asked), MAX_PANELS)
+    of_each = MAX_PANELS // len(families)
+    return [column for family in families for column in _spread_out(sorted(asked[family]), of_each)]
+
+
 def _short(value: float) -> str:
     return number_labels((value,))[0]
 
 
 def _spread_out(items: list, most: int) -> list:
-    """At most `most` of the items, evenly chosen, with the first and the last."""
+    """At most `most` items, evenly chosen with the first and the last; of one, the middle."""
     if len(items) <= most:
         return items
+    if most == 1:
+        return [items[len(items) // 2]]
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 

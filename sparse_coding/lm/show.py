@@ -378,7 +378,7 @@ DENSITIES = FigureSpec(
     name="densities",
     title="How often the features fire",
     explanation="Look for one hump between -5 and -1.5. Features right of -1 fire on every tenth "
-    "token and are rarely about one thing: a larger l1_alpha helps. A second hump at the far left "
+    "token and are rarely about one thing: a lower l0 helps. A second hump at the far left "
     "is of features that are dying, or too rare for this text to show what they mean.",
-    alt="Histograms of log10 feature density, by dictionary size and l1_alpha",
+    alt="Histograms of log10 feature density, by dictionary size, family and sparsity",
 )

@@ -172,8 +172,13 @@ def on_grid(row: dict) -> bool:
 
 def gap(rows: list[dict]) -> str:
     """How far saved autoencoders, which choose codes by a threshold, are from the trained ones,
-    which chose them by batch: the farthest one, in words; "" where none is of that kind."""
-    by_batch = [row for row in rows if row.get("fvu_trained") and math.isfinite(row["fvu"])]
+    which chose them by batch: the farthest one, in words, baselines aside; "" where none is of
+    that kind."""
+    by_batch = [
+        row
+        for row in rows
+        if row.get("fvu_trained") and math.isfinite(row["fvu"]) and not FAMILIES[row["arch"]].frozen
+    ]
     if not by_batch:
         return ""
     row = max(by_batch, key=lambda r: abs(r["fvu"] - r["fvu_trained"]))

@@ -1,6 +1,7 @@
 """Frontiers and density histograms: means, what is drawn where, notes, csv, the same bytes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sparse_coding.figures.frontier import (
 )
 from sparse_coding.figures.heatmap import png_bytes
 from sparse_coding.lm.show import DENSITIES, FRONTIERS
+from sparse_coding.sae.families import TRAINED
 from sparse_coding.sweep.grid import Cell, make_grid
 
 FVU, CE = FRONTIERS
@@ -216,6 +218,30 @@ def densities(n_seeds: int = 1, **changes) -> dict[Cell, np.ndarray]:
     grid = dict(seeds=range(n_seeds), l1_exps=range(-2, 1), size_exps=range(2)) | changes
     rng = np.random.default_rng(0)
     return {cell: rng.integers(0, 50, cell.n_dict) / 1000 for cell in make_grid(64, **grid)}
+
+
+def test_histograms_show_each_trained_family_equally_often_and_no_baseline():
+    def shown(*families: str) -> list[str]:
+        found = {
+            replace(cell, arch=arch, target_l0=target_l0): density
+            for cell, density in densities().items()
+            for arch in families
+            for target_l0 in (4, 8, 16, 32)
+        }
+        figure = draw_density_histograms(found, DENSITIES, n_tokens=1000)
+        return [
+            text.get_text()
+            for axes in figure.axes
+            for text in axes.texts
+            if "l0 near" in text.get_text()
+        ]
+
+    assert shown("relu") == [f"l0 near {n}" for n in (4, 8, 16, 32)]
+    of_two = [f"{arch}\nl0 near {n}" for arch in ("relu", "topk") for n in (4, 16, 32)]
+    assert shown("relu", "relu_frozen", "topk") == of_two
+    all_trained = shown(*TRAINED, "topk_frozen")
+    assert len(all_trained) == 6
+    assert {text.split("\n")[1] for text in all_trained} == {"l0 near 16"}
 
 
 def test_the_csv_of_the_densities_has_every_feature_of_every_cell():
