@@ -104,6 +104,13 @@ def add_(a, b):
 
 
 @kernel
+def subtract_(a, b):
+    """a -= b."""
+    for j in range(a.shape[0]):
+        a[j] -= b[j]
+
+
+@kernel
 def scale_(a, factor):
     """a *= factor."""
     for j in range(a.shape[0]):

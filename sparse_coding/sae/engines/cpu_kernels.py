@@ -21,7 +21,17 @@ from functools import partial
 import numpy as np
 
 from sparse_coding.sae.engines.cpu_adam import adam_, fired, rest
-from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, fill_, gemm, kernel, scale_, sum_rows_
+from sparse_coding.sae.engines.cpu_blas import (
+    F0,
+    add_,
+    dot,
+    fill_,
+    gemm,
+    kernel,
+    scale_,
+    subtract_,
+    sum_rows_,
+)
 from sparse_coding.sae.engines.cpu_codes import (
     BATCHTOPK,
     JUMP,
@@ -193,8 +203,7 @@ def decode_block(sae, work, x, block, scale):
             if band:
                 add_(g, work.g[band - 1, b])
                 continue
-            for j in range(g.shape[0]):
-                g[j] -= xb[j]
+            subtract_(g, xb)
             if sae.b_dec.shape[0]:
                 add_(g, sae.b_dec)
         for band in range(n_bands):

@@ -11,7 +11,16 @@ Steps are always sparse.
 
 import numpy as np
 
-from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, fill_, kernel, scale_, sum_rows_
+from sparse_coding.sae.engines.cpu_blas import (
+    F0,
+    add_,
+    dot,
+    fill_,
+    kernel,
+    scale_,
+    subtract_,
+    sum_rows_,
+)
 from sparse_coding.sae.engines.cpu_scratch import BLOCK
 from sparse_coding.sae.families import RATE_EMA, REFINEMENT, TILT
 
@@ -69,8 +78,7 @@ def decode_by_rank(sae, work, x, span, scale):
             if band:
                 add_(g, work.g[band - 1, b])
                 continue
-            for j in range(g.shape[0]):
-                g[j] -= xb[j]
+            subtract_(g, xb)
             if sae.b_dec.shape[0]:
                 add_(g, sae.b_dec)
         for band in range(sae.bands.shape[0]):
