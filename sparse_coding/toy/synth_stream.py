@@ -1,0 +1,190 @@
+"""Samples of a synthetic world, top-down: a child is drawn where its parent is on, no other.
+
+Given ε the features of a sample are independent, a candidate with probability
+Φ((loadings · ε − threshold) / diagonal), and siblings of whom none has a parent that is on change
+nothing. So a sample costs its roots, its free features and the children of some thirty features,
+and gives what drawing all of them would.
+
+On a CPU with compiled kernels (synth_kernels.py), else with torch's operations; the random numbers
+of the two differ, as those of devices do.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_coding.config import named_seed
+from sparse_coding.sae.engines.cpu import has_kernels, one_thread_here
+from sparse_coding.toy.synth_world import SynthWorld
+
+N_SPANS = 16  # of a batch, dealt to threads; no number depends on them
+
+
+class Active(NamedTuple):
+    """Which features of a batch are on, by sample: those of sample b at start[b] to start[b + 1].
+
+    start: (batch + 1,) int64; feature: (n,) int64; value: (n,)
+    """
+
+    start: Tensor
+    feature: Tensor
+    value: Tensor
+
+    def dense(self, n_features: int) -> Tensor:
+        """(batch, n_features)."""
+        batch = len(self.start) - 1
+        sample = torch.repeat_interleave(
+            torch.arange(batch, device=self.start.device), self.start.diff()
+        )
+        out = torch.zeros(batch, n_features, device=self.value.device)
+        out[sample, self.feature] = self.value
+        return out
+
+
+class SynthStream:
+    """Batches of a world: batch(step) is a pure function of (world, batch seed, step) on a device.
+
+    scaled: whether a child's magnitude is times its parent's over the parent's mean
+    """
+
+    def __init__(
+        self,
+        world: SynthWorld,
+        *,
+        batch_size: int,
+        batch_seed: int,
+        device: torch.device,
+        scaled: bool = True,
+    ):
+        self.batch_size, self.batch_seed, self.device = batch_size, batch_seed, device
+        self.features = world.features.to(device)
+        compiled = device.type == "cpu" and has_kernels()
+        self.sampler = (CompiledSampler if compiled else TorchSampler)(world, device, scaled)
+
+    def batch(self, step: int) -> Tensor:
+        """x of one step, (batch_size, activation_dim)."""
+        return self.sampler.x(named_seed(self.batch_seed, step), self.batch_size)
+
+    def with_truth(self, step: int) -> tuple[Tensor, Active]:
+        """The same, and which features are on in it."""
+        return self.sampler.with_truth(named_seed(self.batch_seed, step), self.batch_size)
+
+
+class TorchSampler:
+    """With torch's operations, on any device."""
+
+    def __init__(self, world: SynthWorld, device: torch.device, scaled: bool):
+        self.scaled = scaled
+        self.features, self.bias = world.features.to(device), world.bias.to(device)
+        self.mean, self.std = world.mean.to(device), world.std.to(device)
+        self.loadings = (world.loadings / world.diagonal[:, None]).to(device)
+        self.threshold = (world.threshold / world.diagonal).to(device)
+        self.tops = (world.parent < 0).nonzero().flatten().to(device)
+        self.children = world.children.to(device)
+        self.rng = torch.Generator(device)
+
+    def x(self, seed: int, n: int) -> Tensor:
+        """(n, activation_dim)."""
+        return self.with_truth(seed, n)[0]
+
+    def with_truth(self, seed: int, n: int) -> tuple[Tensor, Active]:
+        """x and what is on in it."""
+        self.rng.manual_seed(seed)
+        eps = self._normal(n, self.loadings.shape[1])
+        z = eps @ self.loadings[self.tops].T - self.threshold[self.tops]
+        sample, place = (self._uniform(*z.shape) < torch.special.ndtr(z)).nonzero(as_tuple=True)
+        feature = self.tops[place]
+        value = self._magnitudes(feature)
+        on = value > 0
+        levels = [(sample[on], feature[on], value[on])]
+        while len(levels[-1][0]) and self.children.shape[1]:
+            levels.append(self._below(eps, *levels[-1]))
+        sample, feature, value = (torch.cat(parts) for parts in zip(*levels, strict=True))
+        order = (sample * len(self.features) + feature).argsort()
+        start = torch.zeros(n + 1, dtype=torch.int64, device=eps.device)
+        start[1:] = torch.bincount(sample, minlength=n).cumsum(0)
+        active = Active(start, feature[order], value[order])
+        return self._sum(active), active
+
+    def _below(self, eps: Tensor, sample: Tensor, feature: Tensor, value: Tensor) -> tuple:
+        """Children that are on: their samples, features, values."""
+        children = self.children[feature]  # (n_on, most children)
+        there, child = children >= 0, children.clamp(min=0)
+        z = torch.einsum("ncr,nr->nc", self.loadings[child], eps[sample]) - self.threshold[child]
+        candidate = there & (self._uniform(*z.shape) < torch.special.ndtr(z))
+        magnitude = self._magnitudes(child)
+        on = candidate & (magnitude > 0)
+        lot = torch.where(on, self._uniform(*z.shape), -1.0)
+        chosen = lot.argmax(dim=1, keepdim=True)
+        some = on.any(dim=1)
+        child, magnitude = (t.gather(1, chosen)[some, 0] for t in (child, magnitude))
+        if self.scaled:
+            magnitude = magnitude * (value / self.mean[feature])[some]
+        positive = magnitude > 0  # but for underflow all are
+        return sample[some][positive], child[positive], magnitude[positive]
+
+    def _magnitudes(self, feature: Tensor) -> Tensor:
+        normal = torch.randn(feature.shape, generator=self.rng, device=feature.device)
+        return (self.mean[feature] + self.std[feature] * normal).relu()
+
+    def _sum(self, active: Active) -> Tensor:
+        """x; sums without atomic additions, so the bits are the same every time."""
+        out = torch.nn.functional.embedding_bag(
+            active.feature,
+            self.features,
+            active.start[:-1],
+            mode="sum",
+            per_sample_weights=active.value,
+        )
+        return out + self.bias
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.rng, device=self.features.device)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.rng, device=self.features.device)
+
+
+class CompiledSampler:
+    """With kernels for spans of samples, each sample with random numbers of its own."""
+
+    def __init__(self, world: SynthWorld, device: torch.device, scaled: bool):
+        from sparse_coding.toy import synth_kernels
+
+        self.kernels, self.scaled = synth_kernels, scaled
+        self.world = synth_kernels.kernel_world(world)
+        self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=one_thread_here)
+
+    def x(self, seed: int, n: int) -> Tensor:
+        """(n, activation_dim)."""
+        x = np.empty((n, self.world.features.shape[1]), np.float32)
+        none = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+        list(self.pool.map(lambda span: self._draw(seed, span, x, none), self._spans(n)))
+        return torch.from_numpy(x)
+
+    def with_truth(self, seed: int, n: int) -> tuple[Tensor, Active]:
+        """x and what is on in it: drawn once to count, once to write."""
+        x = np.empty((n, self.world.features.shape[1]), np.float32)
+        start = np.zeros(n + 1, np.int64)
+        none = np.empty(0, np.int64), np.empty(0, np.float32)
+        list(self.pool.map(lambda s: self._draw(seed, s, x, (start, *none)), self._spans(n)))
+        start.cumsum(out=start)
+        lists = start, np.empty(start[-1], np.int64), np.empty(start[-1], np.float32)
+        list(self.pool.map(lambda span: self._draw(seed, span, x, lists), self._spans(n)))
+        return torch.from_numpy(x), Active(*map(torch.from_numpy, lists))
+
+    def _draw(self, seed: int, span: tuple[int, int], x: np.ndarray, lists: tuple) -> None:
+        (n_tops, rank), n = self.world.top_loadings.shape, len(self.world.features)
+        shapes = (self.kernels.BLOCK, rank), (self.kernels.BLOCK, n_tops), (n,)
+        eps, z, value = (np.empty(shape, np.float32) for shape in shapes)
+        states, feature = np.empty(self.kernels.BLOCK, np.uint64), np.empty(n, np.int64)
+        scratch = states, eps, z, feature, value
+        self.kernels.draw(self.world, np.uint64(seed), span, scratch, x, lists, self.scaled)
+
+    def _spans(self, n: int) -> Iterator[tuple[int, int]]:
+        size = -(-n // N_SPANS)
+        return ((start, min(start + size, n)) for start in range(0, n, size))
