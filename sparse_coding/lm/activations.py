@@ -44,7 +44,7 @@ from sparse_coding.files import (
 from sparse_coding.lm.corpus import alone
 from sparse_coding.lm.model import LanguageModel, Site, activations
 from sparse_coding.lm.packing import Packed
-from sparse_coding.sae.engines.cpu import one_thread_here
+from sparse_coding.sae.engines.cpu_compile import one_thread_here
 
 CHUNK_BYTES = 32 * 2**20  # of a chunk, about; ours: small enough to mix many of them in memory
 STATISTICS_ROWS = 65_536  # rows behind the mean and the scale; ours, not tuned

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from sparse_coding.sae.engines.cpu import one_thread_here
+from sparse_coding.sae.engines.cpu_compile import one_thread_here
 
 Batches = Iterator[tuple[range, Tensor]]
 

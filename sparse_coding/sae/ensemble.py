@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sparse_coding.sae.engines import gpu
-from sparse_coding.sae.engines.cpu import CpuEngine, engine_bytes, has_kernels, kernels_compile
+from sparse_coding.sae.engines.cpu import CpuEngine, engine_bytes, kernels_compile
+from sparse_coding.sae.engines.cpu_compile import has_kernels
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule

@@ -9,7 +9,7 @@ On a CPU with compiled kernels (synth_kernels.py), else with torch's operations;
 of the two differ, as those of devices do.
 """
 
-from collections.abc import Iterator
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import named_seed
-from sparse_coding.sae.engines.cpu import has_kernels, one_thread_here
-from sparse_coding.toy.synth_world import SynthWorld
+from sparse_coding.sae.engines.cpu_compile import compiles, has_kernels, one_thread_here
+from sparse_coding.toy.synth_world import SynthWorld, make_synth_world
 
 N_SPANS = 16  # of a batch, dealt to threads; no number depends on them
 
@@ -62,7 +62,7 @@ class SynthStream:
     ):
         self.batch_size, self.batch_seed, self.device = batch_size, batch_seed, device
         self.features = world.features.to(device)
-        compiled = device.type == "cpu" and has_kernels()
+        compiled = device.type == "cpu" and draw_compiles()
         self.sampler = (CompiledSampler if compiled else TorchSampler)(world, device, scaled)
 
     def batch(self, step: int) -> Tensor:
@@ -72,6 +72,21 @@ class SynthStream:
     def with_truth(self, step: int) -> tuple[Tensor, Active]:
         """The same, and which features are on in it."""
         return self.sampler.with_truth(named_seed(self.batch_seed, step), self.batch_size)
+
+
+@functools.cache
+def draw_compiles() -> bool:
+    """Whether there are compiled kernels, or can be."""
+    return has_kernels() and compiles(smallest_draw, "the sampler, once on this machine")
+
+
+def smallest_draw() -> tuple:
+    """`draw` and its arguments for a smallest world."""
+    from sparse_coding.toy.synth_kernels import draw
+
+    sampler = CompiledSampler(make_synth_world(1, 1, 0), torch.device("cpu"), True)
+    x, lists = np.empty((1, 1), np.float32), sampler.no_lists()
+    return draw, sampler.arguments(0, (0, 1), x, lists)
 
 
 class TorchSampler:
@@ -162,29 +177,38 @@ class CompiledSampler:
     def x(self, seed: int, n: int) -> Tensor:
         """(n, activation_dim)."""
         x = np.empty((n, self.world.features.shape[1]), np.float32)
-        none = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
-        list(self.pool.map(lambda span: self._draw(seed, span, x, none), self._spans(n)))
+        self._draw(seed, x, self.no_lists())
         return torch.from_numpy(x)
 
     def with_truth(self, seed: int, n: int) -> tuple[Tensor, Active]:
         """x and what is on in it: drawn once to count, once to write."""
         x = np.empty((n, self.world.features.shape[1]), np.float32)
         start = np.zeros(n + 1, np.int64)
-        none = np.empty(0, np.int64), np.empty(0, np.float32)
-        list(self.pool.map(lambda s: self._draw(seed, s, x, (start, *none)), self._spans(n)))
+        self._draw(seed, x, (start, *self.no_lists()[1:]))
         start.cumsum(out=start)
         lists = start, np.empty(start[-1], np.int64), np.empty(start[-1], np.float32)
-        list(self.pool.map(lambda span: self._draw(seed, span, x, lists), self._spans(n)))
+        self._draw(seed, x, lists)
         return torch.from_numpy(x), Active(*map(torch.from_numpy, lists))
 
-    def _draw(self, seed: int, span: tuple[int, int], x: np.ndarray, lists: tuple) -> None:
+    @staticmethod
+    def no_lists() -> tuple[np.ndarray, ...]:
+        """Lists of `draw` without room."""
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+
+    def arguments(self, seed: int, span: tuple[int, int], x: np.ndarray, lists: tuple) -> tuple:
+        """Of `draw`, with scratch of their own."""
         (n_tops, rank), n = self.world.top_loadings.shape, len(self.world.features)
         shapes = (self.kernels.BLOCK, rank), (self.kernels.BLOCK, n_tops), (n,)
         eps, z, value = (np.empty(shape, np.float32) for shape in shapes)
         states, feature = np.empty(self.kernels.BLOCK, np.uint64), np.empty(n, np.int64)
         scratch = states, eps, z, feature, value
-        self.kernels.draw(self.world, np.uint64(seed), span, scratch, x, lists, self.scaled)
+        return self.world, np.uint64(seed), span, scratch, x, lists, self.scaled
 
-    def _spans(self, n: int) -> Iterator[tuple[int, int]]:
-        size = -(-n // N_SPANS)
-        return ((start, min(start + size, n)) for start in range(0, n, size))
+    def _draw(self, seed: int, x: np.ndarray, lists: tuple) -> None:
+        size = -(-len(x) // N_SPANS)
+        spans = [(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+
+        def share(span: tuple[int, int]) -> None:
+            self.kernels.draw(*self.arguments(seed, span, x, lists))
+
+        list(self.pool.map(share, spans))

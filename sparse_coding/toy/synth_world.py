@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparse_coding.config import UserError, named_seed, passing_bar, require
-from sparse_coding.sae.engines.cpu import one_thread_here
+from sparse_coding.sae.engines.cpu_compile import one_thread_here
 
 EXPONENT, MOST, LEAST = 0.5, 0.4, 5e-4  # of the rates
 FEATURES_PER_ROOT, BRANCHING, DEPTH = 128, 4, 3  # of the trees

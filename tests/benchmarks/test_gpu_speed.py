@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_coding.sae.engines.cpu import has_kernels, kernels_compile
+from sparse_coding.sae.engines.cpu import kernels_compile
+from sparse_coding.sae.engines.cpu_compile import has_kernels
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -53,9 +53,9 @@ for name in sys.argv[2:]:
 tyro.cli(int, args=["1"])
 runpy.run_path(script, run_name="preload")
 if "torch" in sys.modules:
-    from sparse_coding.sae.engines import cpu
+    from sparse_coding.sae.engines import cpu, cpu_compile
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-        if cpu.has_kernels():
+        if cpu_compile.has_kernels():
             cpu.kernels_compile()
 gc.freeze()  # else every fork walks, and so copies, all of torch's objects when it ends
 while line := sys.stdin.readline():

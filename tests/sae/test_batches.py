@@ -38,7 +38,7 @@ def test_prefetched_batches_are_those_of_their_steps():
 
 
 def test_a_torch_built_without_mkl_makes_batches_ahead_too(monkeypatch):
-    monkeypatch.setattr("sparse_coding.sae.engines.cpu.libtorch", object)
+    monkeypatch.setattr("sparse_coding.sae.engines.cpu_compile.libtorch", object)
     ((steps, xs),) = prefetched(lambda step: torch.full((2, 3), step), iter([range(1)]))
     assert (steps, xs.shape) == (range(1), (1, 2, 3))
 

@@ -6,14 +6,13 @@ import math
 import pytest
 import torch
 
-from sparse_coding.sae.engines.cpu import has_kernels
-from sparse_coding.toy.synth_stream import CompiledSampler, SynthStream, TorchSampler
+from sparse_coding.toy.synth_stream import CompiledSampler, SynthStream, TorchSampler, draw_compiles
 from sparse_coding.toy.synth_world import SynthWorld, make_synth_world
 
 CPU = torch.device("cpu")
 SAMPLERS = [
     pytest.param(
-        CompiledSampler, marks=pytest.mark.skipif(not has_kernels(), reason="needs numba and MKL")
+        CompiledSampler, marks=pytest.mark.skipif(not draw_compiles(), reason="needs numba and MKL")
     ),
     TorchSampler,
 ]
@@ -145,7 +144,7 @@ def test_a_world_without_trees_and_one_of_a_single_feature_are_drawn_too(world, 
 
 def test_random_numbers_of_the_kernels_are_normal_and_uniform(world):
     """Through thresholds: of one feature of each probability, alone."""
-    if not has_kernels():
+    if not draw_compiles():
         pytest.skip("needs numba and MKL")
     p = torch.tensor([0.999, 0.9, 0.5, 0.2, 0.1, 1e-2, 1e-3, 1e-4]).repeat(75)
     threshold = math.sqrt(2) * torch.special.erfinv(1 - 2 * p.double()).float()

@@ -5,29 +5,21 @@ core's cache, no thread waits for another at a barrier, and no number depends on
 there are or which autoencoders share the ensemble. Where threads outnumber autoencoders, all share
 one at a time; its bits stay the same (cpu_kernels.py).
 
-The kernels need numba, and a torch built with MKL, whose sgemm they call: has_kernels() says so if
-one is missing.
+The kernels need numba, and a torch built with MKL (cpu_compile.py).
 """
 
-import contextlib
-import ctypes
 import functools
 import math
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_coding.config import first_line
-from sparse_coding.files import held
+from sparse_coding.sae.engines.cpu_compile import compiles, one_thread_here
 from sparse_coding.sae.engines.cpu_scratch import (
     BLOCK,
     TILE,
@@ -47,121 +39,24 @@ MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 ho
 MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then signals are seen
 # Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.40 to 0.45)
 DENSITY = 0.4
-SAID_AFTER = 6.0  # seconds; loading them takes two
-ONE_THREAD = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")  # functions of libtorch
-
-
-@functools.cache
-def libtorch() -> ctypes.CDLL:
-    """torch's own library, whose sgemm the kernels call."""
-    end = "dylib" if sys.platform == "darwin" else "so"
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{end}"))
-
-
-def one_thread_here() -> None:
-    """Limits OpenMP and MKL to one thread in the calling thread, where torch is built with them;
-    denormals are flushed in it."""
-    torch.get_num_threads()  # torch's own start-up of a thread, which would undo the next lines
-    for name in ONE_THREAD:
-        if hasattr(libtorch(), name):
-            libtorch()[name](1)
-    torch.set_flush_denormal(True)
-
-
-@functools.cache
-def has_kernels() -> bool:
-    """Whether what the kernels need is there; says so, once, if it isn't."""
-    try:
-        import llvmlite.binding
-
-        from sparse_coding.sae.engines import cpu_blas
-
-        needed = ("sgemm_", *ONE_THREAD)
-        missing = [name for name in needed if not hasattr(libtorch(), name)]
-    except (ImportError, OSError) as error:
-        missing = [str(error)]
-    if missing:
-        _say_slow(", ".join(missing))
-        return False
-    sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(cpu_blas.GEMM_SYMBOL, sgemm)
-    return True
-
-
-def _say_slow(reason: str) -> None:
-    print(f"no compiled kernels, so a CPU trains several times slower: {reason}", flush=True)
 
 
 @functools.cache
 def kernels_compile() -> bool:
-    """Compiles them, or loads what was compiled before. Says so, if it takes long or fails.
-
-    Another process compiles, and this one loads: after compiling, a process goes on with the inner
-    kernels as they were compiled alone, which round otherwise than those within what is kept, so a
-    first run would differ from a second in the last bits.
-    """
-    from numba.core.errors import NumbaError
-
-    try:
-        with _said_if_slow("compiling the CPU kernels, once on this machine: some 35 s"):
-            folder = kernels_missing_in()
-            if folder:
-                with held(folder / "lock"):  # of several processes one compiles
-                    if kernels_missing_in():
-                        _compile_elsewhere()
-            step_of_zeros()
-    except NumbaError as error:
-        _say_slow(first_line(error))
-        return False
-    return True
+    """Whether what steps autoencoders compiles; says so, if it takes long or fails."""
+    return compiles(smallest_step, "the CPU kernels, once on this machine: some 35 s")
 
 
-def _compile_elsewhere() -> None:
-    """In a process of its own; what fails there fails here too, and is said then."""
-    code = f"from {__name__} import *; has_kernels() and step_of_zeros()"
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    command, root = [sys.executable, "-c", code], Path(__file__).parents[3]
-    subprocess.run(command, cwd=root, **streams, start_new_session=True, check=False)
-
-
-def step_of_zeros() -> None:
-    """What makes numba compile or load the kernels."""
-    from sparse_coding.sae.engines.cpu_kernels import steps
-
-    steps(*_zeros())
-
-
-def kernels_missing_in() -> Path | None:
-    """The folder where compiled kernels are kept, if it can be written and they are not there."""
-    from numba import typeof
-
-    from sparse_coding.sae.engines.cpu_kernels import steps
-
-    folder, types = steps.stats.cache_path, tuple(map(typeof, _zeros()))
-    if folder is None or steps._cache.load_overload(types, steps.targetctx) is not None:
-        return None
-    return Path(folder)
-
-
-def _zeros() -> tuple:
-    """A smallest autoencoder and batch, as `steps` takes them."""
-    from sparse_coding.sae.engines.cpu_kernels import ALL
+def smallest_step() -> tuple:
+    """`steps` and its arguments for a smallest autoencoder and batch."""
+    from sparse_coding.sae.engines.cpu_kernels import ALL, steps
 
     stack_scratch = StackScratch(torch.device("cpu"), torch.float32)
     (sae,) = views(Stack([SAESpec(8, 0.0, 0)], 8, lr=0.0, scratch=stack_scratch))
     scratch, x = Scratch([("relu", 8)], 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
     numbers = np.zeros((1, len(PLACE)), np.float32)
-    return sae, scratch.works(("relu", 8)), scratch.gradients, x, numbers, ALL, (0, 1)
-
-
-@contextlib.contextmanager
-def _said_if_slow(message: str) -> Iterator[None]:
-    timer = threading.Timer(SAID_AFTER, print, [message], {"flush": True})
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    arguments = sae, scratch.works(("relu", 8)), scratch.gradients, x, numbers, ALL, (0, 1)
+    return steps, arguments
 
 
 def engine_bytes(kinds: list[Kind], h: int, batch: int, *, n_threads: int) -> int:

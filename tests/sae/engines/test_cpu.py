@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders.scripts import ROOT
 
-from sparse_coding.sae.engines import cpu
+from sparse_coding.sae.engines import cpu, cpu_compile
 from sparse_coding.sae.engines.cpu import CpuEngine, kernels_compile
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble
@@ -30,7 +30,7 @@ OPTIONS = {  # of the toy replication, and of run.py
 ALWAYS, NEVER = 1.0, -1.0  # densities up to which steps are sparse
 
 pytestmark = pytest.mark.skipif(
-    not cpu.has_kernels(), reason="needs numba and a torch built with MKL"
+    not cpu_compile.has_kernels(), reason="needs numba and a torch built with MKL"
 )
 
 
@@ -317,7 +317,7 @@ def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
         raise TypingError("no such type\nin detail")
 
     monkeypatch.setattr(cpu_kernels, "steps", steps)
-    monkeypatch.setattr(cpu, "kernels_missing_in", lambda: None)
+    monkeypatch.setattr(cpu_compile, "missing_in", lambda smallest: None)
     monkeypatch.setattr("sparse_coding.sae.ensemble.kernels_compile", kernels_compile.__wrapped__)
     ensemble = Ensemble(specs(), H, lr=LR, device=CPU)
     assert isinstance(ensemble.engine, DenseEngine)
@@ -327,13 +327,13 @@ def test_kernels_that_do_not_compile_are_said_and_left(capsys, monkeypatch):
 
 
 def test_compiling_is_said_if_it_takes_long(capsys, monkeypatch):
-    monkeypatch.setattr(cpu, "SAID_AFTER", 0.0)
-    with cpu._said_if_slow("compiling"):
+    monkeypatch.setattr(cpu_compile, "SAID_AFTER", 0.0)
+    with cpu_compile._said_if_slow("compiling"):
         while not (said := capsys.readouterr().out):
             pass
     assert said == "compiling\n"
-    monkeypatch.setattr(cpu, "SAID_AFTER", 30.0)
-    with cpu._said_if_slow("compiling"):
+    monkeypatch.setattr(cpu_compile, "SAID_AFTER", 30.0)
+    with cpu_compile._said_if_slow("compiling"):
         pass
     assert capsys.readouterr().out == ""
 

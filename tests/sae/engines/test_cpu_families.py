@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_coding.sae.engines import cpu
+from sparse_coding.sae.engines import cpu, cpu_compile
 from sparse_coding.sae.engines.cpu import CpuEngine
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
@@ -26,7 +26,7 @@ WITH_K = [arch for arch, family in FAMILIES.items() if family.has_k and not fami
 k = pytest.importorskip("sparse_coding.sae.engines.cpu_kernels")
 cpu_codes = pytest.importorskip("sparse_coding.sae.engines.cpu_codes")
 pytestmark = pytest.mark.skipif(
-    not cpu.has_kernels(), reason="needs numba and a torch built with MKL"
+    not cpu_compile.has_kernels(), reason="needs numba and a torch built with MKL"
 )
 
 

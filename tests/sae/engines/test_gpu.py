@@ -15,7 +15,7 @@ import torch
 from builders.scripts import ROOT
 from torch import Tensor
 
-from sparse_coding.sae.engines import cpu, gpu
+from sparse_coding.sae.engines import cpu, cpu_compile, gpu
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.engines.gpu import GpuEngine, launcher, make_work, shape_of, trial_error
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
@@ -41,7 +41,7 @@ CONSTANT = Factors(1.0, 1.0, True)
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """An Ensemble on a CPU compiles its kernels first; what that says is no test's here."""
-    if cpu.has_kernels():
+    if cpu_compile.has_kernels():
         cpu.kernels_compile()
 
 
