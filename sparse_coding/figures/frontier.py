@@ -238,8 +238,7 @@ def density_csv(densities: dict[Cell, np.ndarray], *, n_tokens: int) -> str:
 def draw_density_histograms(
     densities: dict[Cell, np.ndarray], spec: FigureSpec, *, n_tokens: int
 ) -> Figure:
-    """Share of the features per quarter decade of density: sizes down, families and sparsities
-    across.
+    """% of the features per quarter decade of density: sizes down, families, sparsities across.
 
     Of the first seed, without baselines. At most six sizes and six columns, evenly chosen: of
     sparsities with both ends, of each family the same number.
