@@ -31,7 +31,7 @@ torture: .venv/installed-tests
 	$(PYTEST) --torture tests/torture $(ARGS)
 
 test-peers: .venv-peers/installed
-	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers.py tests/test_peers_training.py $(ARGS)
+	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers*.py $(ARGS)
 
 lint: .venv/installed-tests
 	$(PY) -m ruff check

@@ -1,5 +1,6 @@
 """Training loops of others. For toy_speed.py: each returns a function that makes n steps on xs; for
-family_speed.py: each returns a function that makes the i-th step, on x."""
+family_speed.py: each returns a function that makes the i-th step, on x. And the worlds of SAELens,
+for world_speed.py."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -155,3 +156,36 @@ FAMILIES_OF = {  # package -> family -> function of (width, n_dict, k, dead feat
         ),
     },
 }
+
+
+def world_of_sae_lens(n_features: int, width: int, n_roots: int):
+    """Its SyntheticModel with SynthSAEBench's constants, features not made orthogonal.
+
+    Raises:
+        ImportError: it isn't installed.
+    """
+    from sae_lens import synthetic
+
+    config = synthetic.SyntheticModelConfig(
+        num_features=n_features,
+        hidden_dim=width,
+        firing_probability=synthetic.ZipfianFiringProbabilityConfig(
+            exponent=0.5, max_prob=0.4, min_prob=5e-4
+        ),
+        hierarchy=synthetic.HierarchyConfig(
+            total_root_nodes=n_roots,
+            branching_factor=4,
+            max_depth=3,
+            mutually_exclusive_portion=1.0,
+            mutually_exclusive_min_depth=0,
+            compensate_probabilities=True,
+            scale_children_by_parent=True,
+        ),
+        correlation=synthetic.LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
+        mean_firing_magnitudes=synthetic.LinearMagnitudeConfig(start=5.0, end=4.0),
+        std_firing_magnitudes=synthetic.FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
+        orthogonalization=None,
+        bias=0.5,
+        seed=42,
+    )
+    return synthetic.SyntheticModel(config, device="cpu")

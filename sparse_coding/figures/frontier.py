@@ -268,12 +268,9 @@ def draw_density_histograms(
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])  # room for the number of dead ones
     figure.supxlabel("log10 of the share of tokens on which a feature fires", fontsize=8.5)
     figure.supylabel("% of the features", fontsize=8.5)
-    first = f"{n_tokens:,} held-out tokens, seed {seed}; dead features fire on none of them and "
-    notes = [
-        first + "are not in the bars",
-        "left: expansion_factor (n_dict)",
-        *[""] * (1 + several),
-    ]
+    dead = "dead features fire on none of them and are not in the bars"
+    first = f"{n_tokens:,} held-out tokens, seed {seed}; {dead}"
+    notes = [first, "left: expansion_factor (n_dict)", *[""] * (1 + several)]
     _head(panels[0, 0], spec.title, notes)
     return figure
 

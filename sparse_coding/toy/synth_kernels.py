@@ -3,9 +3,11 @@
 **A Bernoulli costs no Φ.** u < Φ(z) is decided by a table of Φ at steps of 1/STEPS unless u lies
 between two of its entries, which is when Φ is evaluated: the result is the same.
 
-**Rare features are skipped over.** Of a block of features without a parent no Φ is larger than that
+**Rare features are skipped over.** Of a group of features without a parent no Φ is larger than that
 of the largest z; gaps between candidates at that rate are geometric, and a candidate is kept in
 proportion to its own Φ (thinning: Lewis, Shedler 1979, https://doi.org/10.1002/nav.3800260304).
+The largest z is found among integers that are ordered as the floats of the same bits: on such the
+compiler uses vectors.
 
 Random numbers: SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195), each
 sample from a state of its own; normals by Box and Muller (1958).
@@ -19,11 +21,11 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, gemm, kernel, subtract_, sum_rows_
+from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, gemm, kernel, sum_rows_
 from sparse_coding.toy.synth_world import SynthWorld
 
 BLOCK = 32  # samples, whose z are one GEMM
-GROUP = 64  # features that are skipped over together
+GROUP, ALIKE = 64, 4.0  # features that are skipped over together: at most, and p within this factor
 DIRECT = 0.2  # above this bound each of a group is drawn
 SPAN, STEPS = 8, 64  # of the table: from -SPAN to SPAN
 GOLDEN, MIX1, MIX2 = (
@@ -34,26 +36,28 @@ UNIT = 2.0**-53
 
 
 class KernelWorld(NamedTuple):
-    """A SynthWorld as the kernels take it; z of a feature is its loadings · ε − its offset."""
+    """A SynthWorld as the kernels take it; z of a feature is its loadings · ε, of which the last
+    one, −1, meets its threshold. All are over the diagonal."""
 
     features: ndarray  # (n, h)
     bias: ndarray  # (h,)
     top: ndarray  # (n_tops,) int64: features without a parent
-    top_loadings: ndarray  # (n_tops, rank), over the diagonal
-    top_offset: ndarray  # (n_tops,)
-    loadings: ndarray  # (n, rank), the same of all
-    offset: ndarray  # (n,)
+    group: ndarray  # (n_groups + 1,) int64: into top, where groups begin
+    top_loadings: ndarray  # (n_tops, rank + 1)
+    loadings: ndarray  # (n, rank + 1)
     mean: ndarray  # (n,)
     std: ndarray  # (n,)
     first_child: ndarray  # (n + 1,) int64: into children
     children: ndarray  # (n_children,) int64
     table: ndarray  # (2 · SPAN · STEPS + 2,) float64: Φ
+    rate: ndarray  # the same: 1 / log(1 − Φ)
+    none: ndarray  # the same: (1 − Φ)^GROUP
 
 
 def kernel_world(world: SynthWorld) -> KernelWorld:
     """Arrays of a world for draw()."""
     parent = world.parent.long()
-    loadings, offset = world.loadings / world.diagonal[:, None], world.threshold / world.diagonal
+    loadings = torch.cat((world.loadings, world.threshold[:, None]), 1) / world.diagonal[:, None]
     top = (parent < 0).nonzero().flatten()
     order = parent.argsort(stable=True)
     counts = torch.bincount(parent[parent >= 0], minlength=len(parent))
@@ -63,10 +67,22 @@ def kernel_world(world: SynthWorld) -> KernelWorld:
         torch.arange(-SPAN * STEPS, SPAN * STEPS + 2, dtype=torch.float64) / STEPS
     )
     tensors = (
-        world.features, world.bias, top, loadings[top], offset[top], loadings, offset, world.mean,
-        world.std, first, order[len(top) :], table,
+        world.features, world.bias, top, torch.tensor(groups(world.probability[top].tolist())),
+        loadings[top], loadings, world.mean, world.std, first, order[len(top) :], table,
+        1 / torch.log1p(-table.clamp(max=0.5)), (1 - table) ** GROUP,
     )  # fmt: skip
     return KernelWorld(*(tensor.contiguous().numpy() for tensor in tensors))
+
+
+def groups(probability: list[float]) -> list[int]:
+    """Where groups of like probabilities begin, and the end."""
+    starts = [0]
+    for i, p in enumerate(probability):
+        first = probability[starts[-1]]
+        alike = first / ALIKE <= p <= first * ALIKE
+        if i - starts[-1] == GROUP or not alike:
+            starts.append(i)
+    return [*starts, len(probability)]
 
 
 @kernel
@@ -135,29 +151,48 @@ def take(world, state, f, on):
 
 
 @kernel
-def draw_tops(world, state, z, feature, value):
-    """Features without a parent; how many are on."""
+def key_of(bits):
+    """An integer that is ordered as the float of these bits; and back."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@kernel
+def largest(bits, start, end, one):
+    """Of floats, given as their bits; one: a float32 and the same memory as int32."""
+    most = key_of(bits[start])
+    for i in range(start, end):
+        key = key_of(bits[i])
+        most = key if key > most else most
+    one[1][0] = key_of(most)
+    return one[0][0]
+
+
+@kernel
+def draw_tops(world, state, z, bits, one, feature, value):
+    """Features without a parent; how many are on. bits: those of z; one: for largest()."""
     n = 0
-    for start in range(0, z.shape[0], GROUP):
-        end = min(start + GROUP, z.shape[0])
-        most = z[start]
-        for i in range(start, end):
-            most = max(most, z[i])
-        bound = world.table[cell_of(most) + 1]
+    for g in range(world.group.shape[0] - 1):
+        start, end = world.group[g], world.group[g + 1]
+        cell = cell_of(largest(bits, start, end, one)) + 1
+        bound = world.table[cell]
         if bound > DIRECT:
             for i in range(start, end):
                 if is_below(uniform(state), z[i], world.table):
                     n = take(world, state, world.top[i], (feature, value, n))
             continue
-        rate, i = 1.0 / math.log1p(-bound), start
+        rate, i = world.rate[cell], start
+        u = uniform(state)
+        if end - start == GROUP and u <= world.none[cell]:
+            continue
         while True:
-            gap = math.log(uniform(state)) * rate
+            gap = math.log(u) * rate
             if gap >= end - i:
                 break
             i += int(gap)
             if is_below(uniform(state) * bound, z[i], world.table):
                 n = take(world, state, world.top[i], (feature, value, n))
             i += 1
+            u = uniform(state)
     return n
 
 
@@ -170,7 +205,7 @@ def draw_children(world, state, eps, lists, n, scaled):
         f, n_on, n_before = feature[parent], 0, n
         for k in range(world.first_child[f], world.first_child[f + 1]):
             child = world.children[k]
-            z = dot(world.loadings[child], eps) - world.offset[child]
+            z = dot(world.loadings[child], eps)
             if is_below(uniform(state), z, world.table):
                 n_after = take(world, state, child, (feature, value, n))
                 if n_after > n:  # of those on until now each is as likely to stay
@@ -188,12 +223,12 @@ def draw_children(world, state, eps, lists, n, scaled):
 def draw(world, seed, span, scratch, x, lists, scaled):
     """x of a span of samples, and what is on in them.
 
-    scratch: states (BLOCK,) uint64, eps (BLOCK, rank), z (BLOCK, n_tops), and feature (n,) and
-        value (n,) of a sample
+    scratch: states (BLOCK,) uint64, eps (BLOCK, rank + 1), z (BLOCK, n_tops) and its bits,
+        one (see largest), and feature (n,) and value (n,) of a sample
     lists: start (samples + 1,), feature, value, as in Active. Without room for features, start[b +
         1] becomes how many sample b has; without room for that nothing is listed
     """
-    states, eps, z, feature, value = scratch
+    states, eps, z, bits, one, feature, value = scratch
     start, features, values = lists
     for first in range(span[0], span[1], BLOCK):
         n_samples = min(BLOCK, span[1] - first)
@@ -201,12 +236,12 @@ def draw(world, seed, span, scratch, x, lists, scaled):
             state = states[i : i + 1]
             state[0] = seed + np.uint64(first + i) * MIX2
             state[0] = next_state(state)
-            fill_normals(state, eps[i])
+            fill_normals(state, eps[i, :-1])
+            eps[i, -1] = -1
         gemm(False, True, eps[:n_samples], world.top_loadings, z[:n_samples])
         for i in range(n_samples):
-            state, row, b = states[i : i + 1], z[i], first + i
-            subtract_(row, world.top_offset)
-            n = draw_tops(world, state, row, feature, value)
+            state, b = states[i : i + 1], first + i
+            n = draw_tops(world, state, z[i], bits[i], one, feature, value)
             n = draw_children(world, state, eps[i], (feature, value), n, scaled)
             if features.shape[0]:
                 for k in range(n):

@@ -10,6 +10,7 @@ of the two differ, as those of devices do.
 """
 
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from sparse_coding.config import named_seed
 from sparse_coding.sae.engines.cpu_compile import compiles, has_kernels, one_thread_here
 from sparse_coding.toy.synth_world import SynthWorld, make_synth_world
 
-N_SPANS = 16  # of a batch, dealt to threads; no number depends on them
+SPANS = 2  # of a batch, for each thread; no number depends on them
 
 
 class Active(NamedTuple):
@@ -172,6 +173,7 @@ class CompiledSampler:
 
         self.kernels, self.scaled = synth_kernels, scaled
         self.world = synth_kernels.kernel_world(world)
+        self.n_spans, self.scratch = SPANS * torch.get_num_threads(), threading.local()
         self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=one_thread_here)
 
     def x(self, seed: int, n: int) -> Tensor:
@@ -196,16 +198,22 @@ class CompiledSampler:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
 
     def arguments(self, seed: int, span: tuple[int, int], x: np.ndarray, lists: tuple) -> tuple:
-        """Of `draw`, with scratch of their own."""
-        (n_tops, rank), n = self.world.top_loadings.shape, len(self.world.features)
-        shapes = (self.kernels.BLOCK, rank), (self.kernels.BLOCK, n_tops), (n,)
-        eps, z, value = (np.empty(shape, np.float32) for shape in shapes)
-        states, feature = np.empty(self.kernels.BLOCK, np.uint64), np.empty(n, np.int64)
-        scratch = states, eps, z, feature, value
+        """Of `draw`, with this thread's scratch."""
+        if not hasattr(self.scratch, "of_thread"):
+            self.scratch.of_thread = self._new_scratch()
+        scratch = self.scratch.of_thread
         return self.world, np.uint64(seed), span, scratch, x, lists, self.scaled
 
+    def _new_scratch(self) -> tuple:
+        (n_tops, columns), n = self.world.top_loadings.shape, len(self.world.features)
+        shapes = (self.kernels.BLOCK, columns), (self.kernels.BLOCK, n_tops), (1,), (n,)
+        eps, z, one, value = (np.empty(shape, np.float32) for shape in shapes)
+        states, feature = np.empty(self.kernels.BLOCK, np.uint64), np.empty(n, np.int64)
+        bits = z.view(np.int32), (one, one.view(np.int32))
+        return states, eps, z, *bits, feature, value
+
     def _draw(self, seed: int, x: np.ndarray, lists: tuple) -> None:
-        size = -(-len(x) // N_SPANS)
+        size = -(-len(x) // self.n_spans)
         spans = [(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
         def share(span: tuple[int, int]) -> None:

@@ -109,10 +109,13 @@ def corrected(base: Tensor, parent: Tensor) -> Tensor:
     return p.clamp(max=1)
 
 
-def make_synth_world(n: int, activation_dim: int, seed: int) -> SynthWorld:
+def make_synth_world(
+    n: int, activation_dim: int, seed: int, *, n_steps: int = ORTHOGONAL_STEPS
+) -> SynthWorld:
     """The world of a seed, drawn on the CPU, the same for every device and number of threads.
 
-    Orthogonalising takes 4e5 n² activation_dim operations; a bar shows them if they take long.
+    n_steps: of orthogonalising, 4 n² activation_dim operations each; a bar shows them if they take
+        long
     """
     parent = parents(n)
     p = corrected(base_rates(n), parent)
@@ -136,13 +139,13 @@ def make_synth_world(n: int, activation_dim: int, seed: int) -> SynthWorld:
         std=(STD_MEAN + STD_STD * normals("std", n)).abs(),
     )
     return SynthWorld(
-        features=orthogonalised(features),
+        features=orthogonalised(features, n_steps),
         parent=parent,
         **{name: tensor.float() for name, tensor in tensors.items()},
     )
 
 
-def orthogonalised(features: Tensor) -> Tensor:
+def orthogonalised(features: Tensor, n_steps: int = ORTHOGONAL_STEPS) -> Tensor:
     """Rows (n, activation_dim) after steps of Adam on Σ_{i≠j} (d_i · d_j)² + n Σ_i (|d_i|² − 1)²,
     then of length 1.
 
@@ -162,7 +165,7 @@ def orthogonalised(features: Tensor) -> Tensor:
         D.grad[start : start + CHUNK] = torch.addmm(pull, cosines, D, alpha=4)
 
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=one_thread_here) as pool:
-        for _ in passing_bar(range(ORTHOGONAL_STEPS), desc="orthogonal features", unit="step"):
+        for _ in passing_bar(range(n_steps), desc="orthogonal features", unit="step"):
             list(pool.map(gradient, starts))
             adam.step()
     return normalize(D.detach())

@@ -167,3 +167,23 @@ def test_random_numbers_of_the_kernels_are_normal_and_uniform(world):
     assert abs(float(magnitudes.std()) - 1) < 0.003
     kurtosis = float((magnitudes**4).mean())
     assert kurtosis == pytest.approx(3, abs=0.02)
+
+
+@pytest.mark.long
+def test_a_million_samples_of_the_benchmarks_law_have_its_published_moments():
+    """Of 61 440 samples of the package that defines it; its features are as far from orthogonal."""
+    big = make_synth_world(16384, 768, 0, n_steps=0)
+    level = torch.where(torch.arange(16384) >= 10880, 4, big.depth)
+    stream = SynthStream(big, batch_size=4096, batch_seed=1, device=CPU)
+    n, first = 250 * 4096, 0
+    on, squares = torch.zeros(2, 5, dtype=torch.float64)
+    for step in range(250):
+        _, active = stream.with_truth(step)
+        of_active = level[active.feature]
+        on += torch.bincount(of_active, minlength=5)
+        squares.index_add_(0, of_active, active.value.double() ** 2)
+        first += int((active.feature < 4096).sum())
+    assert float(on.sum() / n) == pytest.approx(34.47, abs=0.15)
+    assert first / n == pytest.approx(25.15, abs=0.1)
+    assert (on / n).tolist() == pytest.approx([8.20, 7.32, 7.32, 7.12, 4.51], abs=0.05)
+    assert (squares / n).tolist() == pytest.approx([208.5, 188.7, 187.1, 167.0, 81.7], rel=0.01)
