@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders.scripts import ROOT
 
+from sparse_coding.sweep.metrics import DetectionSums, matches, mcc, uniqueness
 from sparse_coding.toy.synth_stream import CompiledSampler, TorchSampler, draw_compiles
 from sparse_coding.toy.synth_world import FARTHEST, SynthWorld, base_rates, corrected, parents
 
@@ -71,3 +72,28 @@ def test_x_is_made_as_it_makes_it(model, world, theirs):
     expected = model.feature_dict(theirs[:100])
     found = theirs[:100] @ world.features + world.bias
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_its_evaluation_gives_the_same_scores(world, theirs):
+    """Of a dictionary between the true features and noise, with thresholds."""
+    evals = pytest.importorskip("sae_lens.synthetic.evals")
+    rng = torch.Generator().manual_seed(0)
+    W_dec = world.features[:80] + 0.15 * torch.randn(80, H, generator=rng)
+    x = theirs[:4096] @ world.features + world.bias
+    codes = torch.relu((x - world.bias) @ W_dec.T - 2.0)
+    similarity = matches(W_dec, world.features)
+    assert mcc(similarity) == pytest.approx(
+        evals.mean_correlation_coefficient(W_dec, world.features), abs=1e-6
+    )
+    assert uniqueness(similarity) == evals.feature_uniqueness(W_dec, world.features)
+    sums = DetectionSums(similarity.argmax(dim=1))
+    sums.add(x, codes @ W_dec, codes, theirs[:4096])
+    found = sums.result()
+    expected = evals.compute_classification_metrics(codes, theirs[:4096], W_dec, world.features)
+    assert found["precision"] == pytest.approx(expected.precision, abs=1e-6)
+    assert found["recall"] == pytest.approx(expected.recall, abs=1e-6)
+    assert found["f1"] == pytest.approx(expected.f1_score, abs=1e-6)
+    assert 0.1 < found["f1"] < 0.9
+    shrinkage = evals.ShrinkageCalculator()
+    shrinkage.add_batch(codes @ W_dec, x)
+    assert found["shrinkage"] == pytest.approx(shrinkage.compute(), abs=1e-6)

@@ -101,6 +101,70 @@ def agreement(dictionaries: Tensor, features: Tensor) -> dict[str, Tensor]:
     return {"mmcs": best.mean(dim=1), "mmcs_dict_to_truth": to_truth, "n_recovered": recovered}
 
 
+@full_float32()
+def matches(dictionary: Tensor, features: Tensor) -> Tensor:
+    """|cosine similarity| of rows of both, (n_dict, n_features)."""
+    return (normalize(dictionary, dim=-1) @ normalize(features, dim=-1).T).abs()
+
+
+def mcc(similarity: Tensor) -> float:
+    """Mean correlation coefficient: the mean |cosine| of the pairs of a one-to-one matching that
+    makes it largest (Hungarian algorithm), over the smaller of both sides.
+
+    As SynthSAEBench has it (Chanin, Garriga-Alonso 2026, https://arxiv.org/abs/2602.14687).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    matrix = similarity.cpu().numpy()
+    return float(matrix[linear_sum_assignment(matrix, maximize=True)].mean())
+
+
+def uniqueness(similarity: Tensor) -> float:
+    """Share of different features among the nearest of each row of a dictionary: 1 if no two rows
+    are nearest to the same one. Same source; it counts collisions and matches nothing."""
+    nearest = similarity.argmax(dim=1)
+    return len(nearest.unique()) / len(nearest)
+
+
+class DetectionSums:
+    """Counts over batches, from which precision, recall and f1 follow: whether each latent is on
+    where the feature nearest to it is on.
+
+    Source: as of mcc. A latent is a row of the dictionary; it is on where its code is not 0.
+
+    nearest: (n_dict,) int64, of each latent
+    """
+
+    def __init__(self, nearest: Tensor):
+        self.nearest = nearest
+        self.on, self.true, self.both = (
+            torch.zeros(len(nearest), dtype=torch.int64, device=nearest.device) for _ in range(3)
+        )
+        self.ratio = torch.zeros((), dtype=torch.float64, device=nearest.device)
+        self.n_samples = 0
+
+    def add(self, x: Tensor, x_hat: Tensor, codes: Tensor, truth: Tensor) -> None:
+        """x, x_hat (batch, activation_dim), codes (batch, n_dict), truth (batch, n_features): what
+        is on, as values or bool."""
+        on, true = codes != 0, truth[:, self.nearest] > 0
+        self.on += on.sum(dim=0)
+        self.true += true.sum(dim=0)
+        self.both += (on & true).sum(dim=0)
+        self.ratio += (x_hat.double().norm(dim=1) / x.double().norm(dim=1)).sum()
+        self.n_samples += len(x)
+
+    def result(self) -> dict[str, float]:
+        """precision, recall and f1, each a mean over all latents of its own, 0 where it is
+        undefined, as of dead ones; shrinkage, the mean of |x_hat| / |x|."""
+        both = self.both.double()
+        precision = torch.where(self.on > 0, both / self.on, 0.0)
+        recall = torch.where(self.true > 0, both / self.true, 0.0)
+        f1 = torch.where(self.both > 0, 2 * both / (self.on + self.true), 0.0)
+        means = {"precision": precision, "recall": recall, "f1": f1}
+        found = {name: float(of_latents.mean()) for name, of_latents in means.items()}
+        return found | {"shrinkage": float(self.ratio / self.n_samples)}
+
+
 class ReconstructionSums:
     """Sums over batches in float64, from which l0, l1, mse, fvu, n_dead and density follow.
 

@@ -6,16 +6,20 @@ import torch
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sweep.metrics import (
+    DetectionSums,
     ReconstructionSums,
     agreement_with_truth,
     ceiling_mmcs,
     chance_mmcs,
+    matches,
     max_cosine,
+    mcc,
     mmcs,
     mmcs_with_larger,
     n_matched,
     reconstruction,
     training_state,
+    uniqueness,
 )
 
 CPU = torch.device("cpu")
@@ -206,3 +210,44 @@ def test_what_is_logged_while_training_are_the_same_numbers(ensemble, x):
     assert logged["train/mse"] == reconstruction(ensemble, [x])["mse"]
     assert logged["train/l0"] == reconstruction(ensemble, [x])["l0"]
     assert logged["metrics/mmcs"] == pytest.approx(agreement_with_truth(ensemble, truth)["mmcs"])
+
+
+def test_mcc_and_uniqueness_of_true_features_in_any_order_and_sign_are_one(truth):
+    shuffled = truth[torch.randperm(512, generator=torch.Generator().manual_seed(1))][:300] * -2
+    similarity = matches(shuffled, truth)
+    assert mcc(similarity) == pytest.approx(1, abs=1e-5)
+    assert uniqueness(similarity) == 1
+
+
+def test_mcc_matches_one_to_one_where_uniqueness_counts_collisions():
+    """Two rows at the first feature: the second is matched with what is left, at 0.6."""
+    features = torch.eye(3)
+    dictionary = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]])
+    similarity = matches(dictionary, features)
+    assert mcc(similarity) == pytest.approx((1 + 0.6) / 2)
+    assert uniqueness(similarity) == 0.5
+    # the best matching is not the greedy one: 0.9 and 0.8 beat 1.0 and 0.1
+    assert mcc(torch.tensor([[1.0, 0.9], [0.8, 0.1]])) == pytest.approx((0.9 + 0.8) / 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_detection_is_counted_for_each_latent_with_dead_ones_as_zero(batch_size):
+    """Of eight samples: a latent that is right in 2 of the 3 where it is on, and misses 2 of 4; one
+    that is always right, with a negative code; a dead one; one whose feature is never on."""
+    codes = torch.zeros(8, 4)
+    codes[[0, 1, 7], 0] = torch.tensor([1.0, 2.0, 3.0])
+    codes[2:4, 1] = -1.0
+    codes[5, 3] = 1.0
+    truth = torch.zeros(8, 5)
+    truth[[0, 1, 2, 3], 4] = 0.5
+    truth[2:4, 0] = 1.0
+    truth[:, 1] = 1.0
+    x = torch.arange(1.0, 9).view(8, 1).repeat(1, 2)
+    sums = DetectionSums(torch.tensor([4, 0, 1, 2]))
+    for parts in zip(*(t.split(batch_size) for t in (x, x / 2, codes, truth)), strict=True):
+        sums.add(*parts)
+    found = sums.result()
+    assert found["precision"] == pytest.approx((2 / 3 + 1 + 0 + 0) / 4)
+    assert found["recall"] == pytest.approx((2 / 4 + 1 + 0 + 0) / 4)
+    assert found["f1"] == pytest.approx((4 / 7 + 1 + 0 + 0) / 4)
+    assert found["shrinkage"] == pytest.approx(0.5)
