@@ -154,7 +154,7 @@ def test_convert_refuses_what_is_no_checkpoint_or_no_data(tmp_path):
 SMALL_LIBRARY = f"""
 import sysconfig
 paths = sysconfig.get_paths() | {{"stdlib": {str(Path(email.__file__).parent)!r}}}
-sysconfig.get_paths = lambda: paths
+sysconfig.get_paths = lambda *_, **__: paths
 """
 TRAIN_PY = """
 import pathlib, shutil, sys
