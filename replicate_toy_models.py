@@ -7,6 +7,7 @@ true features, dead features, MMCS with larger dictionaries, reconstruction loss
     python replicate_toy_models.py                    quick on a CPU, full on a GPU
     python replicate_toy_models.py --preset smoke     does everything once, in seconds
     python replicate_toy_models.py --verify           against the record of June 2023
+    python replicate_toy_models.py --preset synth1k   which family finds the true features
     python replicate_toy_models.py --evaluate FOLDER  one autoencoder of a run
     python replicate_toy_models.py --help             all constants
 
@@ -29,7 +30,7 @@ from sparse_coding.sweep.grid import Cell, Families, Shard, check_grid, find_sha
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy import replication
-from sparse_coding.toy.data import ToyData
+from sparse_coding.toy.laws import OF_LAWS, WORLD, Law, data_of, require_used, worlds_of
 from sparse_coding.toy.recipe import ToyRecipe, evaluate_one
 
 DESCRIPTION = __doc__.split("\n\n")[0]
@@ -40,19 +41,27 @@ class Config:
     """Every constant, each a flag; comments give meaning, unit and source."""
 
     # auto: full on CUDA, else quick. smoke and quick: a smaller world with the same picture
-    preset: Literal["auto", "smoke", "quick", "full"] = "auto"
+    # synth16k: SynthSAEBench (2602.14687); synth1k: a small one; sparse_but_wrong: 2508.16560
+    preset: Literal["auto", "smoke", "quick", "full", "synth16k", "synth1k", "sparse_but_wrong"] = (
+        "auto"
+    )
 
     # data (defaults: the post)
-    data_law: Literal["post", "june2023"] = "post"  # june2023: what the 2023 replication drew
+    data_law: Law = "post"  # june2023: what the 2023 replication drew; others: docs/data.md
     activation_dim: int = 256  # h, dimensions of x
     n_true_features: int = 512  # G, twice as many as dimensions
     n_active: float = 5.0  # k, true features active on average in a sample
     feature_prob_decay: float = 0.99  # λ: feature g is active in proportion to λ^g
     noise_std: float = 0.0  # standard deviation of noise added to every dimension of x
+    # of the last three laws, whose seeds share worlds: the first one's seed, or an npz of one world
+    world: str = str(WORLD)
+    n_worlds: int = 1  # worlds world, world + 1, ...
 
     # the grid: l1_alpha = 10^(e/4), dict_ratio = 2^e; high ends are exclusive
     arch: tuple[Arch, ...] = ("relu",)  # families, of sparse_coding/sae/families.py
-    target_l0: tuple[int, ...] = ()  # for these; (): n_active, but of relu the grid of l1_alpha
+    target_l0: tuple[
+        int | float, ...
+    ] = ()  # for these; (): n_active, but of relu the grid of l1_alpha
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
     baseline: Literal["none", "frozen-decoder"] = "none"  # beside each: a random W_dec that stays
     l1_exp_low: int = -8  # lowest e of l1_alpha = 10^(e/4): from 0.01
@@ -68,6 +77,7 @@ class Config:
     batch_size: int = 256  # vectors per step
     n_steps: int = 20_000  # steps of every autoencoder
     lr: float = 1e-3  # of Adam, betas (0.9, 0.999)
+    n_eval_samples: int = 2560  # fresh ones for results.csv, in whole batches
 
     # the machine: rounding only, but for the device, which draws random numbers of its own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
@@ -84,6 +94,10 @@ class Config:
     evaluate: str = ""  # only print the metrics of this saved autoencoder, on its own world
 
 
+# --lr is that of all families, as in the benchmark; a quarter of its features fit
+SYNTH = dict(data_law="synth", arch=("relu", "batchtopk", "jumprelu", "matryoshka",
+             "matryoshka_refined"), dict_ratio_exp_low=-2, dict_ratio_exp_high=-1, n_seeds=5,
+             batch_size=1024, l1_normalisation="sum")  # fmt: skip
 # verify is no choice of --preset: --verify takes it
 PRESETS = {
     "smoke": dict(activation_dim=32, n_true_features=64, n_active=3.0, n_steps=600, log_every=100,
@@ -91,13 +105,21 @@ PRESETS = {
     "quick": dict(activation_dim=64, n_true_features=128, n_active=3.0, n_steps=2500, log_every=125,
                   dict_ratio_exp_low=-2, dict_ratio_exp_high=4),
     "full": dict(),
+    "synth16k": dict(SYNTH, activation_dim=768, n_true_features=16_384, target_l0=(25,), lr=3e-4,
+                     n_steps=195_312, n_eval_samples=1_000_000),
+    "synth1k": dict(SYNTH, activation_dim=96, n_true_features=1024, target_l0=(5.5,), n_steps=4882,
+                    n_eval_samples=100_000),
+    "sparse_but_wrong": dict(SYNTH, data_law="correlated", arch=("batchtopk",), activation_dim=100,
+                             n_true_features=50, target_l0=tuple(range(1, 26)), n_steps=3000,
+                             lr=3e-4, dict_ratio_exp_low=0, dict_ratio_exp_high=1,
+                             n_eval_samples=100_000),
     "verify": dict(data_law="june2023", n_steps=5000, n_seeds=3),
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these
 NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "shard", "output_dir", "fresh",
                 "log_every", "wandb_mode", "evaluate"}  # fmt: skip
 # flags that a saved autoencoder brings along for --evaluate
-OF_WORLD = ("seed", "data_law", *(f.name for f in dataclasses.fields(ToyData) if f.name != "law"))
+OF_WORLD = ("seed", "data_law", "n_eval_samples", *OF_LAWS)
 
 
 def main(argv: list[str]) -> int:
@@ -117,15 +139,15 @@ def main(argv: list[str]) -> int:
         "replicate_toy_models",
         dataclasses.asdict(cfg),
         not_identity=NOT_IDENTITY,
-        more={"device_type": device.type, "precision": precision},
+        more={"device_type": device.type, "precision": precision, **recipe.data.identity},
         device=describe(device),
         suffix=shard.suffix,
     )
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     with planned.opened(cells, shard, fresh=cfg.fresh):
         if rows := planned.finished_rows():
-            replication.mend_worlds(planned.folder, recipe.data, seeds_of(rows))
-            return last_lines(cfg, rows, planned.folder)
+            replication.mend_worlds(planned.folder, recipe.data, cells)
+            return replication.last_lines(rows, planned.folder, recipe, verify=cfg.verify)
         return run(cfg, recipe, cells, planned=planned, shard=shard)
 
 
@@ -136,13 +158,14 @@ def run(
     config = dataclasses.asdict(cfg)
 
     def present(rows: list[dict]) -> dict[str, Path]:
-        replication.write_worlds(planned.folder, recipe.data, seeds_of(rows))
+        replication.write_worlds(planned.folder, recipe.data, cells)
         if cfg.verify:
             return {}
         return replication.draw(
             planned.folder,
             rows,
             data=recipe.data,
+            world=recipe.data.world_of(cells[0]),
             l1_normalisation=cfg.l1_normalisation,
             context=planned.origin | {"config": config},
         )
@@ -152,13 +175,14 @@ def run(
     rows = train_planned(
         recipe, cells, planned, shard=shard, options=options, config=config, present=present
     )
-    return last_lines(cfg, rows, planned.folder) if rows else 0
+    return replication.last_lines(rows, planned.folder, recipe, verify=cfg.verify) if rows else 0
 
 
 def check(cfg: Config, argv: list[str]) -> None:
     """Raises UserError for a constant out of its range, but those of the recipe, and for a flag of
     argv that would change nothing."""
     pick(Families, cfg).require_used(argv)
+    require_used(cfg, argv)
     check_grid(cfg, "dict_ratio_exp")
     pick(RunOptions, cfg)
 
@@ -190,29 +214,25 @@ def grid(cfg: Config) -> list[Cell]:
         return replication.record_cells(seeds, cfg.n_true_features)
     l1_exps = range(cfg.l1_exp_low, cfg.l1_exp_high)
     size_exps = range(cfg.dict_ratio_exp_low, cfg.dict_ratio_exp_high)
-    cells = make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
+    of_size = make_grid(cfg.n_true_features, seeds=seeds, l1_exps=l1_exps, size_exps=size_exps)
+    cells = [dataclasses.replace(cell, world=world) for world in worlds_of(cfg) for cell in of_size]
     middle = (cfg.l1_exp_low + cfg.l1_exp_high - 1) // 2
     default_l0 = (max(1, round(cfg.n_active)),)
     return pick(Families, cfg).cells(cells, start=middle, default_l0=default_l0)
 
 
 def evaluate_saved(cfg: Config, device: torch.device) -> int:
-    """Prints the metrics of a saved autoencoder on the world of --seed, its own by default."""
+    """Prints the metrics of a saved autoencoder on the world of its flags."""
     sae = load_sae(Path(cfg.evaluate)).to(device)
-    for name, value in evaluate_one(sae, pick(ToyData, cfg, law=cfg.data_law), cfg.seed).items():
+    cell = Cell(cfg.seed, 0, 0, sae.n_dict, world=next(iter(worlds_of(cfg))))
+    for name, value in evaluate_one(sae, data_of(cfg), cell, cfg.n_eval_samples).items():
         print(f"{name:18} {value:.6g}")
     return 0
 
 
 def recipe_of(cfg: Config, device: torch.device) -> ToyRecipe:
     """How the constants say that cells are trained."""
-    data = pick(ToyData, cfg, law=cfg.data_law)
-    return ToyRecipe(data, cfg.l1_normalisation, cfg.lr, cfg.n_steps, device, cfg.prefixes)
-
-
-def seeds_of(rows: list[dict]) -> list[int]:
-    """The seeds of a table, ascending."""
-    return sorted({row["seed"] for row in rows})
+    return pick(ToyRecipe, cfg, data=data_of(cfg), device=device)
 
 
 def announce(cfg: Config, n_cells: int, shard: Shard, device: torch.device) -> None:
@@ -220,18 +240,10 @@ def announce(cfg: Config, n_cells: int, shard: Shard, device: torch.device) -> N
     line = f"{cfg.preset}: {n_cells} SAEs on {describe(device)}"
     if shard.count > 1:
         line += f", shard {shard.index + 1} of {shard.count}"
-    if cfg.preset != "full":
+    if cfg.preset in ("smoke", "quick"):
         n_full = len(grid(Config(**PRESETS["full"])))
         line += f" (--preset full: {n_full} SAEs; what it takes is in README.md)"
     print(line)
-
-
-def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
-    """Prints what came out and where it is; the exit code."""
-    if cfg.verify:
-        return 0 if replication.compare_with_record(rows) else 1
-    print(f"{replication.verdict(rows)}\ndone: {folder / 'report.html'} (--fresh starts again)")
-    return 0
 
 
 if __name__ == "__main__":

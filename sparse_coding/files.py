@@ -295,8 +295,13 @@ def _kept(path: Path, find: Callable[[Path], str], *, suffix: str = "") -> str:
 
 def hashes_folder() -> Path:
     """Where kept_sha256 keeps its notes: one small file each, any of which may be deleted."""
+    return cache_folder() / "sha256"
+
+
+def cache_folder() -> Path:
+    """The user's, for what can be made again at any time."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home, "sparse_coding", "sha256")
+    return Path(home, "sparse_coding")
 
 
 def _identity(path: Path) -> str:

@@ -58,7 +58,7 @@ def test_features_fire_as_often_and_as_strongly_as_in_its_samples(world, theirs,
         pytest.skip("needs numba and MKL")
     drawn = sampler(world, CPU, True)
     ours = torch.cat(
-        [drawn.with_truth(seed, 2048)[1].dense(N) for seed in range(N_SAMPLES // 2048)]
+        [drawn.with_active(seed, 2048)[1].dense(N) for seed in range(N_SAMPLES // 2048)]
     )
     for power in (0, 1, 2):
         a, b = (v.bool().double() if power == 0 else v.double() ** power for v in (ours, theirs))

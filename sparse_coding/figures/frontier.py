@@ -58,7 +58,7 @@ def frontier_points(rows: list[dict], column: str, size: str = "expansion_factor
     """
     cells = defaultdict(list)
     for row in rows:
-        if _is_finite(row["l0"]) and _is_finite(row[column]):
+        if is_finite(row["l0"]) and is_finite(row[column]):
             asked = row["target_l0"], None if row["target_l0"] else row["l1_alpha"]
             cells[row["arch"], row[size], row["n_dict"], *asked].append(row)
     points = [
@@ -110,13 +110,13 @@ def draw_frontier(
     _draw_lines(axes, lines, size)
     if shown:
         _scale_axes(axes, shown, logarithmic=not spec.upwards)
-    axes.set_xlabel("l0: active features per token (log scale)", fontsize=8.5)
+    axes.set_xlabel("l0: active features on average (log scale)", fontsize=8.5)
     scale = " (log scale)" if axes.get_yscale() == "log" else ""
     axes.set_ylabel(spec.y_label + scale, fontsize=8.5)
     notes = [_seeds_note(points, len(points) - len(shown))]
     notes += [f"grey lines: equal l1_alpha; {l1_note}"] if of_grid else []
     notes += [_ablation_note(rows)] if spec.column == "ce_recovered" else []
-    _head(axes, spec.title, notes)
+    head(axes, spec.title, notes)
     return figure
 
 
@@ -200,7 +200,7 @@ def _seeds_note(points: list[dict], n_hidden: int) -> str:
 
 def _ablation_note(rows: list[dict]) -> str:
     """What zeros and the mean cost at this site: the scale on which ce_recovered is meant."""
-    row = next((row for row in rows if _is_finite(row["ce_clean"])), None)
+    row = next((row for row in rows if is_finite(row["ce_clean"])), None)
     if row is None:
         return "cross-entropy was not measured"
     gaps = [f"+{row[c] - row['ce_clean']:.2f} ({c})" for c in ("ce_zero", "ce_mean")]
@@ -271,7 +271,7 @@ def draw_density_histograms(
     dead = "dead features fire on none of them and are not in the bars"
     first = f"{n_tokens:,} held-out tokens, seed {seed}; {dead}"
     notes = [first, "left: expansion_factor (n_dict)", *[""] * (1 + several)]
-    _head(panels[0, 0], spec.title, notes)
+    head(panels[0, 0], spec.title, notes)
     return figure
 
 
@@ -321,8 +321,8 @@ def _colours(n: int) -> list[tuple]:
     return [colormaps["viridis"](0.88 * i / max(n - 1, 1)) for i in range(n)]
 
 
-def _head(axes: Axes, title: str, notes: list[str]) -> None:
-    """The title, and grey lines between it and the axes."""
+def head(axes: Axes, title: str, notes: list[str]) -> None:
+    """Writes the title, and grey lines between it and the axes."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=9 + 11.5 * len(notes))
     small_print = axes.annotate(
         "\n".join(notes), (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
@@ -331,5 +331,6 @@ def _head(axes: Axes, title: str, notes: list[str]) -> None:
     small_print.set_in_layout(False)  # it may be wider than the first of several panels
 
 
-def _is_finite(value: float | str | None) -> bool:
+def is_finite(value: float | str | None) -> bool:
+    """Whether it is there, and neither nan nor infinite."""
     return value not in (None, "") and math.isfinite(float(value))

@@ -24,7 +24,7 @@ from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.families import FAMILIES, PREFIXES, Kind
-from sparse_coding.sae.saved import SparseAutoencoder, save_sae
+from sparse_coding.sae.saved import SparseAutoencoder, save_sae, unscaled
 from sparse_coding.sae.spec import Schedule, dead_steps
 from sparse_coding.sweep.cells import merged_rows, missing_cells, sae_folder
 from sparse_coding.sweep.grid import (
@@ -392,10 +392,3 @@ def feature_density(folder: Path) -> np.ndarray:
     """(n_dict,) share of the held-out tokens on which a feature of the saved autoencoder fires."""
     density = 10 ** read_tensors(folder / SPARSITY)[0]["sparsity"].double().numpy()
     return np.where(density > 2 * NEVER, density, 0)
-
-
-def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases and
-    thresholds change, and codes are in the units of x."""
-    names = tensors.keys() & {"b_enc", "b_dec", "threshold", "first_threshold"}
-    return tensors | {name: tensors[name] / scale for name in names}

@@ -229,3 +229,10 @@ def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     rows[lengths == 0, 0] = 1.0
     scaled = {"W_enc": tensors["W_enc"] * lengths, "b_enc": tensors["b_enc"] * lengths}
     return {name: t.float() for name, t in ({"W_dec": rows} | scaled).items()}
+
+
+def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases and
+    thresholds change, and codes are in the units of x."""
+    names = tensors.keys() & {"b_enc", "b_dec", "threshold", "first_threshold"}
+    return tensors | {name: tensors[name] / scale for name in names}

@@ -145,7 +145,7 @@ def merged_rows(
     Args:
         columns: of the rows
         compare: column -> its value from W_dec and those of the next N_LARGER sizes, ascending,
-            of the same seed, family and sparsity
+            of the same seed, world, family and sparsity
         device: on which they are compared
     Raises:
         Damaged: the row or the autoencoder of a cell.
@@ -158,7 +158,7 @@ def merged_rows(
     }
     of_sparsity: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        of_sparsity.setdefault((cell.seed, cell.arch, *cell.sparsity), []).append(cell)
+        of_sparsity.setdefault((*cell.data, cell.arch, *cell.sparsity), []).append(cell)
     for group in of_sparsity.values():
         group.sort(key=lambda cell: cell.n_dict)
         W_dec = {cell: saved_decoder(folder, cell).to(device) for cell in group}

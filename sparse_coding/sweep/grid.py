@@ -30,16 +30,23 @@ class Cell:
     l1_exp: l1_alpha = 10^(l1_exp/4)
     size_exp: size relative to the base size is 2^size_exp (dict_ratio, expansion_factor)
     target_l0: k, where the family has it; else l1_alpha is only where a controller starts that
-        seeks this l0, and 0 means that it stays
+        seeks this l0, and 0 means that it stays. What was given, whole or not
     arch: the family of autoencoders, see sae/families.py
+    world: seed of its world, where that is not the cell's own
     """
 
     seed: int
     l1_exp: int
     size_exp: int
     n_dict: int
-    target_l0: int = 0
+    target_l0: float = 0
     arch: str = "relu"
+    world: int | None = None
+
+    @property
+    def data(self) -> tuple[int, int | None]:
+        """What its batches depend on: cells of the same are trained together."""
+        return self.seed, self.world
 
     @property
     def kind(self) -> Kind:
@@ -47,7 +54,7 @@ class Cell:
         return self.arch, self.n_dict
 
     @property
-    def sparsity(self) -> tuple[int, int]:
+    def sparsity(self) -> tuple[float, int]:
         """What was asked of it: (target_l0, 0), or (0, l1_exp) where no l0 was."""
         return (self.target_l0, 0) if self.target_l0 else (0, self.l1_exp)
 
@@ -59,7 +66,7 @@ class Cell:
     @property
     def top_k(self) -> int | None:
         """Codes of each sample, where the family has that."""
-        return self.target_l0 if FAMILIES[self.arch].selection == "topk" else None
+        return int(self.target_l0) if FAMILIES[self.arch].selection == "topk" else None
 
     @property
     def size_ratio(self) -> float:
@@ -68,10 +75,11 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """File name: sorts by seed, size, l1_alpha."""
-        of_sparsity = f"l0-{self.target_l0:04d}" if self.target_l0 else f"l1exp{self.l1_exp:+03d}"
+        """File name: sorts by seed, world, size, l1_alpha."""
+        of_sparsity = f"l0-{self.target_l0:04g}" if self.target_l0 else f"l1exp{self.l1_exp:+03d}"
         of_family = "" if self.arch == "relu" else f"_{self.arch}"
-        return f"seed{self.seed}_dict{self.n_dict:06d}{of_family}_{of_sparsity}"
+        of_world = "" if self.world is None else f"_world{self.world}"
+        return f"seed{self.seed}{of_world}_dict{self.n_dict:06d}{of_family}_{of_sparsity}"
 
 
 def l1_divisor(l1_normalisation: str, n_dict: int) -> int:
@@ -84,7 +92,7 @@ class Families:
     """Which families are trained, and how sparse; the fields are flags of both scripts."""
 
     arch: tuple[str, ...]
-    target_l0: tuple[int, ...]
+    target_l0: tuple[float, ...]
     prefixes: tuple[float, ...]
     baseline: str = "none"
 
@@ -92,8 +100,10 @@ class Families:
         """Raises UserError for a flag out of its range."""
         unique = 0 < len(self.arch) == len(set(self.arch))
         require_flag(self, "arch", unique, "at least one family, and all different")
-        fine = len({t for t in self.target_l0 if t >= 1}) == len(self.target_l0)
+        fine = len({t for t in self.target_l0 if 1 <= t < math.inf}) == len(self.target_l0)
         require_flag(self, "target_l0", fine, "at least 1 each, and all different")
+        whole = "topk" not in self.arch or all(t == int(t) for t in self.target_l0)
+        require_flag(self, "target_l0", whole, "whole numbers with --arch topk")
         ends = (0.0, *self.prefixes)
         ascend = all(a < b for a, b in pairwise(ends)) and ends[-1] == 1
         require_flag(self, "prefixes", ascend, "shares of n_dict that ascend and end with 1")
@@ -109,7 +119,9 @@ class Families:
             require("relu" in self.arch, f"{flag} is for --arch relu: drop it, or add relu")
         require(nested or "prefixes" not in given, "--prefixes is for --arch matryoshka: drop it")
 
-    def cells(self, of_size: list[Cell], *, start: int, default_l0: tuple[int, ...]) -> list[Cell]:
+    def cells(
+        self, of_size: list[Cell], *, start: int, default_l0: tuple[float, ...]
+    ) -> list[Cell]:
         """What is asked of each family, for every seed and size of the cells.
 
         Args:
@@ -136,11 +148,11 @@ class Families:
             )
         order = {name: i for i, name in enumerate(self.arch)}
         cells = on_grid + asked
-        cells.sort(key=lambda c: (c.seed, c.size_exp, order[c.arch], c.sparsity))
+        cells.sort(key=lambda c: (c.world or 0, c.seed, c.size_exp, order[c.arch], c.sparsity))
         if self.baseline == "none":
             return cells
         frozen = [replace(cell, arch=f"{cell.arch}{FROZEN}") for cell in cells]
-        return sorted(cells + frozen, key=lambda cell: cell.seed)  # stable
+        return sorted(cells + frozen, key=lambda cell: (cell.world or 0, cell.seed))  # stable
 
 
 def asked_and_found(cell: Cell, ensemble: "Ensemble", i: int, l1_normalisation: str) -> dict:
@@ -190,11 +202,17 @@ def gap(rows: list[dict]) -> str:
 
 
 def specs_of(
-    cells: list[Cell], l1_normalisation: str, *, tied: bool, prefixes: tuple[float, ...] = (1.0,)
+    cells: list[Cell],
+    l1_normalisation: str,
+    *,
+    tied: bool,
+    prefixes: tuple[float, ...] = (1.0,),
+    own_lr: bool = True,
 ) -> list["SAESpec"]:
     """The cells as autoencoders of an ensemble, each with a start that its name determines.
 
     tied, prefixes: see SAESpec
+    own_lr: whether each family has the learning rate that suits it, times the ensemble's
     """
     from sparse_coding.sae.spec import SAESpec  # loads torch
 
@@ -217,7 +235,7 @@ def specs_of(
             target_l0=cell.target_l0,
             arch=cell.arch,
             prefixes=prefixes,
-            lr_factor=FAMILIES[cell.arch].lr,
+            lr_factor=FAMILIES[cell.arch].lr if own_lr else 1.0,
         )
         for cell in cells
     ]
@@ -280,7 +298,8 @@ def split_by_cost(cells: list[Cell], n_shards: int) -> list[list[Cell]]:
 def plan_groups(
     cells: list[Cell], budget: float, memory_of: Callable[[list[Kind]], int]
 ) -> list[list[Cell]]:
-    """Groups to train one after the other: one seed each, none larger than the budget.
+    """Groups to train one after the other: of one seed and world each, none larger than the
+    budget.
 
     Args:
         budget: bytes of memory
@@ -296,7 +315,7 @@ def plan_groups(
             f"n_dict {cell.n_dict} needs {alone / 1e9:.2f} GB, {budget / 1e9:.2f} GB are free: "
             "lower the high end of the sizes, or raise --max-memory-gb if it is set",
         )
-        group = groups[-1] if groups and groups[-1][0].seed == cell.seed else []
+        group = groups[-1] if groups and groups[-1][0].data == cell.data else []
         if group and memory_of([c.kind for c in [*group, cell]]) <= budget:
             group.append(cell)
         else:

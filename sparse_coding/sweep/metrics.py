@@ -5,8 +5,11 @@ features are matrices whose rows are the features; rows need not have length 1 h
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
+from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -87,18 +90,21 @@ def ceiling_mmcs(features: Tensor, n_dict: int) -> float:
     return float(mmcs(features, features[:n_dict]))
 
 
-def agreement(dictionaries: Tensor, features: Tensor) -> dict[str, Tensor]:
-    """mmcs, mmcs_dict_to_truth and n_recovered against the true features, each (n_saes,).
+def agreement(W_dec: Tensor, features: Tensor) -> dict[str, float]:
+    """mmcs, mmcs_dict_to_truth, n_recovered, mcc and uniqueness of one dictionary.
 
     Args:
-        dictionaries: (n_saes, n_dict, activation_dim)
-        features: (n_true_features, activation_dim)
+        W_dec: (n_dict, activation_dim)
+        features: the true ones, (n_true_features, activation_dim)
     """
-    # one by one: each GEMM has the shape of one autoencoder, however many there are
-    best = torch.stack([max_cosine(features, W_dec) for W_dec in dictionaries])
-    to_truth = torch.stack([mmcs(W_dec, features) for W_dec in dictionaries])
-    recovered = (best > RECOVERED).sum(dim=1)
-    return {"mmcs": best.mean(dim=1), "mmcs_dict_to_truth": to_truth, "n_recovered": recovered}
+    best, similarity = max_cosine(features, W_dec), matches(W_dec, features)
+    return {
+        "mmcs": float(best.mean()),
+        "mmcs_dict_to_truth": float(mmcs(W_dec, features)),
+        "n_recovered": int((best > RECOVERED).sum()),
+        "mcc": mcc(similarity),
+        "uniqueness": uniqueness(similarity),
+    }
 
 
 @full_float32()
@@ -111,11 +117,14 @@ def mcc(similarity: Tensor) -> float:
     """Mean correlation coefficient: the mean |cosine| of the pairs of a one-to-one matching that
     makes it largest (Hungarian algorithm), over the smaller of both sides.
 
-    As SynthSAEBench has it (Chanin, Garriga-Alonso 2026, https://arxiv.org/abs/2602.14687).
+    As SynthSAEBench has it (Chanin, Garriga-Alonso 2026, https://arxiv.org/abs/2602.14687). NaN of
+    a dictionary that is not finite.
     """
     from scipy.optimize import linear_sum_assignment
 
     matrix = similarity.cpu().numpy()
+    if not np.isfinite(matrix).all():
+        return math.nan
     return float(matrix[linear_sum_assignment(matrix, maximize=True)].mean())
 
 
@@ -141,21 +150,22 @@ class DetectionSums:
             torch.zeros(len(nearest), dtype=torch.int64, device=nearest.device) for _ in range(3)
         )
         self.ratio = torch.zeros((), dtype=torch.float64, device=nearest.device)
-        self.n_samples = 0
+        self.n_samples = torch.zeros((), dtype=torch.int64, device=nearest.device)
 
     def add(self, x: Tensor, x_hat: Tensor, codes: Tensor, truth: Tensor) -> None:
         """x, x_hat (batch, activation_dim), codes (batch, n_dict), truth (batch, n_features): what
-        is on, as values or bool."""
-        on, true = codes != 0, truth[:, self.nearest] > 0
+        is on, bool."""
+        on, true = codes != 0, truth[:, self.nearest]
         self.on += on.sum(dim=0)
         self.true += true.sum(dim=0)
         self.both += (on & true).sum(dim=0)
-        self.ratio += (x_hat.double().norm(dim=1) / x.double().norm(dim=1)).sum()
-        self.n_samples += len(x)
+        length, of_x_hat = x.double().norm(dim=1), x_hat.double().norm(dim=1)
+        self.ratio += torch.where(length > 0, of_x_hat / length, 0).sum()
+        self.n_samples += (length > 0).sum()
 
     def result(self) -> dict[str, float]:
         """precision, recall and f1, each a mean over all latents of its own, 0 where it is
-        undefined, as of dead ones; shrinkage, the mean of |x_hat| / |x|."""
+        undefined, as of dead ones; shrinkage, the mean of |x_hat| / |x| where x is not 0."""
         both = self.both.double()
         precision = torch.where(self.on > 0, both / self.on, 0.0)
         recall = torch.where(self.true > 0, both / self.true, 0.0)
@@ -215,6 +225,54 @@ class ReconstructionSums:
         return self.n_fired.double() / self.n_samples
 
 
+def decoder_projection(x: Tensor, W_dec: Tensor, b_dec: Tensor, n: int) -> float:
+    """s_n^dec: the (n · batch)-th largest entry of (x − b_dec) W_decᵀ, for an n somewhat above the
+    l0 that is sought. Over autoencoders of several l0 it is least where that is right, since at any
+    other one rows mix features and more of them look alike to x.
+
+    Source: Chanin, Garriga-Alonso 2025, https://arxiv.org/abs/2508.16560
+
+    Args:
+        x: (batch, activation_dim)
+        W_dec: (n_dict, activation_dim), n_dict above n, rows of length 1
+        b_dec: (activation_dim,)
+    """
+    entries = ((x - b_dec) @ W_dec.T).flatten()
+    return float(entries.kthvalue(len(entries) - n * len(x)).values)
+
+
+class Scores:
+    """What a row of results.csv says of an autoencoder on samples whose true features are known.
+
+    features: (n_true_features, activation_dim)
+    n: of s_dec, the mean of decoder_projection over batches; None: without it
+    """
+
+    def __init__(self, sae: SparseAutoencoder, features: Tensor, n: int | None = None):
+        self.sums = ReconstructionSums(1, sae.n_dict, sae.activation_dim, sae.W_dec.device)
+        self.detection = DetectionSums(matches(sae.W_dec, features).argmax(dim=1))
+        self.sae, self.n = sae, n if n is None or n < sae.n_dict else None
+        self.s_dec: list[float] = []
+
+    def add(self, x: Tensor, x_hat: Tensor, codes: Tensor, truth: Tensor) -> None:
+        """As DetectionSums.add."""
+        self.sums.add(x, x_hat.unsqueeze(0), codes.T.unsqueeze(0))
+        self.detection.add(x, x_hat, codes, truth)
+        if self.n is not None:
+            self.s_dec.append(decoder_projection(x, self.sae.W_dec, self.sae.b_dec, self.n))
+
+    def add_own(self, x: Tensor, truth: Tensor) -> None:
+        """The same of what the autoencoder itself makes of x."""
+        codes = self.sae.encode(x)
+        self.add(x, self.sae.decode(codes), codes, truth)
+
+    def result(self) -> dict[str, float]:
+        """That of both sums, explained_variance, 1 − fvu, and s_dec."""
+        found = {name: value.item() for name, value in self.sums.result().items()}
+        found |= self.detection.result() | {"explained_variance": 1 - found["fvu"]}
+        return found | ({"s_dec": fmean(self.s_dec)} if self.s_dec else {})
+
+
 def reconstructed(sae: SparseAutoencoder, x: Tensor, sums: ReconstructionSums) -> Tensor:
     """x_hat of x, both (n, activation_dim), counted in the sums of this one autoencoder."""
     codes = sae.encode(x)
@@ -237,11 +295,6 @@ def reconstruction(ensemble: Ensemble, batches: Iterable[Tensor]) -> dict[str, l
             codes, x_hat = stack.forward(x)
             total.add(x, x_hat, codes)
     return _in_order(ensemble, [total.result() for total in sums])
-
-
-def agreement_with_truth(ensemble: Ensemble, features: Tensor) -> dict[str, list[float]]:
-    """agreement() of all autoencoders, in the order of the specs."""
-    return _in_order(ensemble, [agreement(stack.W_dec, features) for stack in ensemble.stacks])
 
 
 def training_state(ensemble: Ensemble, x: Tensor, features: Tensor) -> dict[str, list[float]]:

@@ -42,7 +42,8 @@ TEXTS = ("arch",)  # columns of it that are no numbers
 # all that runs write below their folder, but for config.json, which tells that it is theirs, and
 # the folder of W&B: what --fresh deletes
 WRITTEN = (
-    "DONE", TABLE, "report.html", "features.html", "shown.json", "world.safetensors",
+    "DONE", TABLE, "report.html", "features.html", "shown.json", "world.safetensors", "world.npz",
+    "world[0-9]*.npz",
     "metrics.jsonl", "metrics-shard-*.jsonl", "wandb_run-*.json", "figures/*.png", "figures/*.csv",
     "cells/seed*.json", "saes/seed*/*.safetensors", "saes/seed*/cfg.json",
     "dictionaries/seed*.safetensors", "dictionary_learning/seed*/ae.pt",
@@ -52,7 +53,8 @@ WRITTEN = (
 MACHINE = {"device_type", "precision", "stdlib_files"}
 RENAMED = {"learning_rate": "lr"}  # constants of older folders
 ADDED = {"arch": ["relu"], "target_l0": [], "prefixes": list(PREFIXES),
-         "baseline": "none"}  # since, as they were  # fmt: skip
+         "baseline": "none", "world": "42", "n_worlds": 1,
+         "n_eval_samples": 2560}  # since, as they were  # fmt: skip
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
 

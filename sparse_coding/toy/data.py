@@ -5,12 +5,17 @@ autoencoders", section on the toy data. The law `june2023` is what the replicati
 drew instead; published figures were made with it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_coding.config import named_seed, require_flag
+from sparse_coding.files import Damaged, read_tensors, write_tensors
+from sparse_coding.sweep.grid import Cell
 
 LAWS = ("post", "june2023")
 TINY = 1e-30  # below it v < p holds for v = 0 only
@@ -32,6 +37,8 @@ class ToyData:
     feature_prob_decay: float
     noise_std: float
     batch_size: int
+    n_projection = None  # of the metric s_dec, which is not taken
+    eval_batch_size = 256  # as in 2023; the samples are the same whatever batch_size is
 
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range; their names are those of the flags."""
@@ -42,6 +49,62 @@ class ToyData:
         require_flag(self, "n_active", 0 < self.n_active <= most, rule)
         require_flag(self, "feature_prob_decay", 0 < self.feature_prob_decay <= 1, "in (0, 1]")
         require_flag(self, "noise_std", 0 <= self.noise_std < float("inf"), "at least 0 and finite")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the numbers depend on beside the flags: nothing."""
+        return {}
+
+    @property
+    def n_bytes(self) -> int:
+        """Of A, Σ and one more while they are made."""
+        return 3 * 8 * self.n_true_features**2
+
+    def world_of(self, cell: Cell) -> int:
+        """The seed of a cell's world: a seed is a whole replication."""
+        return cell.seed
+
+    def features(self, world_seed: int) -> Tensor:
+        """Those of World."""
+        return make_world(self, world_seed).features
+
+    def scale(self, world_seed: int) -> float:
+        """By which x is multiplied before it is trained on."""
+        return 1.0
+
+    def stream(
+        self, world_seed: int, *, batch_size: int, batch_seed: int, device: torch.device
+    ) -> "ToyStream":
+        """Batches of a world."""
+        of_size = replace(self, batch_size=batch_size)
+        world = make_world(self, world_seed)
+        return ToyStream(of_size, world, batch_seed=batch_seed, device=device)
+
+    def flags(self, cell: Cell) -> dict:
+        """Those that --evaluate needs for the world of the cell."""
+        return {"data_law": self.law} | {k: v for k, v in asdict(self).items() if k != "law"}
+
+    def worlds(self, seeds: list[int]) -> dict[str, "WorldFile"]:
+        """By its name below a run folder, what holds the true features F and Σ of every seed."""
+
+        def write(path: Path) -> None:
+            made = {seed: make_world(self, seed) for seed in seeds}
+            tensors = {f"seed{seed}.features": world.features for seed, world in made.items()}
+            tensors |= {f"seed{seed}.covariance": world.covariance for seed, world in made.items()}
+            write_tensors(path, tensors)
+
+        def check(path: Path) -> None:
+            if {f"seed{seed}.features" for seed in seeds} - read_tensors(path)[0].keys():
+                raise Damaged(path, "it holds other tensors")
+
+        return {"world.safetensors": WorldFile(write, check)}
+
+
+class WorldFile(NamedTuple):
+    """What writes a file of worlds, and what raises Damaged if it is not as it was written."""
+
+    write: Callable[[Path], None]
+    check: Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -108,6 +171,15 @@ class ToyStream:
 
     def batch(self, step: int) -> Tensor:
         """x of one step, (batch_size, activation_dim)."""
+        return self._draw(step)[0]
+
+    def with_truth(self, step: int) -> tuple[Tensor, Tensor]:
+        """The same, and which features are on in it, (batch_size, n_true_features) bool."""
+        x, amplitudes = self._draw(step)
+        return x, amplitudes > 0
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """x and amplitudes."""
         self.rng.manual_seed(named_seed(self.batch_seed, step))
         amplitudes = (
             self._amplitudes_post() if self.data.law == "post" else self._amplitudes_june2023()
@@ -115,7 +187,7 @@ class ToyStream:
         x = amplitudes @ self.features
         if self.data.noise_std:
             x += self.data.noise_std * torch.randn(x.shape, generator=self.rng, device=x.device)
-        return x
+        return x, amplitudes
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.rng, device=self.features.device)

@@ -1,7 +1,8 @@
 """Cells of the toy replication as training needs them: data, starts, metrics, rows."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,29 +12,28 @@ from torch import Tensor
 from sparse_coding.config import named_seed, passing_bar, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.families import FAMILIES, PREFIXES, Kind
-from sparse_coding.sae.saved import SparseAutoencoder, save_sae
+from sparse_coding.sae.saved import SparseAutoencoder, save_sae, unscaled
 from sparse_coding.sae.spec import Schedule, dead_steps
 from sparse_coding.sweep.cells import merged_rows, sae_folder
 from sparse_coding.sweep.grid import Cell, asked_and_found, specs_of
 from sparse_coding.sweep.hardware import free_memory
 from sparse_coding.sweep.metrics import (
-    ReconstructionSums,
+    Scores,
     agreement,
-    agreement_with_truth,
     full_float32,
     mmcs_with_larger,
-    reconstructed,
-    reconstruction,
     training_state,
 )
 from sparse_coding.sweep.training import Task
-from sparse_coding.toy.data import ToyData, ToyStream, World, make_world
+from sparse_coding.toy.data import ToyData
+from sparse_coding.toy.laws import Data, Stream
 
-EVALUATION = {"n_batches": 10, "batch_size": 256}  # 2 560 fresh samples, as in 2023
+OF_CHOICE = ("fvu", "l0", "f1", "precision", "recall", "shrinkage")  # of what is chosen by batch
 COLUMNS = (
-    "seed", "arch", "target_l0", "l1_alpha", "dict_ratio", "n_dict", "n_steps", "mmcs",
-    "mmcs_dict_to_truth", "mmcs_with_larger", "n_recovered", "n_dead", "n_revived", "l0", "fvu",
-    "mse", "fvu_trained", "l0_trained", "l1", "seconds",
+    "seed", "world", "arch", "target_l0", "l1_alpha", "dict_ratio", "n_dict", "n_steps", "mmcs",
+    "mmcs_dict_to_truth", "mmcs_with_larger", "n_recovered", "mcc", "uniqueness", "f1", "precision",
+    "recall", "explained_variance", "shrinkage", "s_dec", "n_dead", "n_revived", "l0", "fvu", "mse",
+    *(f"{name}_trained" for name in OF_CHOICE), "l1", "seconds",
 )  # fmt: skip
 
 
@@ -45,20 +45,32 @@ class ToyRecipe:
     lr: of Adam
     n_steps: of batch_size vectors each
     prefixes: of nested families, see SAESpec
+    n_eval_samples: fresh ones on which an autoencoder is evaluated, in whole batches
+
+    Under the post's laws autoencoders are those of the post: they start as torch.nn.Linear, b_dec
+    stays 0, and each family has its own learning rate. Under others W_enc starts tied to W_dec,
+    b_dec is trained, and the learning rate is that of all, as in the benchmarks.
     """
 
-    data: ToyData
+    data: Data
     l1_normalisation: str
     lr: float
     n_steps: int
     device: torch.device
     prefixes: tuple[float, ...] = PREFIXES
+    n_eval_samples: int = 2560
     headline = ("metrics/mmcs", max)
 
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range; their names are those of the flags."""
         require_flag(self, "n_steps", self.n_steps >= 1, "at least 1")
-        require_flag(self, "lr", 0 < self.lr < float("inf"), "above 0 and finite")
+        require_flag(self, "lr", 0 < self.lr < math.inf, "above 0 and finite")
+        require_flag(self, "n_eval_samples", self.n_eval_samples >= 1, "at least 1")
+
+    @property
+    def of_the_post(self) -> bool:
+        """Whether autoencoders are those of the post."""
+        return isinstance(self.data, ToyData)
 
     @property
     def width(self) -> int:
@@ -66,43 +78,47 @@ class ToyRecipe:
         return self.data.activation_dim
 
     def memory(self, kinds: list[Kind]) -> int:
-        """Bytes of the world and of an ensemble of these kinds of cells."""
-        world = world_bytes(self.data)
-        batch_size = max(self.data.batch_size, EVALUATION["batch_size"])
-        return world + ensemble_bytes(kinds, self.width, batch_size, self.device)
+        """Bytes of the world, of an ensemble of these kinds of cells and of their evaluation."""
+        d = self.data
+        batch_size, n_dict = max(d.batch_size, d.eval_batch_size), max(n for _, n in kinds)
+        ensemble = ensemble_bytes(kinds, self.width, batch_size, self.device)
+        similarities, on = 12 * n_dict * d.n_true_features, 5 * batch_size * d.n_true_features
+        return d.n_bytes + ensemble + similarities + on
 
     def prepare(self, group: list[Cell]) -> Task:
-        """Autoencoders of cells of one seed with the stream they train on and their evaluation."""
-        seed = group[0].seed
-        world = make_world(self.data, seed)
-        stream = ToyStream(
-            self.data, world, batch_seed=named_seed(seed, "batches"), device=self.device
-        )
+        """Autoencoders of cells of one world with the stream they train on and their evaluation."""
+        world, seed = self.data.world_of(group[0]), group[0].seed
+        scale, of_the_post = self.data.scale(world), self.of_the_post
+        of_world = partial(self.data.stream, world, device=self.device)
+        batches, evaluation = named_seed(seed, "batches"), named_seed(seed, "evaluation")
+        stream = of_world(batch_size=self.data.batch_size, batch_seed=batches)
         ensemble = Ensemble(
-            specs_of(group, self.l1_normalisation, tied=False, prefixes=self.prefixes),
+            specs_of(
+                group,
+                self.l1_normalisation,
+                tied=not of_the_post,
+                prefixes=self.prefixes,
+                own_lr=of_the_post,
+            ),
             self.width,
             lr=self.lr,
             device=self.device,
+            b_dec=None if of_the_post else torch.zeros(self.width),
+            project=not of_the_post,
             schedule=self.schedule,
         )
 
+        def batch(step: int) -> Tensor:
+            return stream.batch(step).mul_(scale) if scale != 1 else stream.batch(step)
+
         def evaluate() -> list[tuple[dict, dict[str, Tensor]]]:
-            values = agreement_with_truth(ensemble, stream.features)
-            values |= reconstruction(ensemble, fresh_batches(self.data, world, seed, self.device))
-            results = []
-            for i, cell in enumerate(group):
-                known = {name: of_cells[i] for name, of_cells in values.items()}
-                known |= asked_and_found(cell, ensemble, i, self.l1_normalisation)
-                saved = ensemble.dictionary(i)
-                if FAMILIES[cell.arch].selection == "batchtopk":  # saved with a threshold
-                    known |= {f"{name}_trained": known[name] for name in ("fvu", "l0")}
-                    sae = SparseAutoencoder(**saved, metadata={}).to(self.device)
-                    known |= self._reconstruction_of(sae, world, seed)
-                results.append((self._row(cell, known), saved))
-            return results
+            size = self.data.eval_batch_size
+            fresh = of_world(batch_size=size, batch_seed=evaluation)
+            samples = fresh_samples(fresh, size, self.n_eval_samples)
+            return self._evaluated(ensemble, group, samples, stream.features, scale)
 
         measure = partial(training_state, ensemble, features=stream.features)
-        return Task(ensemble, stream.batch, measure, evaluate)
+        return Task(ensemble, batch, measure, evaluate)
 
     @property
     def schedule(self) -> Schedule:
@@ -110,25 +126,48 @@ class ToyRecipe:
         n = self.n_steps
         return Schedule(n, anneal=range(n // 2, n), dead_steps=dead_steps(n))
 
-    @full_float32()
-    @torch.no_grad()
-    def _reconstruction_of(
-        self, sae: SparseAutoencoder, world: World, seed: int
-    ) -> dict[str, float]:
-        sums = ReconstructionSums(1, sae.n_dict, self.width, self.device)
-        for x in fresh_batches(self.data, world, seed, self.device):
-            reconstructed(sae, x, sums)
-        return {name: value.item() for name, value in sums.result().items()}
+    def _evaluated(
+        self,
+        ensemble: Ensemble,
+        group: list[Cell],
+        samples: Iterable[tuple[Tensor, Tensor]],
+        features: Tensor,
+        scale: float,
+    ) -> list[tuple[dict, dict[str, Tensor]]]:
+        """Rows, and autoencoders for raw x."""
+        saved = [unscaled(ensemble.dictionary(i), scale) for i in range(len(group))]
+        saes = [
+            SparseAutoencoder(**tensors, metadata={}, top_k=cell.top_k).to(self.device)
+            for cell, tensors in zip(group, saved, strict=True)
+        ]
+        n = self.data.n_projection
+        trained = [Scores(sae, features, n) for sae in saes]
+        by_threshold = {  # of what chose its codes by batch in training
+            i: Scores(saes[i], features, n)
+            for i, cell in enumerate(group)
+            if FAMILIES[cell.arch].selection == "batchtopk"
+        }
+        score(ensemble, trained, by_threshold.values(), samples, scale)
+        results = []
+        for i, cell in enumerate(group):
+            known = trained[i].result()
+            if i in by_threshold:
+                known |= {f"{name}_trained": known[name] for name in OF_CHOICE}
+                known |= by_threshold[i].result()
+            known |= agreement(saes[i].W_dec, features)
+            known |= asked_and_found(cell, ensemble, i, self.l1_normalisation)
+            results.append((self._row(cell, known), saved[i]))
+        return results
 
     def _row(self, cell: Cell, known: dict) -> dict:
         """A row of results.csv; None where a later stage fills in (mmcs_with_larger, seconds)."""
-        known = {"dict_ratio": cell.size_ratio, "n_steps": self.n_steps} | known
+        known |= {"dict_ratio": cell.size_ratio, "n_steps": self.n_steps}
+        known |= {"world": self.data.world_of(cell)}
         return {column: known.get(column) for column in COLUMNS}
 
     def save(self, folder: Path, cell: Cell, tensors: dict[str, Tensor], row: dict) -> None:
         """A SAELens-6 folder, with the flags of its world for --evaluate."""
-        flags = {"data_law": self.data.law, "seed": cell.seed}
-        flags |= {k: v for k, v in asdict(self.data).items() if k != "law"}
+        flags = {"seed": cell.seed, "n_eval_samples": self.n_eval_samples} | self.data.flags(cell)
         metadata = {"flags": flags, "l1_normalisation": self.l1_normalisation, "lr": self.lr}
         names = ("l1_alpha", "n_steps", "mmcs", "l0", "fvu", "arch", "target_l0")
         metadata |= {name: row[name] for name in names}
@@ -140,30 +179,49 @@ class ToyRecipe:
         return merged_rows(folder, cells, columns=COLUMNS, compare=compare, device=self.device)
 
 
-def world_bytes(data: ToyData) -> int:
-    """Of A, Σ and one more while they are made."""
-    return 3 * 8 * data.n_true_features**2
-
-
-def fresh_batches(data: ToyData, world: World, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """The samples of a world on which autoencoders are evaluated: none of those they trained on."""
-    data = replace(data, batch_size=EVALUATION["batch_size"])
-    stream = ToyStream(data, world, batch_seed=named_seed(seed, "evaluation"), device=device)
-    numbers = range(EVALUATION["n_batches"])
-    return map(stream.batch, passing_bar(numbers, desc="evaluation", unit="batch"))
+def fresh_samples(stream: Stream, batch_size: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and what is on in it, of at least n samples, in whole batches of the stream."""
+    numbers = range(-(-n // batch_size))
+    return map(stream.with_truth, passing_bar(numbers, desc="evaluation", unit="batch"))
 
 
 @full_float32()
 @torch.no_grad()
-def evaluate_one(sae: SparseAutoencoder, data: ToyData, seed: int) -> dict[str, float]:
-    """The metrics of results.csv of an autoencoder that is saved, on the world of the seed.
+def score(
+    ensemble: Ensemble,
+    trained: list[Scores],
+    saved: Iterable[Scores],
+    samples: Iterable[tuple[Tensor, Tensor]],
+    scale: float,
+) -> None:
+    """Counts samples, in units of x, for all autoencoders of an ensemble, which take scale · x and
+    choose codes as in training, and for some as they are saved."""
+    of_stacks: list[dict[int, Scores]] = [{} for _ in ensemble.stacks]
+    for i, one in enumerate(trained):
+        stack, number = ensemble.place[i]
+        of_stacks[stack][number] = one
+    for x, truth in samples:
+        for stack, of_stack in zip(ensemble.stacks, of_stacks, strict=True):
+            codes, x_hat = (tensor.div_(scale) for tensor in stack.forward(x * scale))
+            for number, one in of_stack.items():
+                one.add(x, x_hat[number], codes[number].T, truth)
+        for one in saved:
+            one.add_own(x, truth)
+
+
+@full_float32()
+@torch.no_grad()
+def evaluate_one(
+    sae: SparseAutoencoder, data: Data, cell: Cell, n_samples: int
+) -> dict[str, float]:
+    """The metrics of results.csv of an autoencoder that is saved, on the samples of a cell.
 
     Raises:
         UserError: it is of another width than the data; their world does not fit into memory.
     """
     require(
-        world_bytes(data) <= free_memory(torch.device("cpu")),
-        f"the world of --n-true-features {data.n_true_features} needs {world_bytes(data) / 1e9:.3g}"
+        data.n_bytes <= free_memory(torch.device("cpu")),
+        f"the world of --n-true-features {data.n_true_features} needs {data.n_bytes / 1e9:.3g}"
         " GB of memory, more than is free",
     )
     require(
@@ -171,9 +229,11 @@ def evaluate_one(sae: SparseAutoencoder, data: ToyData, seed: int) -> dict[str, 
         f"the autoencoder takes activations of width {sae.activation_dim}, the data have "
         f"--activation-dim {data.activation_dim}: give its world's flags, or use run.py --evaluate",
     )
-    world, device = make_world(data, seed), sae.W_dec.device
-    sums = ReconstructionSums(1, sae.n_dict, data.activation_dim, device)
-    for x in fresh_batches(data, world, seed, device):
-        reconstructed(sae, x, sums)
-    values = agreement(sae.W_dec.unsqueeze(0), world.features.to(device)) | sums.result()
-    return {name: values[name].item() for name in COLUMNS if name in values}
+    world, size = data.world_of(cell), data.eval_batch_size
+    seed, device = named_seed(cell.seed, "evaluation"), sae.W_dec.device
+    stream = data.stream(world, batch_size=size, batch_seed=seed, device=device)
+    found = Scores(sae, stream.features, data.n_projection)
+    for x, truth in fresh_samples(stream, size, n_samples):
+        found.add_own(x, truth)
+    values = agreement(sae.W_dec, stream.features) | found.result()
+    return {name: values[name] for name in COLUMNS if name in values}

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+from torch import Tensor
+
 from sparse_coding.figures.frontier import FrontierSpec, draw_frontier, frontier_csv
 from sparse_coding.figures.heatmap import HeatmapSpec
 from sparse_coding.figures.report import write_figure, write_figures, write_report
-from sparse_coding.files import Damaged, read_tensors, write_tensors
+from sparse_coding.figures.scatter import ScatterSpec, draw_scatter, scatter_csv
+from sparse_coding.files import Damaged
 from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap, on_grid
 from sparse_coding.sweep.metrics import ceiling_mmcs, chance_mmcs
-from sparse_coding.toy.data import ToyData, make_world
+from sparse_coding.toy import benchmark
+from sparse_coding.toy.data import WorldFile
+from sparse_coding.toy.laws import Data, SynthData
+from sparse_coding.toy.recipe import ToyRecipe
 
 RECORD = Path(__file__).parents[2] / "results" / "june2023_reference.json"
 
@@ -83,64 +89,82 @@ FRONTIERS = (  # where an l0 was asked of some cells
 TITLE = "Toy models: features taken out of superposition"
 
 
-WORLDS = "world.safetensors"
+def write_worlds(folder: Path, data: Data, cells: list[Cell]) -> None:
+    """The worlds of the cells, below the run folder."""
+    for name, file in _worlds(data, cells).items():
+        file.write(folder / name)
 
 
-def write_worlds(folder: Path, data: ToyData, seeds: list[int]) -> None:
-    """world.safetensors: the true features F and Σ of every seed."""
-    worlds = {seed: make_world(data, seed) for seed in seeds}
-    tensors = {f"seed{seed}.features": world.features for seed, world in worlds.items()}
-    tensors |= {f"seed{seed}.covariance": world.covariance for seed, world in worlds.items()}
-    write_tensors(folder / WORLDS, tensors)
+def _worlds(data: Data, cells: list[Cell]) -> dict[str, WorldFile]:
+    return data.worlds(list(dict.fromkeys(map(data.world_of, cells))))
 
 
-def mend_worlds(folder: Path, data: ToyData, seeds: list[int]) -> None:
-    """Writes world.safetensors of a finished run again where it is damaged, and says so."""
-    path = folder / WORLDS
-    try:
-        if not path.exists():
-            raise Damaged(path, "it is missing")
-        if {f"seed{seed}.features" for seed in seeds} - read_tensors(path)[0].keys():
-            raise Damaged(path, "it holds other tensors")
-    except Damaged as error:
-        error.warn("it is made again")
-        write_worlds(folder, data, seeds)
+def mend_worlds(folder: Path, data: Data, cells: list[Cell]) -> None:
+    """Writes worlds of a finished run again where they are damaged, and says so."""
+    for name, file in _worlds(data, cells).items():
+        path = folder / name
+        try:
+            if not path.exists():
+                raise Damaged(path, "it is missing")
+            file.check(path)
+        except Damaged as error:
+            error.warn("it is made again")
+            file.write(path)
 
 
 def draw(
-    folder: Path, rows: list[dict], *, data: ToyData, l1_normalisation: str, context: dict
+    folder: Path,
+    rows: list[dict],
+    *,
+    data: Data,
+    world: int | None,
+    l1_normalisation: str,
+    context: dict,
 ) -> dict[str, Path]:
     """Writes the figures and report.html; returns the png of each figure.
 
+    world: whose chance level stands beside the heat-map
     context: what was run, for the report
     """
     of_grid = [row for row in rows if on_grid(row)]
     sizes = sorted({row["n_dict"] for row in of_grid})
-    maps, frontiers = FIGURES if of_grid else (), FRONTIERS if len(of_grid) < len(rows) else ()
+    maps = FIGURES if of_grid else ()
+    l1_note = f"L1 term of the loss: {L1_TERMS[l1_normalisation]}"
     figures = write_figures(
         folder,
         of_grid,
         maps,
-        x_label=f"l1_alpha; L1 term of the loss: {L1_TERMS[l1_normalisation]}",
+        x_label=f"l1_alpha; {l1_note}",
         y_label="dict_ratio",
         row_key="dict_ratio",
         column_key="l1_alpha",
-        row_notes={"mmcs": _chance_and_ceiling(data, rows[0]["seed"], sizes)},
+        row_notes={"mmcs": _chance_and_ceiling(data.features(world), sizes)},
     )
-    for spec in frontiers:
-        options = dict(size="dict_ratio")
-        l1_note = f"L1 term of the loss: {L1_TERMS[l1_normalisation]}"
-        figure = draw_frontier(rows, spec, l1_note=l1_note, **options)
-        csv = frontier_csv(rows, spec.column, **options)
+    others = _frontiers(data, rows) if len(of_grid) < len(rows) else ()
+    for spec in others:
+        if isinstance(spec, ScatterSpec):
+            figure, csv = draw_scatter(rows, spec), scatter_csv(rows, spec)
+        else:
+            figure = draw_frontier(rows, spec, l1_note=l1_note, size="dict_ratio")
+            csv = frontier_csv(rows, spec.column, "dict_ratio")
         figures[spec.name] = write_figure(folder, spec.name, figure, csv=csv)
-    specs, text = (*maps, *frontiers), verdict(rows)
+    specs, text = (*maps, *others), verdict(rows)
     write_report(folder, title=TITLE, verdict=text, rows=rows, specs=specs, context=context)
     return figures
 
 
-def _chance_and_ceiling(data: ToyData, seed: int, n_dicts: list[int]) -> list[str]:
+def _frontiers(data: Data, rows: list[dict]) -> tuple[FrontierSpec | ScatterSpec, ...]:
+    """Figures of cells that were asked for an l0."""
+    if data.n_projection:
+        return benchmark.SPARSE_BUT_WRONG
+    if isinstance(data, SynthData):
+        several = len({row["target_l0"] for row in rows}) > 1
+        return (benchmark.TRUTH, *[benchmark.FIND] * several, *FRONTIERS)
+    return FRONTIERS
+
+
+def _chance_and_ceiling(features: Tensor, n_dicts: list[int]) -> list[str]:
     """A note per size: mmcs of a random dictionary, and of one whose rows are true features."""
-    features = make_world(data, seed).features
 
     def note(n_dict: int) -> str:
         chance, most = chance_mmcs(features, n_dict), ceiling_mmcs(features, n_dict)
@@ -172,6 +196,18 @@ def verdict(rows: list[dict]) -> str:
             f"grid step (distance in steps: {listed})."
         )
     return f"{text} {gap(rows)}".rstrip()
+
+
+def last_lines(rows: list[dict], folder: Path, recipe: ToyRecipe, *, verify: bool) -> int:
+    """Prints what came out, beside the numbers of others where there are such, and where it is;
+    the exit code."""
+    if verify:
+        return 0 if compare_with_record(rows) else 1
+    n_samples = recipe.n_steps * recipe.data.batch_size
+    benchmark.print_comparisons(rows, benchmark.references(rows, recipe.data, n_samples))
+    benchmark.print_spread(rows)
+    print(f"{verdict(rows)}\ndone: {folder / 'report.html'} (--fresh starts again)")
+    return 0
 
 
 def _grid_steps_between_peaks(rows: list[dict]) -> Iterator[tuple[float, int]]:

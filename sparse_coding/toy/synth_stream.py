@@ -70,9 +70,14 @@ class SynthStream:
         """x of one step, (batch_size, activation_dim)."""
         return self.sampler.x(named_seed(self.batch_seed, step), self.batch_size)
 
-    def with_truth(self, step: int) -> tuple[Tensor, Active]:
+    def with_active(self, step: int) -> tuple[Tensor, Active]:
         """The same, and which features are on in it."""
-        return self.sampler.with_truth(named_seed(self.batch_seed, step), self.batch_size)
+        return self.sampler.with_active(named_seed(self.batch_seed, step), self.batch_size)
+
+    def with_truth(self, step: int) -> tuple[Tensor, Tensor]:
+        """The same as a matrix, (batch_size, n_features) bool."""
+        x, active = self.with_active(step)
+        return x, active.dense(len(self.features)) > 0
 
 
 @functools.cache
@@ -105,9 +110,9 @@ class TorchSampler:
 
     def x(self, seed: int, n: int) -> Tensor:
         """(n, activation_dim)."""
-        return self.with_truth(seed, n)[0]
+        return self.with_active(seed, n)[0]
 
-    def with_truth(self, seed: int, n: int) -> tuple[Tensor, Active]:
+    def with_active(self, seed: int, n: int) -> tuple[Tensor, Active]:
         """x and what is on in it."""
         self.rng.manual_seed(seed)
         eps = self._normal(n, self.loadings.shape[1])
@@ -182,7 +187,7 @@ class CompiledSampler:
         self._draw(seed, x, self.no_lists())
         return torch.from_numpy(x)
 
-    def with_truth(self, seed: int, n: int) -> tuple[Tensor, Active]:
+    def with_active(self, seed: int, n: int) -> tuple[Tensor, Active]:
         """x and what is on in it: drawn once to count, once to write."""
         x = np.empty((n, self.world.features.shape[1]), np.float32)
         start = np.zeros(n + 1, np.int64)

@@ -14,10 +14,14 @@ as the package that defines it draws it; its 16 384 features of width 768 are th
                 at random, stays; a child's magnitude is times its parent's / the parent's mean
                 (scaled: False leaves that out, as the first version of the benchmark did)
     x           Σ magnitude · row of features + bias; rows are of length 1 and nearly orthogonal
+
+Sparse but Wrong (Chanin, Garriga-Alonso 2025, https://arxiv.org/abs/2508.16560) has a smaller one:
+orthogonal features without trees, whose rates fall linearly, and a dense copula of both signs.
 """
 
+import hashlib
+import io
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,15 +33,25 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparse_coding.config import UserError, named_seed, passing_bar, require
+from sparse_coding.files import write_atomic
 from sparse_coding.sae.engines.cpu_compile import one_thread_here
 
 EXPONENT, MOST, LEAST = 0.5, 0.4, 5e-4  # of the rates
 FEATURES_PER_ROOT, BRANCHING, DEPTH = 128, 4, 3  # of the trees
+IN_TREE = sum(BRANCHING**level for level in range(DEPTH + 1))
 RANK, LOADING, LEAST_SQUARE = 25, 0.1, 0.01  # of the copula: the least square of a diagonal
 MEANS, STD_MEAN, STD_STD = (5.0, 4.0), 0.5, 0.5  # of magnitudes: falling linearly; |normal|
 BIAS = 0.5  # its length
+MATCHING = 1e-4  # between probability and what threshold says, in files
 FARTHEST = 10.0  # threshold, in place of infinite ones; z passes it once in 1e23 samples
 ORTHOGONAL_STEPS, ORTHOGONAL_LR, CHUNK = 100, 3e-4, 1024
+# of Sparse but Wrong: rates from the first to one beyond the last; magnitudes; of pairs of features
+# the share that is correlated, and how strongly
+FIRST, BEYOND, NORMAL = 0.395, 0.05, (1.0, 0.15)
+CORRELATED, STRENGTHS = 0.7, (0.3, 0.9)
+# least eigenvalue of the correlations before their diagonal is 1 again: the paper has 1e-6, from
+# which a diagonal of the copula would be lost in float32
+LEAST_EIGENVALUE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ def base_rates(n: int) -> Tensor:
 def parents(n: int) -> Tensor:
     """(n,) int32, -1 for roots and free features."""
     n_roots = max(1, n // FEATURES_PER_ROOT)
-    in_trees = min(n, n_roots * sum(BRANCHING**level for level in range(DEPTH + 1)))
+    in_trees = min(n, n_roots * IN_TREE)
     i = torch.arange(n, dtype=torch.int32)
     child = (i >= n_roots) & (i < in_trees)
     return torch.where(child, (i - n_roots) // BRANCHING, -1)
@@ -121,8 +135,7 @@ def make_synth_world(
     p = corrected(base_rates(n), parent)
 
     def normals(name: str, *shape: int) -> Tensor:
-        rng = torch.Generator().manual_seed(named_seed(seed, name))
-        return torch.randn(shape, generator=rng, dtype=torch.float64)
+        return torch.randn(shape, generator=_rng(seed, name), dtype=torch.float64)
 
     loadings = LOADING * normals("loadings", n, RANK)
     squares = loadings.square().sum(dim=1, keepdim=True)
@@ -132,7 +145,7 @@ def make_synth_world(
     tensors = dict(
         bias=bias,
         probability=p,
-        threshold=(math.sqrt(2) * torch.special.erfinv(1 - 2 * p)).clamp(-FARTHEST, FARTHEST),
+        threshold=_thresholds(p),
         loadings=loadings,
         diagonal=(1 - loadings.square().sum(dim=1)).sqrt(),
         mean=torch.linspace(*MEANS, n, dtype=torch.float64),
@@ -143,6 +156,61 @@ def make_synth_world(
         parent=parent,
         **{name: tensor.float() for name, tensor in tensors.items()},
     )
+
+
+def _rng(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(named_seed(seed, name))
+
+
+def _thresholds(p: Tensor) -> Tensor:
+    return (math.sqrt(2) * torch.special.erfinv(1 - 2 * p)).clamp(-FARTHEST, FARTHEST)
+
+
+def make_correlated_world(n: int, activation_dim: int, seed: int) -> SynthWorld:
+    """The world of a seed as in Sparse but Wrong; n is at most activation_dim.
+
+    The copula's correlations C are those of _correlations; with eigenvalues and vectors of C before
+    its diagonal is 1 again, loadings are those above the least one and the rest is the diagonal.
+    """
+    rng = _rng(seed, "orthogonal features")
+    square = torch.randn(activation_dim, activation_dim, generator=rng, dtype=torch.float64)
+    p = BEYOND + (FIRST - BEYOND) * torch.arange(n - 1, -1, -1, dtype=torch.float64) / n
+    loadings, diagonal = _factors(_correlations(n, _rng(seed, "correlations")))
+    tensors = dict(
+        features=torch.linalg.qr(square)[0][:n],
+        bias=torch.zeros(activation_dim),
+        probability=p,
+        threshold=_thresholds(p),
+        loadings=loadings,
+        diagonal=diagonal,
+        mean=torch.full((n,), NORMAL[0]),
+        std=torch.full((n,), NORMAL[1]),
+    )
+    parent = torch.full((n,), -1, dtype=torch.int32)
+    return SynthWorld(parent=parent, **{name: t.float() for name, t in tensors.items()})
+
+
+def _correlations(n: int, rng: torch.Generator) -> Tensor:
+    """(n, n): of a random share of the pairs, half of them negative; no correlations yet, since
+    such a matrix has negative eigenvalues."""
+    pairs = torch.combinations(torch.arange(n))
+    pairs = pairs[torch.randperm(len(pairs), generator=rng)][: round(CORRELATED * len(pairs))]
+    low, high = STRENGTHS
+    strength = low + (high - low) * torch.rand(len(pairs), generator=rng, dtype=torch.float64)
+    strength[len(pairs) // 2 :] *= -1
+    C = torch.eye(n, dtype=torch.float64)
+    C[pairs[:, 0], pairs[:, 1]] = C[pairs[:, 1], pairs[:, 0]] = strength
+    return C
+
+
+def _factors(C: Tensor) -> tuple[Tensor, Tensor]:
+    """(loadings (n, rank), diagonal (n,)) of C, eigenvalues raised to LEAST_EIGENVALUE, rescaled to
+    variances of 1."""
+    values, vectors = torch.linalg.eigh(C)
+    values = (values - LEAST_EIGENVALUE).clamp(min=0)
+    loadings = (vectors * values.sqrt())[:, values > 0]
+    scale = (loadings.square().sum(dim=1) + LEAST_EIGENVALUE).rsqrt()
+    return loadings * scale[:, None], LEAST_EIGENVALUE**0.5 * scale
 
 
 def orthogonalised(features: Tensor, n_steps: int = ORTHOGONAL_STEPS) -> Tensor:
@@ -212,12 +280,32 @@ def _check(world: SynthWorld, path: Path) -> None:
     before = torch.arange(n)
     ordered = ((world.parent >= -1) & (world.parent < before)).all()
     need(ordered, "parent: each comes before its children, and is -1 where there is none")
+    p, z = world.probability, world.threshold
+    need(((p >= 0) & (p <= 1)).all(), "probability has numbers outside 0 to 1")
+    off = (torch.special.ndtr(-z) - p).abs().max()
+    need(off < MATCHING, f"threshold is not that of probability: off by up to {off:.3g}")
     need((world.diagonal > 0).all(), "diagonal has numbers that are not above 0")
     need((world.std >= 0).all(), "std has numbers below 0")
     parents_mean = world.mean[world.parent[world.parent >= 0].long()]
     need((parents_mean > 0).all(), "mean of a parent is not above 0")
 
 
-def write_world(world: SynthWorld, path: Path, *, save: Callable = np.savez) -> None:
-    """That file of a world."""
-    save(path, **{field.name: getattr(world, field.name).numpy() for field in fields(world)})
+def write_world(world: SynthWorld, path: Path) -> None:
+    """That file of a world, whole or not at all; its folder is made."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{field.name: getattr(world, field.name).numpy() for field in fields(world)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def digest(world: SynthWorld) -> str:
+    """16 hex digits of its arrays."""
+    arrays = (getattr(world, field.name).numpy() for field in fields(world))
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+
+
+def constants() -> dict:
+    """All numbers above that a drawn world depends on."""
+    return {
+        k: v for k, v in globals().items() if k.isupper() and isinstance(v, float | int | tuple)
+    }

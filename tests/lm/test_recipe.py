@@ -32,13 +32,12 @@ from sparse_coding.lm.recipe import (
     LanguageRecipe,
     feature_density,
     specs_of,
-    unscaled,
     with_activations,
 )
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.ensemble import ensemble_bytes
 from sparse_coding.sae.families import FAMILIES, PREFIXES
-from sparse_coding.sae.saved import SparseAutoencoder, load_sae
+from sparse_coding.sae.saved import SparseAutoencoder, load_sae, unscaled
 from sparse_coding.sae.spec import Schedule
 from sparse_coding.sweep.cells import row_path, sae_folder
 from sparse_coding.sweep.grid import Cell, Families, make_grid

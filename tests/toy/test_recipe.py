@@ -87,7 +87,8 @@ def test_no_steps_and_no_learning_rate_are_refused():
         ToyRecipe(DATA, "sum", -1.0, 5, CPU)
 
 
-def test_the_memory_plan_counts_the_world():
+def test_the_memory_plan_counts_the_world_and_what_compares_with_it():
     worlds = (replace(DATA, n_true_features=n) for n in (16, 4000))
     small, large = (recipe(data).memory([("relu", 8)]) for data in worlds)
-    assert large - small == 24 * (4000**2 - 16**2)
+    similarities, on = 12 * 8, 5 * 256  # bytes for each true feature
+    assert large - small == 24 * (4000**2 - 16**2) + (similarities + on) * (4000 - 16)

@@ -26,7 +26,7 @@ def world() -> SynthWorld:
 
 def on_in(sampler, n_batches: int, batch: int = 2048) -> torch.Tensor:
     """Values (n_batches · batch, N)."""
-    drawn = (sampler.with_truth(seed, batch)[1].dense(N) for seed in range(n_batches))
+    drawn = (sampler.with_active(seed, batch)[1].dense(N) for seed in range(n_batches))
     return torch.cat(list(drawn))
 
 
@@ -104,7 +104,7 @@ def test_pairs_of_roots_correlate_as_the_copula_says(world, sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_x_is_the_sum_of_what_is_on_and_the_bias(world, sampler):
     drawn = sampler(world, CPU, True)
-    x, active = drawn.with_truth(3, 100)
+    x, active = drawn.with_active(3, 100)
     expected = active.dense(N).double() @ world.features.double() + world.bias
     assert torch.allclose(x.double(), expected, atol=1e-5)
     assert torch.equal(drawn.x(3, 100), x)
@@ -178,7 +178,7 @@ def test_a_million_samples_of_the_benchmarks_law_have_its_published_moments():
     n, first = 250 * 4096, 0
     on, squares = torch.zeros(2, 5, dtype=torch.float64)
     for step in range(250):
-        _, active = stream.with_truth(step)
+        _, active = stream.with_active(step)
         of_active = level[active.feature]
         on += torch.bincount(of_active, minlength=5)
         squares.index_add_(0, of_active, active.value.double() ** 2)
