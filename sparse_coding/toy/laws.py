@@ -221,8 +221,9 @@ def _from_file(path: str) -> SynthWorld:
 @functools.lru_cache(maxsize=2)
 def _drawn(data: SynthData, seed: int) -> SynthWorld:
     """The world of a seed, from the user's cache if it was drawn before."""
-    make = make_correlated_world if data.law == "correlated" else make_synth_world
-    constants = {"law": make.__name__, "seed": seed, "torch": torch.__version__}
+    correlated = data.law == "correlated"  # else trees: those of synth and synth_v1 are the same
+    make = make_correlated_world if correlated else make_synth_world
+    constants = {"correlated": correlated, "seed": seed, "torch": torch.__version__}
     constants |= {"n": data.n_true_features, "activation_dim": data.activation_dim}
     name = fingerprint(constants | synth_world.constants())
     path = cache_folder() / "worlds" / f"{name}.npz"

@@ -10,8 +10,11 @@ import torch
 from sparse_coding.config import UserError
 from sparse_coding.toy.synth_world import (
     SynthWorld,
+    _factors,
     base_rates,
     corrected,
+    digest,
+    make_correlated_world,
     make_synth_world,
     orthogonalised,
     parents,
@@ -26,7 +29,7 @@ def world() -> SynthWorld:
 
 
 def same(a: SynthWorld, b: SynthWorld) -> bool:
-    return all(
+    return digest(a) == digest(b) and all(
         torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(SynthWorld)
     )
 
@@ -126,6 +129,8 @@ def test_a_world_is_read_back_as_it_was_written(world, tmp_path):
         ({"parent": np.arange(300)}, "each comes before its children"),
         ({"diagonal": np.zeros(300)}, "diagonal has numbers that are not above 0"),
         ({"features": np.zeros(5)}, "features is no matrix"),
+        ({"probability": np.full(300, 1.5)}, "probability has numbers outside 0 to 1"),
+        ({"probability": np.full(300, 0.3)}, "threshold is not that of probability"),
         ({"loadings": None}, "loadings is not a file in the archive"),
     ],
 )
@@ -146,3 +151,47 @@ def test_what_is_no_npz_is_refused_too(tmp_path):
             read_world(path)
     with pytest.raises(UserError, match="is no world"):
         read_world(tmp_path / "missing.npz")
+
+
+def test_each_array_counts_in_the_digest(world):
+    known = {digest(world)}
+    for field in dataclasses.fields(world):
+        changed = getattr(world, field.name).clone()
+        changed.view(-1)[0] += 1
+        known.add(digest(dataclasses.replace(world, **{field.name: changed})))
+    assert len(known) == 1 + len(dataclasses.fields(world))
+
+
+# --- Sparse but Wrong ---
+
+
+def test_features_of_sparse_but_wrong_are_orthogonal_with_rates_that_fall_linearly():
+    world = make_correlated_world(50, 100, 42)
+    assert torch.allclose(world.features @ world.features.T, torch.eye(50), atol=1e-5)
+    p = world.probability.double()
+    assert p[[0, -1]].tolist() == pytest.approx([0.345 * 49 / 50 + 0.05, 0.05])
+    assert torch.allclose(p.diff(), torch.tensor(-0.345 / 50, dtype=torch.float64), atol=1e-6)
+    assert float(p.sum()) == pytest.approx(10.95, abs=0.01)
+    assert torch.allclose(torch.special.ndtr(-world.threshold.double()), p, atol=1e-6)
+    assert world.parent.tolist() == [-1] * 50
+    assert (world.mean.unique().tolist(), world.std[0].item()) == ([1.0], pytest.approx(0.15))
+
+
+def test_its_copula_has_variances_of_one_and_strong_correlations_of_both_signs():
+    world = make_correlated_world(50, 100, 42)
+    C = world.loadings @ world.loadings.T + torch.diag(world.diagonal.square())
+    assert torch.allclose(C.diagonal(), torch.ones(50), atol=1e-5)
+    others = C[~torch.eye(50, dtype=torch.bool)]
+    assert (others > 0.2).float().mean() > 0.1
+    assert (others < -0.2).float().mean() > 0.1
+    other = make_correlated_world(50, 100, 43)
+    assert not torch.allclose(other.loadings @ other.loadings.T, C, atol=0.1)
+
+
+def test_its_factors_are_those_of_a_matrix_that_is_one_of_correlations_already():
+    rng = torch.Generator().manual_seed(0)
+    A = torch.nn.functional.normalize(torch.randn(8, 30, generator=rng, dtype=torch.float64), dim=1)
+    loadings, diagonal = _factors(A @ A.T)
+    found = loadings @ loadings.T + torch.diag(diagonal.square())
+    assert torch.allclose(found, A @ A.T, atol=1e-9)
+    assert torch.allclose(diagonal.square(), torch.tensor(1e-3, dtype=torch.float64))
