@@ -49,11 +49,15 @@ from sparse_coding.sae.families import PREFIXES
 SCRIPT = ROOT / "replicate_toy_models.py"
 SMALL_MEMORY = ("--max-memory-gb", "0.0007")  # two or more groups of cells per seed
 N_CALLS = N_STEPS // 20 * 2  # of it per seed, as records are 20 steps apart
+OF_TRUTH = "mcc,uniqueness,f1,precision,recall,explained_variance,shrinkage"
+AS_TRAINED = "fvu_trained,l0_trained,f1_trained,precision_trained,recall_trained,shrinkage_trained"
 HEADER = (
-    "seed,arch,target_l0,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,"
-    "mmcs_with_larger,n_recovered,n_dead,n_revived,l0,fvu,mse,fvu_trained,l0_trained,l1,seconds"
+    "seed,world,arch,target_l0,l1_alpha,dict_ratio,n_dict,n_steps,mmcs,mmcs_dict_to_truth,"
+    f"mmcs_with_larger,n_recovered,{OF_TRUTH},s_dec,n_dead,n_revived,l0,fvu,mse,{AS_TRAINED},l1,"
+    "seconds"
 )
-OF_OTHERS = {"target_l0", "fvu_trained", "l0_trained"}  # no meaning for relu on its grid
+# no meaning for relu on its grid
+OF_OTHERS = {"target_l0", "s_dec", *AS_TRAINED.split(",")}
 FIGURES = ("mmcs", "dead_features", "mmcs_with_larger", "reconstruction_loss")
 needs_cpu_torch = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
@@ -104,6 +108,14 @@ BAD_FLAGS = {
     "--arch topk --l1-exp-low -4": ["--l1-exp-low", "--arch relu"],
     "--arch matryoshka --prefixes 0.5 0.25 1": ["--prefixes", "ascend"],
     "--prefixes 0.5 1": ["--prefixes", "--arch matryoshka"],
+    "--world 3": ["--world", "--data-law synth", "drop it"],
+    "--preset synth1k --n-active 3": ["--n-active", "--data-law post", "drop it"],
+    "--preset synth1k --world none.npz": ["none.npz is no world", "loadings"],
+    "--preset synth1k --n-true-features 84": ["--n-true-features 84", "at least 85", "tree"],
+    "--preset synth1k --target-l0 257": ["--target-l0 257", "256 features"],
+    "--preset synth1k --arch topk": ["--target-l0", "5.5", "whole numbers", "topk"],
+    "--preset synth1k --n-eval-samples 0": ["--n-eval-samples 0", "at least 1"],
+    "--preset sparse_but_wrong --n-true-features 101": ["--n-true-features 101", "100"],
 }
 
 
@@ -483,7 +495,8 @@ def test_a_saved_autoencoder_is_evaluated_on_its_own_world(
         done = toy_server.run("--evaluate", name, cwd=tmp_path)
         assert done.code == 0, done.err
         printed = dict(line.split() for line in done.out.splitlines())
-        of_one = ["mmcs", "mmcs_dict_to_truth", "n_recovered", "n_dead", "l0", "fvu", "mse", "l1"]
+        of_one = ["mmcs", "mmcs_dict_to_truth", "n_recovered", *OF_TRUTH.split(",")]
+        of_one += ["n_dead", "l0", "fvu", "mse", "l1"]
         assert list(printed) == of_one
         for column, value in printed.items():
             assert float(value) == pytest.approx(float(row[column]), rel=1e-5, abs=1e-9), column
@@ -533,7 +546,8 @@ def test_a_folder_from_before_november_2026_is_merged(
     finished: Path, toy_server: Server, tmp_path: Path
 ):
     """There a dictionary was a file of its own, and lr was called learning_rate."""
-    old, since = tmp_path / "old", {"arch": "relu", "n_revived": ""}
+    old, since = tmp_path / "old", {"arch": "relu", "n_revived": "", "world": ""}
+    since |= dict.fromkeys(OF_TRUTH.split(","), "")
     shutil.copytree(finished, old)
     for weights in old.glob("saes/*/sae_weights.safetensors"):
         (old / "dictionaries").mkdir(exist_ok=True)
@@ -544,7 +558,7 @@ def test_a_folder_from_before_november_2026_is_merged(
         then = [name for name in HEADER.split(",") if name not in {*since, *OF_OTHERS}]
         path.write_text(json.dumps({column: row[column] for column in then}))
     config = json.loads((old / "config.json").read_text())
-    for name in ("arch", "target_l0", "prefixes"):
+    for name in ("arch", "target_l0", "prefixes", "world", "n_worlds", "n_eval_samples"):
         del config["constants"][name]
     config["constants"]["learning_rate"] = config["constants"].pop("lr")
     del config["checksum"]
