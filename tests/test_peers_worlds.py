@@ -87,7 +87,7 @@ def test_its_evaluation_gives_the_same_scores(world, theirs):
     )
     assert uniqueness(similarity) == evals.feature_uniqueness(W_dec, world.features)
     sums = DetectionSums(similarity.argmax(dim=1))
-    sums.add(x, codes @ W_dec, codes, theirs[:4096])
+    sums.add(x, codes @ W_dec, codes, theirs[:4096] > 0)
     found = sums.result()
     expected = evals.compute_classification_metrics(codes, theirs[:4096], W_dec, world.features)
     assert found["precision"] == pytest.approx(expected.precision, abs=1e-6)

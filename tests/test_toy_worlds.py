@@ -13,9 +13,10 @@ import torch
 from builders.scripts import TRAINING, Server, assert_refused, bytes_under, table
 from builders.toy_sweep import COARSE, OFTEN, assert_same_numbers
 
+from sparse_coding.config import named_seed
 from sparse_coding.sae.saved import load_sae
 from sparse_coding.toy.synth_stream import SynthStream
-from sparse_coding.toy.synth_world import make_synth_world, read_world, write_world
+from sparse_coding.toy.synth_world import digest, make_synth_world, read_world, write_world
 
 N_STEPS = 120
 TINY = (
@@ -56,8 +57,6 @@ def test_rows_are_those_of_a_few_lines_on_the_saved_autoencoder(finished: Path):
     """Of its threshold; as trained by the largest codes of a batch."""
     row = table(finished)[0]
     sae = load_sae(finished / "saes/seed0_world42_dict000025_batchtopk_l0-02.5")
-    from sparse_coding.config import named_seed
-
     world = read_world(finished / "world42.npz")
     stream = SynthStream(
         world, batch_size=64, batch_seed=named_seed(0, "evaluation"), device=torch.device("cpu")
@@ -100,13 +99,13 @@ def test_a_world_out_of_a_run_gives_the_same_numbers_as_its_seed(
     flags = [*TINY, *ALONE, "--world", world, "--output-dir", "run"]
     done = toy_server.run(*flags, cwd=tmp_path)
     assert done.code == 0, done.err
-    ours = [row | {"world": "42", "seconds": ""} for row in table(tmp_path / "run")]
-    # x is scaled by what a stream of the world gives, which has a seed of its own for a file
-    for row, other in zip(ours, table(finished), strict=False):
-        assert float(row["f1"]) == pytest.approx(float(other["f1"]), abs=0.1)
-        assert row["arch"] == other["arch"]
+    ours, theirs = (
+        [row | {"world": "", "seconds": ""} for row in table(folder)]
+        for folder in (tmp_path / "run", finished)
+    )
+    assert ours == theirs[:2]
     kept = read_world(tmp_path / "run/world.npz")
-    assert torch.equal(kept.features, read_world(finished / "world42.npz").features)
+    assert digest(kept) == digest(read_world(world))
     again = toy_server.run(*flags, cwd=tmp_path)
     assert (again.code, again.err) == (0, "")
     arrays = dict(np.load(world))

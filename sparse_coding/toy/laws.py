@@ -171,7 +171,7 @@ class SynthData:
 
     def scale(self, world_seed: int | None) -> float:
         """That gives x a mean square norm of 1, for which constants of families are meant."""
-        seed, cpu = named_seed("scale", world_seed), torch.device("cpu")
+        seed, cpu = named_seed("scale"), torch.device("cpu")
         stream = self.stream(world_seed, batch_size=SCALE_BATCH, batch_seed=seed, device=cpu)
         squares = [stream.batch(i).double().square().sum(dim=1).mean() for i in range(N_FOR_SCALE)]
         return float(torch.stack(squares).mean().rsqrt())

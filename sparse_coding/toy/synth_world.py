@@ -22,9 +22,11 @@ orthogonal features without trees, whose rates fall linearly, and a dense copula
 import hashlib
 import io
 import math
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tokenize import TokenError
 from zipfile import BadZipFile
 
 import numpy as np
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparse_coding.config import UserError, named_seed, passing_bar, require
+from sparse_coding.config import UserError, first_line, named_seed, passing_bar, require
 from sparse_coding.files import write_atomic
 from sparse_coding.sae.engines.cpu_compile import one_thread_here
 
@@ -44,6 +46,9 @@ MEANS, STD_MEAN, STD_STD = (5.0, 4.0), 0.5, 0.5  # of magnitudes: falling linear
 BIAS = 0.5  # its length
 MATCHING = 1e-4  # between probability and what threshold says, in files
 FARTHEST = 10.0  # threshold, in place of infinite ones; z passes it once in 1e23 samples
+# by numpy and zipfile, of a file that is no npz or a damaged one
+UNREADABLE = (OSError, ValueError, LookupError, EOFError, BadZipFile, MemoryError, OverflowError,
+              NotImplementedError, SyntaxError, TokenError, TypeError, zlib.error)  # fmt: skip
 ORTHOGONAL_STEPS, ORTHOGONAL_LR, CHUNK = 100, 3e-4, 1024
 # of Sparse but Wrong: rates from the first to one beyond the last; magnitudes; of pairs of features
 # the share that is correlated, and how strongly
@@ -247,16 +252,16 @@ def read_world(path: Path) -> SynthWorld:
     """
     names = [field.name for field in fields(SynthWorld)]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        with np.load(path, allow_pickle=False) as file, np.errstate(all="ignore"):
+            arrays = {  # a part that is no array is bytes
+                name: np.asarray(file[name]).astype(np.int32 if name == "parent" else np.float32)
+                for name in names
+            }
+    except UNREADABLE as error:
         raise UserError(
-            f"{path} is no world: {error}. It is an npz of {', '.join(names)}"
+            f"{path} is no world: {first_line(error)}. It is an npz of {', '.join(names)}"
         ) from error
-    tensors = {
-        name: torch.from_numpy(array.astype(np.int32 if name == "parent" else np.float32))
-        for name, array in arrays.items()
-    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors["threshold"].clamp_(-FARTHEST, FARTHEST)
     world = SynthWorld(**tensors)
     _check(world, path)
@@ -304,8 +309,7 @@ def digest(world: SynthWorld) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
-def constants() -> dict:
+def constants() -> dict[str, tuple[float, ...]]:
     """All numbers above that a drawn world depends on."""
-    return {
-        k: v for k, v in globals().items() if k.isupper() and isinstance(v, float | int | tuple)
-    }
+    named = {k: v if isinstance(v, tuple) else (v,) for k, v in globals().items() if k.isupper()}
+    return {k: v for k, v in named.items() if all(isinstance(number, float | int) for number in v)}

@@ -153,7 +153,7 @@ def change_zip(content: bytes, rng: random.Random) -> bytes:
     except Exception:  # by the change before this one
         return flip_bits(content, rng)
     pickles = [name for name in parts if name.endswith(".pkl")]
-    name = rng.choice(pickles if rng.random() < 0.6 else list(parts))
+    name = rng.choice(pickles if pickles and rng.random() < 0.6 else list(parts))
     parts[name] = rng.choice(OF_BYTES)(parts[name], rng)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:

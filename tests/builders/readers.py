@@ -78,10 +78,13 @@ from sparse_coding.sweep.run_folder import (
     unfinished_groups,
 )
 from sparse_coding.sweep.tracking import Tracker
+from sparse_coding.toy.synth_stream import SynthStream, draw_compiles
+from sparse_coding.toy.synth_world import make_synth_world, read_world, write_world
 
 with contextlib.suppress(ImportError):  # what needs it is skipped
     import vastai  # noqa: F401
 
+draw_compiles()  # what is compiled is written into a cache, which children must not
 CPU = torch.device("cpu")
 AGAIN = "is made again"  # of what the reader makes again, said on stderr, where a run goes on
 
@@ -617,6 +620,17 @@ def attended(folder: Path) -> object:
     return None
 
 
+def make_world(folder: Path) -> None:
+    write_world(make_synth_world(100, 6, 0, n_steps=1), folder / "w.npz")
+
+
+def x_of_world(folder: Path) -> object:
+    world = read_world(folder / "w.npz")
+    stream = SynthStream(world, batch_size=64, batch_seed=0, device=CPU)
+    stream.with_truth(0)
+    return None
+
+
 READERS = {
     "tensors": Reader(make_tensors, "t.safetensors", tensors_of, "safetensors", checked=True),
     "tensors of others": Reader(make_foreign_tensors, "t.safetensors", tensors_of, "safetensors"),
@@ -628,6 +642,7 @@ READERS = {
                     lambda f: read_csv(f / "r.csv") and None),
     "results.csv": Reader(make_finished, "results.csv", finished, checked=True),
     "DONE": Reader(make_finished, "DONE", finished, checked=True),
+    "world": Reader(make_world, "w.npz", x_of_world, "zip"),
     "text": Reader(lambda f: (f / "a.txt").write_text("<|endoftext|>".join(TEXTS)), "a.txt",
                    texts_of("a.txt")),
     "jsonl": Reader(lambda f: write_jsonl(f / "a.jsonl", TEXTS), "a.jsonl", texts_of("a.jsonl"),
