@@ -11,13 +11,13 @@ from statistics import fmean, stdev, variance
 from sparse_coding.figures.frontier import FrontierSpec
 from sparse_coding.figures.scatter import ScatterSpec
 from sparse_coding.sae.families import FAMILIES
+from sparse_coding.sweep.grid import asked_of
 from sparse_coding.toy.laws import Data, SynthData
 
 REFERENCES = Path(__file__).parents[2] / "results" / "synthsaebench_reference.json"
 METRICS = ("f1", "mcc", "uniqueness", "explained_variance")
 SHORT = {"explained_variance": "ev"}
-# of the numbers of a reference that count for others at its side
-SAMPLES_WITHIN = 0.01
+SAMPLES_WITHIN = 0.01  # share by which our samples may be more or fewer than those of a table
 
 TRUTH = ScatterSpec(
     name="truth",
@@ -64,6 +64,38 @@ SPARSE_BUT_WRONG = (
         upwards=True,
     ),
 )
+
+
+def verdict(rows: list[dict], data: SynthData) -> str:
+    """One paragraph: which family finds the true features and which reconstructs best; of Sparse
+    but Wrong, at which l0 the decoder projection is least."""
+    finite = [row for row in rows if math.isfinite(row["mse"]) and not FAMILIES[row["arch"]].frozen]
+    if not finite:
+        return "All cells diverged: lower the learning rate."
+    of_kind = defaultdict(list)
+    for row in finite:
+        of_kind[row["arch"], row["n_dict"], asked_of(row)].append(row)
+
+    def mean(same: list[dict], metric: str) -> float:
+        return fmean(as_trained(row, metric) for row in same)
+
+    if data.n_projection and any(row["s_dec"] is not None for row in finite):
+        least = min(of_kind.values(), key=lambda same: mean(same, "s_dec"))
+        return (
+            f"The decoder projection is least at {asked_of(least[0])}: there rows match true "
+            f"features with a mean cosine (mcc) of {mean(least, 'mcc'):.3f}. On average "
+            f"{data.true_l0(least[0]['world']):.2f} features are on."
+        )
+    found = max(of_kind.values(), key=lambda same: mean(same, "f1"))
+    rebuilt = max(of_kind.values(), key=lambda same: mean(same, "explained_variance"))
+    texts = [
+        f"{asked_of(same[0])} (f1 {mean(same, 'f1'):.3f}, mcc {mean(same, 'mcc'):.3f}, explained "
+        f"variance {mean(same, 'explained_variance'):.3f})"
+        for same in (found, rebuilt)
+    ]
+    if found is rebuilt:
+        return f"True features are found best, and x is reconstructed best, by {texts[0]}."
+    return f"True features are found best by {texts[0]}, x is reconstructed best by {texts[1]}."
 
 
 def references(rows: list[dict], data: Data, n_samples: int) -> list[dict]:

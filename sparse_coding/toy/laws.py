@@ -169,6 +169,10 @@ class SynthData:
         """Those of SynthWorld."""
         return self.drawn(world_seed).features
 
+    def true_l0(self, world_seed: int | None) -> float:
+        """Features that are on on average, where there are no trees: Σ of their probabilities."""
+        return float(self.drawn(world_seed).probability.sum())
+
     def scale(self, world_seed: int | None) -> float:
         """That gives x a mean square norm of 1, for which constants of families are meant."""
         seed, cpu = named_seed("scale"), torch.device("cpu")

@@ -148,7 +148,7 @@ def draw(
             figure = draw_frontier(rows, spec, l1_note=l1_note, size="dict_ratio")
             csv = frontier_csv(rows, spec.column, "dict_ratio")
         figures[spec.name] = write_figure(folder, spec.name, figure, csv=csv)
-    specs, text = (*maps, *others), verdict(rows)
+    specs, text = (*maps, *others), _verdict(rows, data)
     write_report(folder, title=TITLE, verdict=text, rows=rows, specs=specs, context=context)
     return figures
 
@@ -198,6 +198,13 @@ def verdict(rows: list[dict]) -> str:
     return f"{text} {gap(rows)}".rstrip()
 
 
+def _verdict(rows: list[dict], data: Data) -> str:
+    """That of the post, or of a synthetic world."""
+    if not isinstance(data, SynthData):
+        return verdict(rows)
+    return f"{benchmark.verdict(rows, data)} {gap(rows)}".rstrip()
+
+
 def last_lines(rows: list[dict], folder: Path, recipe: ToyRecipe, *, verify: bool) -> int:
     """Prints what came out, beside the numbers of others where there are such, and where it is;
     the exit code."""
@@ -206,7 +213,7 @@ def last_lines(rows: list[dict], folder: Path, recipe: ToyRecipe, *, verify: boo
     n_samples = recipe.n_steps * recipe.data.batch_size
     benchmark.print_comparisons(rows, benchmark.references(rows, recipe.data, n_samples))
     benchmark.print_spread(rows)
-    print(f"{verdict(rows)}\ndone: {folder / 'report.html'} (--fresh starts again)")
+    print(f"{_verdict(rows, recipe.data)}\ndone: {folder / 'report.html'} (--fresh starts again)")
     return 0
 
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from sparse_coding.toy import benchmark
-from sparse_coding.toy.benchmark import METRICS, comparison, print_comparisons, references, spread
+from sparse_coding.toy.benchmark import (
+    METRICS,
+    comparison,
+    print_comparisons,
+    references,
+    spread,
+    verdict,
+)
 from sparse_coding.toy.data import ToyData
 from sparse_coding.toy.laws import SynthData
 
@@ -28,6 +35,11 @@ def row(arch="batchtopk", *, seed=0, world=42, by_batch=True, **values) -> dict:
 def published(arch: str) -> dict:
     (table,) = references([row()], BIG, SAMPLES)
     return next(r for r in table["rows"] if (r["arch"], r["target_l0"]) == (arch, 25))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def test_published_numbers_are_those_of_the_benchmark():
@@ -115,3 +127,30 @@ def test_seeds_alone_give_worlds_no_spread_and_one_world_has_none():
     assert found["mcc"] == pytest.approx([0.5, 0.0, stdev([0.4, 0.6])])
     assert list(spread(rows[:2])) == []
     assert list(spread(rows[::2])) == []  # one seed of each
+
+
+# --- the verdict ---
+
+
+def test_the_verdict_names_what_finds_the_features_and_what_reconstructs():
+    rows = [row(seed=seed, f1=0.5 + 0.1 * seed, mcc=0.7, fvu=0.15, mse=1.0) for seed in (0, 1)]
+    rows += [row("relu", by_batch=False, f1=0.6, mcc=0.8, fvu=0.25, mse=1.0)]
+    text = verdict(rows, BIG)
+    assert "found best by relu, l0 25 (f1 0.600, mcc 0.800, explained variance 0.750)" in text
+    assert "reconstructed best by batchtopk, l0 25 (f1 0.550, mcc 0.700" in text
+    assert "found best, and x is reconstructed best, by relu" in verdict(rows[2:], BIG)
+    assert "diverged" in verdict([row(mse=float("nan"))], BIG)
+
+
+def test_the_verdict_of_sparse_but_wrong_is_the_l0_of_the_least_projection():
+    data = SynthData("correlated", 60, 50, batch_size=64)
+    rows = [
+        row(seed=seed, world=42, mse=1.0, s_dec=abs(k - 11) + seed, mcc=1 - k / 100)
+        | {"target_l0": k}
+        for k in (9, 11, 13)
+        for seed in (0, 1)
+    ]
+    text = verdict(rows, data)
+    assert "least at batchtopk, l0 11: there rows match" in text
+    assert "(mcc) of 0.890" in text
+    assert "On average 10.95 features are on." in text
