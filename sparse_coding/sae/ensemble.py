@@ -21,6 +21,7 @@ from sparse_coding.sae.engines.cpu import CpuEngine, engine_bytes, kernels_compi
 from sparse_coding.sae.engines.cpu_compile import has_kernels
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
+from sparse_coding.sae.saved import unscaled
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, Scratch, Stack
 
@@ -112,7 +113,7 @@ class Ensemble:
             saved["first_threshold"] = stack.smallest_of_first[k].cpu().repeat(stack.n_dict)
         if stack.threshold is not None:
             saved["threshold"] = stack.threshold[k].cpu() * length
-        return saved
+        return unscaled(saved, stack.x_scale)
 
     def l1(self, i: int) -> float:
         """Weight of the penalty of autoencoder i, which a controller may have moved."""
@@ -154,23 +155,34 @@ class Ensemble:
 
 
 class Engines:
-    """Several engines, each for stacks of its own."""
+    """Several engines, each for stacks of its own, with what x is multiplied by for it."""
 
-    def __init__(self, parts: list):
+    def __init__(self, parts: list[tuple[CpuEngine | gpu.GpuEngine | DenseEngine, float]]):
         self.parts = parts
-        self.steps_at_a_time = min(part.steps_at_a_time for part in parts)
+        self.steps_at_a_time = min(part.steps_at_a_time for part, _ in parts)
 
     def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
         """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
-        for part in self.parts:
-            part.steps_(xs, n_done=n_done, factors=factors)
+        for part, scale in self.parts:
+            scaled = xs if scale == 1 else xs * scale
+            part.steps_(scaled, n_done=n_done, factors=factors)
 
 
 def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | Engines:
     """The fastest that this machine has for the stacks' device and precision."""
+    parts = []
+    for scale in dict.fromkeys(stack.x_scale for stack in stacks):
+        same = [stack for stack in stacks if stack.x_scale == scale]
+        parts += [(engine, scale) for engine in _engines(same)]
+    (first, scale), *others = parts
+    return Engines(parts) if others or scale != 1 else first
+
+
+def _engines(stacks: list[Stack]) -> list[CpuEngine | gpu.GpuEngine | DenseEngine]:
+    """Those for stacks of one scale: kernels where there are such, dense steps for the others."""
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
     if dtype != torch.float32:
-        return DenseEngine(stacks)
+        return [DenseEngine(stacks)]
     fast = [stack for stack in stacks if stack.unit_rows]
     if on == "cuda":
         fast = [stack for stack in fast if stack.family == FAMILIES["relu"]]
@@ -179,9 +191,9 @@ def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | 
     elif fast and on == "cuda" and gpu.has_triton():
         engine = gpu.GpuEngine(fast)
     else:
-        return DenseEngine(stacks, one_thread=on == "cpu" and has_kernels())
+        return [DenseEngine(stacks, one_thread=on == "cpu" and has_kernels())]
     dense = [stack for stack in stacks if stack not in fast]
-    return Engines([engine, DenseEngine(dense, one_thread=on == "cpu")]) if dense else engine
+    return [engine, *[DenseEngine(dense, one_thread=on == "cpu")] * bool(dense)]
 
 
 def ensemble_bytes(

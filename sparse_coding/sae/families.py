@@ -56,6 +56,12 @@ class Family:
         """Whether sparsity is a k; else the weight of a penalty decides on it."""
         return self.selection in ("topk", "batchtopk")
 
+    @property
+    def in_units(self) -> bool:
+        """Whether constants below are activations or codes, and meant for x of a mean square norm
+        of 1; other families are the same at any scale of x, but for the pace of their biases."""
+        return self.selection == "jump" or self.penalty == "lp"
+
     def bandwidth(self, width: int) -> float:
         """Width of the threshold's window, for activations of this width."""
         return TANH_BANDWIDTH / width**0.5 if self.penalty == "l0_tanh" else BANDWIDTH

@@ -35,6 +35,8 @@ class SAESpec:
     prefixes: of nested ones, shares of n_dict, ascending to 1
     unit_rows: rows of W_dec keep length 1; else they are free, see stack.py
     lr_factor: of the ensemble's learning rate; the same for all of one family
+    x_scale: it trains on x times this, and so are its parameters; what it is asked for and what it
+        gives are in units of x. The same for all of one family
     """
 
     n_dict: int
@@ -46,6 +48,7 @@ class SAESpec:
     prefixes: tuple[float, ...] = PREFIXES
     unit_rows: bool = True
     lr_factor: float = 1.0
+    x_scale: float = 1.0
 
     @property
     def seeks_l0(self) -> bool:

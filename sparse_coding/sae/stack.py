@@ -130,7 +130,7 @@ class Stack:
         shape = (len(specs), self.n_dict)
         stacked = _stacked_starts(specs, activation_dim, **to)
         if b_dec is not None:
-            stacked["b_dec"] = b_dec.to(**to).repeat(len(specs), 1)  # (n_saes, h)
+            stacked["b_dec"] = b_dec.to(**to).repeat(len(specs), 1) * self.x_scale  # (n_saes, h)
         if self.family.selection == "jump":
             stacked["threshold"] = torch.full(shape, THRESHOLD, **to)
         self.parameters = {
@@ -163,15 +163,23 @@ class Stack:
         """Whether rows of W_dec keep length 1."""
         return self.specs[0].unit_rows
 
+    @property
+    def x_scale(self) -> float:
+        """By which x is multiplied before step_ sees it."""
+        return self.specs[0].x_scale
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(codes feature-major (n_saes, n_dict, batch), x_hat (n_saes, batch, activation_dim)).
 
-        Both are scratch: valid until the next forward of any stack.
+        Both are scratch: valid until the next forward of any stack; and in units of x.
         """
+        scale = self.x_scale
+        x = x if scale == 1 else x * scale
         codes = self.select_(self.encode(x))
         if self.family.refined:
             codes = self.select_(self.refine(x, codes)[0])
-        return codes, self.decode(codes)
+        x_hat = self.decode(codes)
+        return (codes, x_hat) if scale == 1 else (codes.div_(scale), x_hat.div_(scale))
 
     def refine(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(pre₂, c₁, r (n_saes, batch, h)) from first codes, whose scratch pre₂ takes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_coding.config import named_seed, passing_bar, require, require_flag
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
 from sparse_coding.sae.families import FAMILIES, PREFIXES, Kind
-from sparse_coding.sae.saved import SparseAutoencoder, save_sae, unscaled
+from sparse_coding.sae.saved import SparseAutoencoder, save_sae
 from sparse_coding.sae.spec import Schedule, dead_steps
 from sparse_coding.sweep.cells import merged_rows, sae_folder
 from sparse_coding.sweep.grid import Cell, asked_and_found, specs_of
@@ -88,7 +88,7 @@ class ToyRecipe:
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one world with the stream they train on and their evaluation."""
         world, seed = self.data.world_of(group[0]), group[0].seed
-        scale, of_the_post = self.data.scale(world), self.of_the_post
+        of_the_post = self.of_the_post
         of_world = partial(self.data.stream, world, device=self.device)
         batches, evaluation = named_seed(seed, "batches"), named_seed(seed, "evaluation")
         stream = of_world(batch_size=self.data.batch_size, batch_seed=batches)
@@ -99,6 +99,7 @@ class ToyRecipe:
                 tied=not of_the_post,
                 prefixes=self.prefixes,
                 own_lr=of_the_post,
+                x_scale=self.data.scale(world),
             ),
             self.width,
             lr=self.lr,
@@ -108,17 +109,14 @@ class ToyRecipe:
             schedule=self.schedule,
         )
 
-        def batch(step: int) -> Tensor:
-            return stream.batch(step).mul_(scale) if scale != 1 else stream.batch(step)
-
         def evaluate() -> list[tuple[dict, dict[str, Tensor]]]:
             size = self.data.eval_batch_size
             fresh = of_world(batch_size=size, batch_seed=evaluation)
             samples = fresh_samples(fresh, size, self.n_eval_samples)
-            return self._evaluated(ensemble, group, samples, stream.features, scale)
+            return self._evaluated(ensemble, group, samples, stream.features)
 
         measure = partial(training_state, ensemble, features=stream.features)
-        return Task(ensemble, batch, measure, evaluate)
+        return Task(ensemble, stream.batch, measure, evaluate)
 
     @property
     def schedule(self) -> Schedule:
@@ -132,10 +130,9 @@ class ToyRecipe:
         group: list[Cell],
         samples: Iterable[tuple[Tensor, Tensor]],
         features: Tensor,
-        scale: float,
     ) -> list[tuple[dict, dict[str, Tensor]]]:
-        """Rows, and autoencoders for raw x."""
-        saved = [unscaled(ensemble.dictionary(i), scale) for i in range(len(group))]
+        """Rows, and autoencoders to save."""
+        saved = [ensemble.dictionary(i) for i in range(len(group))]
         saes = [
             SparseAutoencoder(**tensors, metadata={}, top_k=cell.top_k).to(self.device)
             for cell, tensors in zip(group, saved, strict=True)
@@ -147,7 +144,7 @@ class ToyRecipe:
             for i, cell in enumerate(group)
             if FAMILIES[cell.arch].selection == "batchtopk"
         }
-        score(ensemble, trained, by_threshold.values(), samples, scale)
+        score(ensemble, trained, by_threshold.values(), samples)
         results = []
         for i, cell in enumerate(group):
             known = trained[i].result()
@@ -192,17 +189,16 @@ def score(
     trained: list[Scores],
     saved: Iterable[Scores],
     samples: Iterable[tuple[Tensor, Tensor]],
-    scale: float,
 ) -> None:
-    """Counts samples, in units of x, for all autoencoders of an ensemble, which take scale · x and
-    choose codes as in training, and for some as they are saved."""
+    """Counts samples for all autoencoders of an ensemble, which choose codes as in training, and
+    for some as they are saved."""
     of_stacks: list[dict[int, Scores]] = [{} for _ in ensemble.stacks]
     for i, one in enumerate(trained):
         stack, number = ensemble.place[i]
         of_stacks[stack][number] = one
     for x, truth in samples:
         for stack, of_stack in zip(ensemble.stacks, of_stacks, strict=True):
-            codes, x_hat = (tensor.div_(scale) for tensor in stack.forward(x * scale))
+            codes, x_hat = stack.forward(x)
             for number, one in of_stack.items():
                 one.add(x, x_hat[number], codes[number].T, truth)
         for one in saved:

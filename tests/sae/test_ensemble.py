@@ -1,5 +1,7 @@
 """The ensemble against a plain autograd autoencoder in float64, and against itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from sparse_coding.config import named_seed
 from sparse_coding.sae.engines.cpu import DENSITY, Scratch
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
+from sparse_coding.sae.saved import SparseAutoencoder, unscaled
 from sparse_coding.sae.spec import SAESpec, Schedule, initial_autoencoder
 from sparse_coding.toy.data import ToyData, ToyStream, make_world
 
@@ -264,3 +267,33 @@ def test_the_controller_brings_l0_to_its_target_and_resumes_with_the_same_bits()
     assert l0[2] == pytest.approx(12, rel=0.15)
     assert ensemble.l1(1) == pytest.approx(1e-3)
     assert ensemble.l1(0) > ensemble.l1(2)
+
+
+@pytest.mark.parametrize("arch", ["jumprelu", "matryoshka_refined"])
+def test_an_autoencoder_that_scales_x_is_that_of_scaled_x_in_units_of_x(arch):
+    """Beside one that does not, whose bits stay."""
+    scale, plain = 0.25, SAESpec(16, 0.01, 2, target_l0=3, arch="topk")
+    spec = SAESpec(16, 0.01, 1, target_l0=3, arch=arch)
+    rng = torch.Generator().manual_seed(0)
+    xs = 4 * torch.randn(20, 32, 8, generator=rng)
+    options = dict(lr=1e-2, device=CPU, b_dec=torch.ones(8))
+    together = Ensemble([plain, replace(spec, x_scale=scale)], 8, **options)
+    together.steps_(xs)
+    alone = Ensemble([plain], 8, **options)
+    alone.steps_(xs)
+    of_scaled = Ensemble([spec], 8, **options | {"b_dec": torch.full((8,), scale)})
+    of_scaled.steps_(xs * scale)
+    for name, tensor in alone.dictionary(0).items():
+        assert torch.equal(together.dictionary(0)[name], tensor)
+    ours, theirs = together.dictionary(1), unscaled(of_scaled.dictionary(0), scale)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    assert not torch.equal(theirs["b_dec"], of_scaled.dictionary(0)["b_dec"])
+    codes, x_hat = (t.clone() for t in together.stacks[together.place[1][0]].forward(xs[0]))
+    expected = (t.clone() for t in of_scaled.stacks[0].forward(xs[0] * scale))
+    for found, scaled in zip((codes, x_hat), expected, strict=True):
+        assert torch.allclose(found, scaled / scale)
+    if arch == "jumprelu":
+        own = SparseAutoencoder(**ours, metadata={})
+        assert torch.allclose(own.encode(xs[0]).T, codes[0], atol=1e-5)
