@@ -11,8 +11,7 @@ true features, dead features, MMCS with larger dictionaries, reconstruction loss
     python replicate_toy_models.py --evaluate FOLDER  one autoencoder of a run
     python replicate_toy_models.py --help             all constants
 
-Any constant below is a flag, and wins over the preset. The same command resumes or merges. What
-each takes, and the numbers to expect: README.md.
+Any constant below is a flag, and wins over the preset. The same command resumes or merges.
 """
 
 import dataclasses
@@ -63,6 +62,7 @@ class Config:
         int | float, ...
     ] = ()  # for these; (): n_active, but of relu the grid of l1_alpha
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
+    decoder_rows: Literal["unit", "free"] = "unit"  # free: of any length; SAELens, dense, slow
     baseline: Literal["none", "frozen-decoder"] = "none"  # beside each: a random W_dec that stays
     l1_exp_low: int = -8  # lowest e of l1_alpha = 10^(e/4): from 0.01
     l1_exp_high: int = 9  # end of e, exclusive: to 10^(8/4) = 100

@@ -558,7 +558,8 @@ def test_a_folder_from_before_november_2026_is_merged(
         then = [name for name in HEADER.split(",") if name not in {*since, *OF_OTHERS}]
         path.write_text(json.dumps({column: row[column] for column in then}))
     config = json.loads((old / "config.json").read_text())
-    for name in ("arch", "target_l0", "prefixes", "world", "n_worlds", "n_eval_samples"):
+    for name in ("arch", "target_l0", "prefixes", "world", "n_worlds", "n_eval_samples",
+                 "decoder_rows"):  # fmt: skip
         del config["constants"][name]
     config["constants"]["learning_rate"] = config["constants"].pop("lr")
     del config["checksum"]

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from sparse_coding.sae.families import FAMILIES, K_FALL, K_START, PREFIXES
 
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
+SHORT = 0.1  # length of free rows at a tied start, and of encoder rows; as in SAELens
 BETAS = 0.9, 0.999  # of Adam
 DORMANT = 200  # steps without firing, after which a feature's moments move it no more (cpu_kernels)
 # Of the controller that finds l1 for a target l0, per step; ours, LOG.md
@@ -144,10 +145,11 @@ class Schedule:
 
 
 def initial_autoencoder(
-    activation_dim: int, n_dict: int, seed: int, *, tied: bool = False
+    activation_dim: int, n_dict: int, seed: int, *, tied: bool = False, unit_rows: bool = True
 ) -> dict[str, Tensor]:
     """The start of June 2023: W_enc, b_enc as torch.nn.Linear, W_dec orthogonal, rows of length 1.
-    With `tied`: rows of W_dec uniform on the sphere, W_enc half its transpose, b_enc 0.
+    With `tied`: rows of W_dec uniform on the sphere, W_enc half its transpose, b_enc 0; rows that
+    are free start SHORT, and W_enc as the transpose.
 
     Drawn on the CPU in float32. Feature-major as in a Stack: W_enc is (n_dict, activation_dim),
     the transpose of what Ensemble.dictionary and the saved files have.
@@ -155,7 +157,9 @@ def initial_autoencoder(
     rng = torch.Generator().manual_seed(seed)
     if tied:
         W_dec = normalize(torch.randn(n_dict, activation_dim, generator=rng), dim=1)
-        return {"W_enc": TIED * W_dec, "b_enc": torch.zeros(n_dict), "W_dec": W_dec}
+        of_dec, of_enc = (1.0, TIED) if unit_rows else (SHORT, SHORT)
+        b_enc = torch.zeros(n_dict)
+        return {"W_enc": of_enc * W_dec, "b_enc": b_enc, "W_dec": of_dec * W_dec}
     bound = activation_dim**-0.5  # torch.nn.Linear: U(−1/√fan_in, 1/√fan_in) for weight and bias
     W_enc = torch.empty(n_dict, activation_dim).uniform_(-bound, bound, generator=rng)
     b_enc = torch.empty(n_dict).uniform_(-bound, bound, generator=rng)

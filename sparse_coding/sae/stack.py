@@ -472,14 +472,16 @@ def _stacked_starts(
 ) -> dict[str, Tensor]:
     """name -> (n_saes, ...)"""
     starts = [
-        initial_autoencoder(activation_dim, spec.n_dict, spec.seed, tied=spec.tied)
+        initial_autoencoder(
+            activation_dim, spec.n_dict, spec.seed, tied=spec.tied, unit_rows=spec.unit_rows
+        )
         for spec in specs
     ]
     stacked = {
         name: torch.stack([start[name] for start in starts]).to(device, dtype)
         for name in PARAMETERS
     }
-    if dtype == torch.float64:  # rows of length 1 in the precision at hand
+    if dtype == torch.float64 and specs[0].unit_rows:  # rows of length 1 in the precision at hand
         stacked["W_dec"] = normalize(stacked["W_dec"], dim=2)
     return stacked
 

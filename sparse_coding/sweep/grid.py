@@ -209,10 +209,11 @@ def specs_of(
     prefixes: tuple[float, ...] = (1.0,),
     own_lr: bool = True,
     x_scale: float = 1.0,
+    unit_rows: bool = True,
 ) -> list["SAESpec"]:
     """The cells as autoencoders of an ensemble, each with a start that its name determines.
 
-    tied, prefixes: see SAESpec
+    tied, prefixes, unit_rows: see SAESpec
     own_lr: whether each family has the learning rate that suits it, times the ensemble's
     x_scale: that gives x a mean square norm of 1, for families that need it
     """
@@ -238,6 +239,7 @@ def specs_of(
             arch=cell.arch,
             prefixes=prefixes,
             lr_factor=FAMILIES[cell.arch].lr if own_lr else 1.0,
+            unit_rows=unit_rows,
             x_scale=x_scale if FAMILIES[cell.arch].in_units else 1.0,
         )
         for cell in cells

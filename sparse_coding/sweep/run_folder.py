@@ -54,7 +54,7 @@ MACHINE = {"device_type", "precision", "stdlib_files"}
 RENAMED = {"learning_rate": "lr"}  # constants of older folders
 ADDED = {"arch": ["relu"], "target_l0": [], "prefixes": list(PREFIXES),
          "baseline": "none", "world": "42", "n_worlds": 1,
-         "n_eval_samples": 2560}  # since, as they were  # fmt: skip
+         "n_eval_samples": 2560, "decoder_rows": "unit"}  # since, as they were  # fmt: skip
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
 

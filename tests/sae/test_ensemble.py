@@ -297,3 +297,13 @@ def test_an_autoencoder_that_scales_x_is_that_of_scaled_x_in_units_of_x(arch):
     if arch == "jumprelu":
         own = SparseAutoencoder(**ours, metadata={})
         assert torch.allclose(own.encode(xs[0]).T, codes[0], atol=1e-5)
+
+
+def test_free_rows_start_short_with_their_transpose_as_encoder():
+    (free,) = Ensemble(
+        [SAESpec(16, 0.01, 1, tied=True, unit_rows=False)], 8, lr=1, device=CPU
+    ).stacks
+    (unit,) = Ensemble([SAESpec(16, 0.01, 1, tied=True)], 8, lr=1, device=CPU).stacks
+    assert torch.allclose(free.W_dec, 0.1 * unit.W_dec)
+    assert torch.equal(free.W_enc, free.W_dec)
+    assert torch.allclose(unit.W_enc, 0.5 * unit.W_dec)

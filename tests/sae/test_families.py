@@ -93,7 +93,7 @@ class Reference(nn.Module):
     def __init__(self, m: SAESpec, b_dec: Tensor | None):
         super().__init__()
         self.spec, self.family, self.weight = m, FAMILIES[m.arch], m.l1
-        start = initial_autoencoder(H, m.n_dict, m.seed, tied=m.tied)
+        start = initial_autoencoder(H, m.n_dict, m.seed, tied=m.tied, unit_rows=m.unit_rows)
         for name, tensor in start.items():
             setattr(self, name, nn.Parameter(tensor.double().clone()))
         self.b_dec = nn.Parameter(b_dec.clone()) if b_dec is not None else torch.zeros(H)
@@ -103,7 +103,8 @@ class Reference(nn.Module):
         self.smallest = self.smallest_of_first = None
         self.n_revived = 0
         self.rate = torch.zeros(m.n_dict, dtype=torch.float64)
-        self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
+        if m.unit_rows:
+            self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
     def normalise_(self) -> None:
