@@ -112,7 +112,7 @@ PRESETS = {
     "sparse_but_wrong": dict(SYNTH, data_law="correlated", arch=("batchtopk",), activation_dim=100,
                              n_true_features=50, target_l0=tuple(range(1, 26)), n_steps=3000,
                              lr=3e-4, dict_ratio_exp_low=0, dict_ratio_exp_high=1,
-                             n_eval_samples=100_000),
+                             n_eval_samples=20_000),
     "verify": dict(data_law="june2023", n_steps=5000, n_seeds=3),
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these
