@@ -9,8 +9,8 @@ and the samples.
     make .venv-peers/installed
     .venv-peers/bin/python benchmarks/world_referee.py --world world.npz --output referee.jsonl
 
-Nine minutes of a core for each of ten autoencoders of 1 024 features, by their first steps on a
-busy machine, two thirds of it for samples. A process takes one thread: run one for each core, each
+Nine minutes of a quiet core for each of ten autoencoders in a world of 1 024 features, two thirds
+of it for samples. A process takes one thread: run one for each core, each
 with its --arch. The same command leaves out what the output has already. Families of another L0
 for each coefficient (standard, jumprelu) are not here: SAELens has nothing that finds it.
 """
