@@ -29,7 +29,7 @@ from sparse_coding.sweep.grid import Cell, Families, Shard, check_grid, find_sha
 from sparse_coding.sweep.hardware import describe, pick_device, set_precision
 from sparse_coding.sweep.script import PlannedRun, RunOptions, plan_run, train_planned
 from sparse_coding.toy import replication
-from sparse_coding.toy.laws import OF_LAWS, WORLD, Law, data_of, require_used, worlds_of
+from sparse_coding.toy.laws import OF_LAWS, Law, data_of, require_used, worlds_of
 from sparse_coding.toy.recipe import ToyRecipe, evaluate_one
 
 DESCRIPTION = __doc__.split("\n\n")[0]
@@ -53,14 +53,13 @@ class Config:
     feature_prob_decay: float = 0.99  # λ: feature g is active in proportion to λ^g
     noise_std: float = 0.0  # standard deviation of noise added to every dimension of x
     # of the last three laws, whose seeds share worlds: the first one's seed, or an npz of one world
-    world: str = str(WORLD)
+    world: str = "42"
     n_worlds: int = 1  # worlds world, world + 1, ...
 
     # the grid: l1_alpha = 10^(e/4), dict_ratio = 2^e; high ends are exclusive
     arch: tuple[Arch, ...] = ("relu",)  # families, of sparse_coding/sae/families.py
-    target_l0: tuple[
-        int | float, ...
-    ] = ()  # for these; (): n_active, but of relu the grid of l1_alpha
+    # for these; (): n_active, but of relu the grid of l1_alpha
+    target_l0: tuple[int | float, ...] = ()
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
     decoder_rows: Literal["unit", "free"] = "unit"  # free: of any length; SAELens, dense, slow
     baseline: Literal["none", "frozen-decoder"] = "none"  # beside each: a random W_dec that stays

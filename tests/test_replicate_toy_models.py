@@ -47,7 +47,7 @@ from builders.toy_sweep import (
 from sparse_coding.sae.families import PREFIXES
 
 SCRIPT = ROOT / "replicate_toy_models.py"
-SMALL_MEMORY = ("--max-memory-gb", "0.0007")  # two or more groups of cells per seed
+SMALL_MEMORY = ("--max-memory-gb", "0.00073")  # two or more groups of cells per seed
 N_CALLS = N_STEPS // 20 * 2  # of it per seed, as records are 20 steps apart
 OF_TRUTH = "mcc,uniqueness,f1,precision,recall,explained_variance,shrinkage"
 AS_TRAINED = "fvu_trained,l0_trained,f1_trained,precision_trained,recall_trained,shrinkage_trained"

@@ -186,17 +186,14 @@ def test_sparse_but_wrong_has_its_figures(toy_server: Server, tmp_path: Path):
 
 @pytest.mark.long
 def test_the_benchmark_at_a_thousandth_of_its_samples(toy_server: Server, tmp_path: Path):
-    """195 steps of 4 096 latents. Of 100 steps that make features orthogonal, which take minutes,
-    the world has one."""
+    """195 steps of 4 096 latents of batchtopk; other families take minutes, and are tested in a
+    small world. Of 100 steps that make features orthogonal, which do so too, the world has one."""
     write_world(make_synth_world(16384, 768, 42, n_steps=1), tmp_path / "big.npz")
-    flags = "--preset synth16k --n-seeds 1 --n-steps 195 --n-eval-samples 1000 --log-every 65"
-    more = "--world big.npz --wandb-mode disabled --output-dir run"
+    flags = "--preset synth16k --arch batchtopk --n-seeds 1 --n-steps 195 --n-eval-samples 1000"
+    more = "--log-every 195 --world big.npz --wandb-mode disabled --output-dir run"
     done = toy_server.run(*flags.split(), *more.split(), cwd=tmp_path, patch=COARSE)
     assert done.code == 0, done.err
-    rows = {row["arch"]: row for row in table(tmp_path / "run")}
-    assert list(rows) == ["relu", "batchtopk", "jumprelu", "matryoshka", "matryoshka_refined"]
-    assert all(int(row["n_dict"]) == 4096 for row in rows.values())
-    assert float(rows["batchtopk"]["l0_trained"]) == 25
-    assert all(float(row["explained_variance"]) < 0.85 for row in rows.values())
-    assert float(rows["batchtopk"]["explained_variance"]) > 0.1
+    (row,) = table(tmp_path / "run")
+    assert (row["n_dict"], float(row["l0_trained"])) == ("4096", 25)
+    assert 0.1 < float(row["explained_variance"]) < 0.85
     assert "published" not in done.out  # their numbers are of a thousand times as many samples

@@ -211,9 +211,8 @@ def specs_of(
     x_scale: float = 1.0,
     unit_rows: bool = True,
 ) -> list["SAESpec"]:
-    """The cells as autoencoders of an ensemble, each with a start that its name determines.
+    """The cells as autoencoders of an ensemble (see SAESpec); its name determines a cell's start.
 
-    tied, prefixes, unit_rows: see SAESpec
     own_lr: whether each family has the learning rate that suits it, times the ensemble's
     x_scale: that gives x a mean square norm of 1, for families that need it
     """
@@ -223,11 +222,9 @@ def specs_of(
         of_sparsity = (cell.l1_exp, cell.target_l0) if tied else (cell.l1_exp,)
         return named_seed(cell.seed, "start", cell.n_dict, *of_sparsity)
 
-    def weight(cell: Cell) -> float:
-        """Of the penalty, at first."""
-        width = round(cell.n_dict / 2.0**cell.size_exp)
+    def weight(cell: Cell) -> float:  # of the penalty, at first
         given = cell.l1_alpha / l1_divisor(l1_normalisation, cell.n_dict)
-        return FAMILIES[cell.arch].first_weight(width) or given
+        return FAMILIES[cell.arch].first_weight(round(cell.n_dict / 2.0**cell.size_exp)) or given
 
     return [
         SAESpec(

@@ -36,7 +36,6 @@ OF_POST = ("n_active", "feature_prob_decay", "noise_std")  # flags that only its
 OF_OTHERS = ("world", "n_worlds")
 # flags of all laws
 OF_LAWS = ("activation_dim", "n_true_features", "batch_size", "world", *OF_POST)
-WORLD = 42  # seed of the first world of laws that have worlds of their own; the benchmark's
 N_PROJECTION = 18  # the middle of those that Sparse but Wrong shows; 11 features are on
 N_FOR_SCALE, SCALE_BATCH = (
     10,

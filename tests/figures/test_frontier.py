@@ -151,7 +151,11 @@ def test_there_is_one_line_per_size_named_by_it_and_brighter_the_larger():
 
 def test_the_figure_says_what_its_axes_mean_and_which_ablation_was_used():
     seen = "\n".join(texts(draw(ROWS, CE)))
-    wanted = ("l0: active features per token (log scale)", "ce_zero − ce_spliced", "ablation: zero")
+    wanted = (
+        "l0: active features on average (log scale)",
+        "ce_zero − ce_spliced",
+        "ablation: zero",
+    )
     wanted += (L1_NOTE, "mean of 1 to 2 seeds; bars: standard deviation")
     wanted += ("2.80 (ce_clean), +1.50 (ce_zero), +0.90 (ce_mean)",)
     assert [text for text in wanted if text not in seen] == []
