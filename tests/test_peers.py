@@ -224,7 +224,9 @@ def assert_same_metrics(
         found = fvu_and_l0(codes, decode(codes), x)
     assert 0 < expected[0] < 1
     assert 1 < expected[1] < N_DICT / 2
-    assert found == pytest.approx(expected, rel=0, abs=1e-4)
+    assert found[0] == pytest.approx(expected[0], rel=0, abs=1e-4)
+    # two codes of 2 000 samples: rounding decides on those at a threshold
+    assert found[1] == pytest.approx(expected[1], rel=0, abs=2 / 2000)
 
 
 def test_a_family_is_what_it_was_trained_to_be(trained):
