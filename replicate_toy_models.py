@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from sparse_coding.config import parse_flags, pick, require, require_flag, run_as_script
-from sparse_coding.sae.families import PREFIXES, Arch
+from sparse_coding.sae.families import PREFIXES, Arch, Rows
 from sparse_coding.sae.saelens import saved_flags
 from sparse_coding.sae.saved import load_sae
 from sparse_coding.sweep.grid import Cell, Families, Shard, check_grid, find_shard, make_grid
@@ -61,7 +61,8 @@ class Config:
     # for these; (): n_active, but of relu the grid of l1_alpha
     target_l0: tuple[int | float, ...] = ()
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
-    decoder_rows: Literal["unit", "free"] = "unit"  # free: of any length; SAELens, dense, slow
+    # free: of any length, dense, slow (SAELens now); raw: and codes count as they are (before 6.12)
+    decoder_rows: Rows = "unit"
     baseline: Literal["none", "frozen-decoder"] = "none"  # beside each: a random W_dec that stays
     l1_exp_low: int = -8  # lowest e of l1_alpha = 10^(e/4): from 0.01
     l1_exp_high: int = 9  # end of e, exclusive: to 10^(8/4) = 100
@@ -109,9 +110,9 @@ PRESETS = {
     "synth1k": dict(SYNTH, activation_dim=96, n_true_features=1024, target_l0=(5.5,), n_steps=4882,
                     n_eval_samples=100_000),
     "sparse_but_wrong": dict(SYNTH, data_law="correlated", arch=("batchtopk",), activation_dim=100,
-                             n_true_features=50, target_l0=tuple(range(1, 26)), n_steps=3000,
-                             lr=3e-4, dict_ratio_exp_low=0, dict_ratio_exp_high=1,
-                             n_eval_samples=20_000),
+                             n_true_features=50, target_l0=tuple(range(1, 26)), n_steps=8000,
+                             batch_size=256, lr=6e-4, decoder_rows="raw", dict_ratio_exp_low=0,
+                             dict_ratio_exp_high=1, n_eval_samples=20_000),
     "verify": dict(data_law="june2023", n_steps=5000, n_seeds=3),
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these

@@ -10,7 +10,7 @@ engine is replaced. What is the same by a setting is set so here:
 - dictionary_learning raises its learning rate from 0 at the first step, ours from the first stride:
   without a warm-up they agree; its decoders start from rows of length 1 and its b_dec at the
   geometric median of the first batch, which is given to ours
-- SAELens leaves the lengths of W_dec's rows free, as ours does with unit_rows=False. Also, they are
+- SAELens leaves the lengths of W_dec's rows free, as ours does with rows="free". Also, they are
   kept at 1, by hooks on its own trainer that do what dictionary_learning does: the part of the
   gradient along a row is removed, and rows are normalised after the step. All that its formulas
   have of lengths then cancels out
@@ -113,7 +113,13 @@ def ours(
     """
     k = k if FAMILIES[arch].has_k else 0
     spec = SAESpec(
-        N_DICT, l1 * scale / H, 0, tied=True, target_l0=k, arch=arch, unit_rows=unit_rows
+        N_DICT,
+        l1 * scale / H,
+        0,
+        tied=True,
+        target_l0=k,
+        arch=arch,
+        rows="unit" if unit_rows else "free",
     )
     ensemble = Ensemble(
         [spec],

@@ -54,7 +54,7 @@ class Ensemble:
         self.specs, self.schedule, self.n_steps_done = specs, schedule, 0
         self.scratch = Scratch(device, dtype)
         archs = list(FAMILIES)
-        kinds = [(spec.n_dict, archs.index(spec.arch), not spec.unit_rows) for spec in specs]
+        kinds = [(spec.n_dict, archs.index(spec.arch), spec.rows) for spec in specs]
         order = sorted(range(len(specs)), key=kinds.__getitem__)  # stable
         self.stacks: list[Stack] = []
         self.place: dict[int, tuple[int, int]] = {}  # of each spec: (stack, position in it)
@@ -99,18 +99,19 @@ class Ensemble:
         s, k = self.place[i]
         stack = self.stacks[s]
         W_enc, b_enc, W_dec = (stack.parameters[name][k].cpu() for name in PARAMETERS)
-        length = torch.ones((), dtype=W_dec.dtype)
+        length = torch.ones_like(b_enc)
         if not stack.unit_rows:
             length = W_dec.norm(dim=1)
             W_enc, b_enc = W_enc * length[:, None], b_enc * length
             W_dec = W_dec / length[:, None]
+        of_code = torch.ones_like(length) if stack.weighed else length  # of those compared
         zero = torch.zeros(self.activation_dim, dtype=W_dec.dtype)
         b_dec = zero if stack.b_dec is None else stack.b_dec[k].cpu()
         saved = {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
         if stack.family.selection == "batchtopk":
-            saved["threshold"] = stack.smallest[k].cpu().repeat(stack.n_dict)
+            saved["threshold"] = stack.smallest[k].cpu() * of_code
         if stack.family.refined:
-            saved["first_threshold"] = stack.smallest_of_first[k].cpu().repeat(stack.n_dict)
+            saved["first_threshold"] = stack.smallest_of_first[k].cpu() * of_code
         if stack.threshold is not None:
             saved["threshold"] = stack.threshold[k].cpu() * length
         return unscaled(saved, stack.x_scale)
@@ -183,9 +184,9 @@ def _engines(stacks: list[Stack]) -> list[CpuEngine | gpu.GpuEngine | DenseEngin
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
     if dtype != torch.float32:
         return [DenseEngine(stacks)]
-    fast = [stack for stack in stacks if stack.unit_rows]
+    fast = [stack for stack in stacks if not stack.weighed]
     if on == "cuda":
-        fast = [stack for stack in fast if stack.family == FAMILIES["relu"]]
+        fast = [stack for stack in fast if stack.unit_rows and stack.family == FAMILIES["relu"]]
     if fast and on == "cpu" and has_kernels() and kernels_compile():
         engine = CpuEngine(fast, n_threads=torch.get_num_threads())
     elif fast and on == "cuda" and gpu.has_triton():

@@ -14,6 +14,7 @@ Arch = Literal[
     "relu", "p_anneal", "topk", "batchtopk", "jumprelu", "jumprelu_tanh", "matryoshka",
     "matryoshka_refined",
 ]  # fmt: skip
+Rows = Literal["unit", "free", "raw"]  # of W_dec: of length 1, or of any, see stack.py
 Selection = Literal["relu", "jump", "topk", "batchtopk"]
 Penalty = Literal["none", "l1", "lp", "l0_step", "l0_tanh"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sparse_coding.sae.families import FAMILIES, K_FALL, K_START, PREFIXES
+from sparse_coding.sae.families import FAMILIES, K_FALL, K_START, PREFIXES, Rows
 
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
 SHORT = 0.1  # length of free rows at a tied start, and of encoder rows; as in SAELens
@@ -34,7 +34,7 @@ class SAESpec:
         l0, and 0 means that l1 stays
     arch: its family, a name in FAMILIES
     prefixes: of nested ones, shares of n_dict, ascending to 1
-    unit_rows: rows of W_dec keep length 1; else they are free, see stack.py
+    rows: of W_dec: unit: of length 1; free or raw: of any, see stack.py
     lr_factor: of the ensemble's learning rate; the same for all of one family
     x_scale: it trains on x times this, and so are its parameters; what it is asked for and what it
         gives are in units of x. The same for all of one family
@@ -47,7 +47,7 @@ class SAESpec:
     target_l0: float = 0.0
     arch: str = "relu"
     prefixes: tuple[float, ...] = PREFIXES
-    unit_rows: bool = True
+    rows: Rows = "unit"
     lr_factor: float = 1.0
     x_scale: float = 1.0
 
@@ -71,6 +71,7 @@ class StepNumbers(NamedTuple):
     l1_factor: float
     seeks_l0: float  # 0 or 1
     project: float  # 0 or 1
+    unit_rows: float  # 0 or 1
     p: float  # of p-annealing
     p_before: float  # that of the step before
     k_factor: float  # times k, of refined families
@@ -165,3 +166,21 @@ def initial_autoencoder(
     b_enc = torch.empty(n_dict).uniform_(-bound, bound, generator=rng)
     W_dec = torch.nn.init.orthogonal_(torch.empty(n_dict, activation_dim), generator=rng)
     return {"W_enc": W_enc, "b_enc": b_enc, "W_dec": normalize(W_dec, dim=1)}
+
+
+def stacked_starts(
+    specs: list[SAESpec], activation_dim: int, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Those of several of one kind: name -> (n_saes, ...)."""
+    starts = [
+        initial_autoencoder(
+            activation_dim, spec.n_dict, spec.seed, tied=spec.tied, unit_rows=spec.rows == "unit"
+        )
+        for spec in specs
+    ]
+    stacked = {
+        name: torch.stack([start[name] for start in starts]).to(device, dtype) for name in starts[0]
+    }
+    if dtype == torch.float64 and specs[0].rows == "unit":  # length 1 in the precision at hand
+        stacked["W_dec"] = normalize(stacked["W_dec"], dim=2)
+    return stacked

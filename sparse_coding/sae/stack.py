@@ -39,7 +39,7 @@ reconstruct e = x − x_hat, which is given: AUX · mean of (e − aux W_dec)².
 Free rows (an option, as in SAELens): a row of length n counts as one of length 1 whose code is
 n · code, which is what selections of a k compare and what penalties but l0_step see; thresholds
 compare pre itself. So with φ = l1/batch · penalty′(n · codes), δ gains n · φ, and the gradient of a
-row gains Σ over batch of φ · codes, along the row.
+row gains Σ over batch of φ · codes, along the row. Raw rows, of any length too, count as they are.
 
 p-annealing: whenever p falls, l1 changes so that l1 · Σ codes^p of the batch at hand does not
 (Karvonen et al. use the mean of the last ten batches, and ten falls).
@@ -83,7 +83,7 @@ from sparse_coding.sae.spec import (
     L0_GAIN,
     Factors,
     SAESpec,
-    initial_autoencoder,
+    stacked_starts,
 )
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec")  # and b_dec, where it is trained, and threshold
@@ -128,7 +128,7 @@ class Stack:
         self.bands = bands(self.n_dict, specs[0].prefixes if self.family.nested else (1.0,))
         to = {"device": scratch.device, "dtype": scratch.dtype}
         shape = (len(specs), self.n_dict)
-        stacked = _stacked_starts(specs, activation_dim, **to)
+        stacked = stacked_starts(specs, activation_dim, **to)
         if b_dec is not None:
             stacked["b_dec"] = b_dec.to(**to).repeat(len(specs), 1) * self.x_scale  # (n_saes, h)
         if self.family.selection == "jump":
@@ -161,7 +161,12 @@ class Stack:
     @property
     def unit_rows(self) -> bool:
         """Whether rows of W_dec keep length 1."""
-        return self.specs[0].unit_rows
+        return self.specs[0].rows == "unit"
+
+    @property
+    def weighed(self) -> bool:
+        """Whether codes count times the length of their row."""
+        return self.specs[0].rows == "free"
 
     @property
     def x_scale(self) -> float:
@@ -218,7 +223,7 @@ class Stack:
 
     def _of_unit_row(self, i: int, codes: Tensor) -> Tensor:
         """Codes (n_dict, batch) of autoencoder i if its rows of W_dec had length 1."""
-        return codes if self.unit_rows else codes * self.W_dec[i].norm(dim=1, keepdim=True)
+        return codes * self.W_dec[i].norm(dim=1, keepdim=True) if self.weighed else codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """x_hat (n_saes, batch, activation_dim); scratch."""
@@ -323,7 +328,7 @@ class Stack:
         n_saes, n_dict, batch = codes.shape
         self.W_dec.grad = self.scratch("W_dec.grad", *self.W_dec.shape)
         delta = self.scratch("delta", n_saes, n_dict, batch)
-        plain = l1 / batch * (self.family.penalty == "l1" and self.unit_rows)
+        plain = l1 / batch * (self.family.penalty == "l1" and not self.weighed)
         if self.family.refined:
             self.W_dec.grad.zero_()
             delta.zero_()
@@ -335,7 +340,7 @@ class Stack:
             torch.bmm(codes[:, first:end], g, out=self.W_dec.grad[:, first:end])
             W_dec = self.W_dec[:, first:end]
             torch.baddbmm(plain, W_dec, g.transpose(1, 2), out=delta[:, first:end])
-        if not self.unit_rows:
+        if self.weighed:
             self._add_penalty_of_free_rows_(codes, delta, l1, p)
         elif self.family.penalty in ("lp", "l0_tanh"):
             delta += self._penalty_slope(codes, l1 / batch, p)
@@ -465,25 +470,6 @@ def _tilted(g: Tensor) -> Tensor:
     error = g.square().sum(dim=2)
     share = torch.softmax(TILT * error / error.mean(dim=1, keepdim=True), dim=1)
     return g * (share * g.shape[1]).unsqueeze(2)
-
-
-def _stacked_starts(
-    specs: list[SAESpec], activation_dim: int, *, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """name -> (n_saes, ...)"""
-    starts = [
-        initial_autoencoder(
-            activation_dim, spec.n_dict, spec.seed, tied=spec.tied, unit_rows=spec.unit_rows
-        )
-        for spec in specs
-    ]
-    stacked = {
-        name: torch.stack([start[name] for start in starts]).to(device, dtype)
-        for name in PARAMETERS
-    }
-    if dtype == torch.float64 and specs[0].unit_rows:  # rows of length 1 in the precision at hand
-        stacked["W_dec"] = normalize(stacked["W_dec"], dim=2)
-    return stacked
 
 
 def _adam_in_place(parameters: Iterable[Tensor], *, lr: float, eps: float) -> torch.optim.Adam:

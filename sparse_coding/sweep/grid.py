@@ -209,7 +209,7 @@ def specs_of(
     prefixes: tuple[float, ...] = (1.0,),
     own_lr: bool = True,
     x_scale: float = 1.0,
-    unit_rows: bool = True,
+    rows: str = "unit",
 ) -> list["SAESpec"]:
     """The cells as autoencoders of an ensemble (see SAESpec); its name determines a cell's start.
 
@@ -236,7 +236,7 @@ def specs_of(
             arch=cell.arch,
             prefixes=prefixes,
             lr_factor=FAMILIES[cell.arch].lr if own_lr else 1.0,
-            unit_rows=unit_rows,
+            rows=rows,
             x_scale=x_scale if FAMILIES[cell.arch].in_units else 1.0,
         )
         for cell in cells

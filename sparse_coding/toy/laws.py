@@ -25,6 +25,7 @@ from sparse_coding.config import (
     require_flag,
 )
 from sparse_coding.files import Damaged, cache_folder
+from sparse_coding.sae.families import FAMILIES
 from sparse_coding.sweep.grid import Cell
 from sparse_coding.toy import synth_world
 from sparse_coding.toy.data import LAWS, ToyData, WorldFile
@@ -267,6 +268,12 @@ def require_used(config: object, argv: list[str]) -> None:
     for name in sorted(given_flags(argv) & set(unused)):
         laws = "synth, synth_v1, correlated" if of_the_post else ", ".join(LAWS)
         raise UserError(f"--{name.replace('_', '-')} is for --data-law {laws}: drop it")
+    penalised = [name for name in config.arch if not FAMILIES[name].has_k]
+    require(
+        config.decoder_rows != "raw" or not penalised,
+        f"--decoder-rows raw with --arch {' '.join(penalised)}: long rows make its penalty cost "
+        "nothing; raw is for topk, batchtopk, matryoshka and matryoshka_refined",
+    )
     require_flag(config, "n_worlds", 1 <= config.n_worlds <= 1000, "between 1 and 1000")
     one = config.n_worlds == 1 or config.world.isdecimal()
     require(one, f"--n-worlds {config.n_worlds} with --world {config.world}: a file has one world")

@@ -46,7 +46,7 @@ class ToyRecipe:
     n_steps: of batch_size vectors each
     prefixes: of nested families, see SAESpec
     n_eval_samples: fresh ones on which an autoencoder is evaluated, in whole batches
-    decoder_rows: unit: of length 1; free: of any, and penalties weigh codes by them
+    decoder_rows: unit: of length 1; free, raw: of any, see sparse_coding/sae/stack.py
 
     Under the post's laws autoencoders are those of the post: they start as torch.nn.Linear, b_dec
     stays 0, and each family has its own learning rate. Under others W_enc starts tied to W_dec,
@@ -90,7 +90,7 @@ class ToyRecipe:
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one world with the stream they train on and their evaluation."""
         world, seed = self.data.world_of(group[0]), group[0].seed
-        of_the_post, unit_rows = self.of_the_post, self.decoder_rows == "unit"
+        of_the_post = self.of_the_post
         of_world = partial(self.data.stream, world, device=self.device)
         batches, evaluation = named_seed(seed, "batches"), named_seed(seed, "evaluation")
         stream = of_world(batch_size=self.data.batch_size, batch_seed=batches)
@@ -102,13 +102,13 @@ class ToyRecipe:
                 prefixes=self.prefixes,
                 own_lr=of_the_post,
                 x_scale=self.data.scale(world),
-                unit_rows=unit_rows,
+                rows=self.decoder_rows,
             ),
             self.width,
             lr=self.lr,
             device=self.device,
             b_dec=None if of_the_post else torch.zeros(self.width),
-            project=unit_rows and not of_the_post,
+            project=not of_the_post,
             schedule=self.schedule,
         )
 

@@ -300,9 +300,7 @@ def test_an_autoencoder_that_scales_x_is_that_of_scaled_x_in_units_of_x(arch):
 
 
 def test_free_rows_start_short_with_their_transpose_as_encoder():
-    (free,) = Ensemble(
-        [SAESpec(16, 0.01, 1, tied=True, unit_rows=False)], 8, lr=1, device=CPU
-    ).stacks
+    (free,) = Ensemble([SAESpec(16, 0.01, 1, tied=True, rows="free")], 8, lr=1, device=CPU).stacks
     (unit,) = Ensemble([SAESpec(16, 0.01, 1, tied=True)], 8, lr=1, device=CPU).stacks
     assert torch.allclose(free.W_dec, 0.1 * unit.W_dec)
     assert torch.equal(free.W_enc, free.W_dec)

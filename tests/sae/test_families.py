@@ -93,7 +93,7 @@ class Reference(nn.Module):
     def __init__(self, m: SAESpec, b_dec: Tensor | None):
         super().__init__()
         self.spec, self.family, self.weight = m, FAMILIES[m.arch], m.l1
-        start = initial_autoencoder(H, m.n_dict, m.seed, tied=m.tied, unit_rows=m.unit_rows)
+        start = initial_autoencoder(H, m.n_dict, m.seed, tied=m.tied, unit_rows=m.rows == "unit")
         for name, tensor in start.items():
             setattr(self, name, nn.Parameter(tensor.double().clone()))
         self.b_dec = nn.Parameter(b_dec.clone()) if b_dec is not None else torch.zeros(H)
@@ -103,19 +103,20 @@ class Reference(nn.Module):
         self.smallest = self.smallest_of_first = None
         self.n_revived = 0
         self.rate = torch.zeros(m.n_dict, dtype=torch.float64)
-        if m.unit_rows:
+        if m.rows == "unit":
             self.W_dec.data /= self.W_dec.data.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
     def normalise_(self) -> None:
-        if self.spec.unit_rows:
+        if self.spec.rows == "unit":
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
         if self.family.selection == "jump":
             self.threshold.clamp_(min=0)
 
     @property
     def lengths(self) -> Tensor | float:
-        return 1.0 if self.spec.unit_rows else self.W_dec.norm(dim=1)  # has a gradient
+        """By which codes count; has a gradient."""
+        return self.W_dec.norm(dim=1) if self.spec.rows == "free" else 1.0
 
     def codes(self, pre: Tensor, step: int) -> Tensor:
         kind, k = self.family.selection, self.spec.target_l0
@@ -220,7 +221,7 @@ def train_reference(m: SAESpec, xs: list[Tensor], b_dec: Tensor | None) -> Refer
         adam.param_groups[0]["lr"] = LR * min(1, (step + 1) / 6) * min(1, (200 - step) / 40)
         adam.zero_grad()
         sae.backward(x, step)
-        if b_dec is not None and m.unit_rows:
+        if b_dec is not None and m.rows == "unit":
             sae.project_()
         if sae.family.frozen:
             sae.W_dec.grad.zero_()
@@ -248,31 +249,34 @@ def test_a_combination_without_gradients_is_refused(choices):
 
 
 @pytest.mark.parametrize(
-    ("arch", "n_dict", "unit_rows"),
-    [(arch, n_dict, True) for arch in OTHERS for n_dict in (40, 96)]
-    + [(arch, 40, False) for arch in TRAINED],
+    ("arch", "n_dict", "rows"),
+    [(arch, n_dict, "unit") for arch in OTHERS for n_dict in (40, 96)]
+    + [(arch, 40, "free") for arch in TRAINED]
+    + [(arch, 40, "raw") for arch in ("topk", "batchtopk", "matryoshka", "matryoshka_refined")],
 )
-def test_a_family_equals_plain_autograd_after_200_steps(arch, n_dict, unit_rows):
+def test_a_family_equals_plain_autograd_after_200_steps(arch, n_dict, rows):
     xs = batches()
     b_dec = torch.cat(xs).mean(dim=0)
-    specs = [replace(spec(arch, n_dict, seed), unit_rows=unit_rows) for seed in (0, 1)]
+    specs = [replace(spec(arch, n_dict, seed), rows=rows) for seed in (0, 1)]
     ensemble = trained(specs, xs, b_dec=b_dec, project=True)
     for i, m in enumerate(specs):
         sae = train_reference(m, xs, b_dec)
         found = ensemble.dictionary(i)
-        n = sae.lengths
+        n = 1.0 if rows == "unit" else sae.W_dec.norm(dim=1)
+        of_code = n if rows == "raw" else 1.0  # thresholds compare codes
         expected = {"W_enc": sae.W_enc.T * n, "b_enc": sae.b_enc * n, "W_dec": (sae.W_dec.T / n).T}
         expected["b_dec"] = sae.b_dec
-        if not unit_rows:
-            assert (sae.lengths - 1).abs().max() > 0.1
+        if rows != "unit":
+            assert (n - 1).abs().max() > 0.1
         if FAMILIES[arch].selection == "jump":
             expected["threshold"] = sae.threshold * n
             assert sae.threshold.std() > 0  # it has learnt
         if FAMILIES[arch].selection == "batchtopk":
-            expected["threshold"] = torch.full((n_dict,), sae.smallest, dtype=torch.float64)
+            smallest = torch.full((n_dict,), sae.smallest, dtype=torch.float64)
+            expected["threshold"] = smallest * of_code
         if FAMILIES[arch].refined:
             first = torch.full((n_dict,), sae.smallest_of_first, dtype=torch.float64)
-            expected["first_threshold"] = first
+            expected["first_threshold"] = first * of_code
         assert found.keys() == expected.keys()
         for name, parameter in expected.items():
             assert distance(found[name], parameter.detach()) < 1e-9, name
@@ -348,15 +352,15 @@ def test_all_families_in_one_ensemble_have_the_bits_that_they_have_alone(dtype):
 
 def test_free_rows_train_beside_rows_of_length_one():
     """In float32, where relu has kernels, which know rows of length 1 only."""
-    specs = [replace(spec("relu", 48), unit_rows=unit_rows) for unit_rows in (False, True)]
+    specs = [replace(spec("relu", 48), rows=rows) for rows in ("free", "unit")]
     xs = batches(60, dtype=torch.float32)
     together = trained(specs, xs)
-    assert [stack.unit_rows for stack in together.stacks] == [True, False]
+    assert [stack.unit_rows for stack in together.stacks] == [False, True]
     for i, one in enumerate(specs):
         alone = trained([one], xs)
         for name, tensor in together.dictionary(i).items():
             assert torch.equal(tensor, alone.dictionary(0)[name]), name
-    rows = together.stacks[1].W_dec[0]
+    rows = together.stacks[0].W_dec[0]
     assert (rows.norm(dim=1) - 1).abs().max() > 0.01
     assert torch.allclose(together.dictionary(0)["W_dec"].norm(dim=1), torch.ones(48))
 

@@ -33,6 +33,7 @@ def flags(**changes) -> SimpleNamespace:
     known = dict(
         data_law="synth", activation_dim=12, n_true_features=100, batch_size=64, world="42",
         n_worlds=1, n_active=3.0, feature_prob_decay=0.9, noise_std=0.0, seed=5,
+        arch=("batchtopk",), decoder_rows="unit",
     )  # fmt: skip
     return SimpleNamespace(**known | changes)
 
@@ -142,6 +143,7 @@ def test_constants_name_their_law_and_its_worlds():
         ({"data_law": "june2023"}, ["--n-worlds", "2"], "--n-worlds is for"),
         ({}, ["--n-active", "3"], "--n-active is for --data-law post, june2023"),
         ({}, ["--noise-std=1"], "--noise-std is for"),
+        ({"decoder_rows": "raw", "arch": ("topk", "relu")}, [], "raw with --arch relu: long"),
         ({"n_worlds": 0}, [], "--n-worlds 0 must be between"),
         ({"n_worlds": 2, "world": "w.npz"}, [], "a file has one world"),
     ],

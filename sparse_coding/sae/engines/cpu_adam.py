@@ -13,7 +13,7 @@ import numpy as np
 from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, kernel, scale_
 from sparse_coding.sae.spec import BETAS, DORMANT, PLACE
 
-RATE, ROOT, EPS, PROJECT = PLACE.rate, PLACE.root, PLACE.eps, PLACE.project
+RATE, ROOT, EPS, PROJECT, UNIT = (*PLACE[:3], PLACE.project, PLACE.unit_rows)
 BETA1, BETA2 = BETAS
 
 
@@ -51,7 +51,8 @@ def rest(sae, f, numbers):
     adam_without_gradient_(sae.W_enc[f], sae.W_enc_m[f], sae.W_enc_v[f], numbers)
     if not sae.frozen:
         adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
-        scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
+        if numbers[UNIT]:
+            scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
 
 
 @kernel
@@ -97,4 +98,5 @@ def fired(sae, f, d_biases, d_enc, d_dec, off, numbers):
     adam_(W_enc, sae.W_enc_m[f], sae.W_enc_v[f], d_enc, numbers)
     if not sae.frozen:
         adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
-        scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
+        if numbers[UNIT]:
+            scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))

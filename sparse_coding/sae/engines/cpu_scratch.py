@@ -274,8 +274,9 @@ def step_numbers(stack: Stack, n_done: int, factors: list[Factors]) -> np.ndarra
             eps=stack.adam.param_groups[0]["eps"],
             l1_factor=f.l1,
             seeks_l0=f.seek_l0,
-            project=stack.project,
+            project=stack.project and stack.unit_rows,
             p=f.p,
+            unit_rows=stack.unit_rows,
             p_before=f.p_before,
             k_factor=f.k if stack.family.refined else 1.0,
         )

@@ -39,10 +39,10 @@ def batches(n: int, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (amounts @ directions).to(dtype)
 
 
-def spec(arch: str, n_dict: int, seed: int = 0) -> SAESpec:
+def spec(arch: str, n_dict: int, seed: int = 0, rows: str = "unit") -> SAESpec:
     l1 = {"l1": 2e-3, "lp": 2e-3, "l0_step": 1e-4, "l0_tanh": 3e-4, "none": 0.0}
     weight = l1[FAMILIES[arch].penalty]
-    return SAESpec(n_dict, weight, seed, tied=True, target_l0=4.3 + seed, arch=arch)
+    return SAESpec(n_dict, weight, seed, tied=True, target_l0=4.3 + seed, arch=arch, rows=rows)
 
 
 def build(
@@ -75,15 +75,18 @@ def same_bits(a: Ensemble, b: Ensemble) -> bool:
     return all(torch.equal(tensor, others[name]) for name, tensor in a.state().items())
 
 
-@pytest.mark.parametrize("n_dict", [40, 300])
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_parameters_and_counts_equal_dense_training_in_float64(arch, n_dict):
+@pytest.mark.parametrize(
+    ("arch", "n_dict", "rows"),
+    [(arch, n_dict, "unit") for arch in FAMILIES for n_dict in (40, 300)]
+    + [(arch, 40, "raw") for arch in WITH_K],
+)
+def test_parameters_and_counts_equal_dense_training_in_float64(arch, n_dict, rows):
     """Where a pre-activation is at 0, or at a threshold or the edge of its window, but for
     rounding, runs part: dense ones in float32 too, as far as these. So after 20 steps only the
     families with a k are held closely, others by the median over parameters, and those with
     thresholds to step 60."""
     xs, family = batches(200, 75), FAMILIES[arch]
-    specs = [spec(arch, n_dict, seed) for seed in (0, 1)]
+    specs = [spec(arch, n_dict, seed, rows) for seed in (0, 1)]
     expected = build(specs, density=None, dtype=torch.float64)
     ours = {d: build(specs, density=d) for d in (ALWAYS, NEVER, cpu.DENSITY)}
     for end, most in ((1, 1e-6), (20, 1e-5), (60, 1e-5), (200, 1e-4)):
