@@ -155,10 +155,10 @@ class DetectionSums:
     def add(self, x: Tensor, x_hat: Tensor, codes: Tensor, truth: Tensor) -> None:
         """x, x_hat (batch, activation_dim), codes (batch, n_dict), truth (batch, n_features): what
         is on, bool."""
-        on, true = codes != 0, truth[:, self.nearest]
-        self.on += on.sum(dim=0)
-        self.true += true.sum(dim=0)
-        self.both += (on & true).sum(dim=0)
+        # a row for each latent: rows are fetched and summed several times as fast as columns
+        on, true = codes.T.bool().contiguous(), truth.T[self.nearest]
+        for count, where in ((self.on, on), (self.true, true), (self.both, on & true)):
+            count += where.sum(dim=1, dtype=torch.int32)
         length, of_x_hat = x.double().norm(dim=1), x_hat.double().norm(dim=1)
         self.ratio += torch.where(length > 0, of_x_hat / length, 0).sum()
         self.n_samples += (length > 0).sum()
@@ -201,7 +201,7 @@ class ReconstructionSums:
             # one by one: copies in float64 of one autoencoder at a time
             self.squared_error[i] += (own_x_hat - x).double().square().sum(dim=1).sum(dim=0)
             self.code_sum[i] += own_codes.sum(dim=1, dtype=torch.float64).sum(dim=0)
-            self.n_fired[i] += (own_codes > 0).sum(dim=1)
+            self.n_fired[i] += (own_codes > 0).sum(dim=1, dtype=torch.int32)  # 4 times as fast
         self.x_sum += x.double().sum(dim=0)
         self.x_squared += x.double().square().sum()
 

@@ -4,13 +4,13 @@
 between two of its entries, which is when Φ is evaluated: the result is the same.
 
 **Rare features are skipped over.** Of a group of features without a parent no Φ is larger than that
-of the largest z; gaps between candidates at that rate are geometric, and a candidate is kept in
+of the largest z. Candidates at that rate are found by one exponential number for each: hazards,
+−log(1 − rate) of each feature, are passed until their sum exceeds it. A candidate is kept in
 proportion to its own Φ (thinning: Lewis, Shedler 1979, https://doi.org/10.1002/nav.3800260304).
-The largest z is found among integers that are ordered as the floats of the same bits: on such the
-compiler uses vectors.
 
 Random numbers: SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195), each
-sample from a state of its own; normals by Box and Muller (1958).
+sample from a state of its own; normals by a ziggurat (Marsaglia, Tsang 2000,
+https://doi.org/10.18637/jss.v005.i08) whose layer and place in it come from different bits.
 """
 
 import math
@@ -20,56 +20,71 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy import ndarray
+from torch.nn.functional import pad
 
 from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, gemm, kernel, sum_rows_
 from sparse_coding.toy.synth_world import SynthWorld
 
 BLOCK = 32  # samples, whose z are one GEMM
 GROUP, ALIKE = 64, 4.0  # features that are skipped over together: at most, and p within this factor
-DIRECT = 0.2  # above this bound each of a group is drawn
+LANES = 32  # rows of loadings are filled up to a multiple of: dot() is fast on whole vectors
 SPAN, STEPS = 8, 64  # of the table: from -SPAN to SPAN
 GOLDEN, MIX1, MIX2 = (
     np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
-TWO_PI = 2 * math.pi
 UNIT = 2.0**-53
+LAYERS, TAIL = 256, 3.6541528853610088  # of the ziggurat; where its lowest layer ends
+
+
+def ziggurat() -> tuple[ndarray, ndarray]:
+    """(widths, heights) of LAYERS layers of equal area under exp(−x²/2), from the lowest up, then
+    (0, 1), the top. The lowest one includes the tail, and its width is what a rectangle of its area
+    would have."""
+    height = math.exp(-0.5 * TAIL**2)
+    area = TAIL * height + math.sqrt(math.pi / 2) * math.erfc(TAIL * math.sqrt(0.5))
+    widths, heights = [area / height, TAIL], [0.0, height]
+    while len(widths) < LAYERS:
+        heights.append(heights[-1] + area / widths[-1])
+        widths.append(math.sqrt(-2 * math.log(heights[-1])))
+    return np.array([*widths, 0.0]), np.array([*heights, 1.0])
+
+
+WIDTHS, HEIGHTS = ziggurat()
 
 
 class KernelWorld(NamedTuple):
-    """A SynthWorld as the kernels take it; z of a feature is its loadings · ε, of which the last
-    one, −1, meets its threshold. All are over the diagonal."""
+    """A SynthWorld as the kernels take it; z of a feature is its loadings · ε, of which one, −1,
+    meets its threshold; zeros follow. All are over the diagonal."""
 
     features: ndarray  # (n, h)
     bias: ndarray  # (h,)
     top: ndarray  # (n_tops,) int64: features without a parent
     group: ndarray  # (n_groups + 1,) int64: into top, where groups begin
-    top_loadings: ndarray  # (n_tops, rank + 1)
-    loadings: ndarray  # (n, rank + 1)
+    top_loadings: ndarray  # (n_tops, columns)
+    loadings: ndarray  # (n, columns)
     mean: ndarray  # (n,)
     std: ndarray  # (n,)
     first_child: ndarray  # (n + 1,) int64: into children
     children: ndarray  # (n_children,) int64
     table: ndarray  # (2 · SPAN · STEPS + 2,) float64: Φ
-    rate: ndarray  # the same: 1 / log(1 − Φ)
-    none: ndarray  # the same: (1 − Φ)^GROUP
+    hazard: ndarray  # the same: −log(1 − Φ)
 
 
 def kernel_world(world: SynthWorld) -> KernelWorld:
     """Arrays of a world for draw()."""
     parent = world.parent.long()
     loadings = torch.cat((world.loadings, world.threshold[:, None]), 1) / world.diagonal[:, None]
+    loadings = pad(loadings, (0, -loadings.shape[1] % LANES))
     top = (parent < 0).nonzero().flatten()
     order = parent.argsort(stable=True)
     counts = torch.bincount(parent[parent >= 0], minlength=len(parent))
     first = torch.zeros(len(parent) + 1, dtype=torch.int64)
     first[1:] = counts.cumsum(0)
-    table = torch.special.ndtr(
-        torch.arange(-SPAN * STEPS, SPAN * STEPS + 2, dtype=torch.float64) / STEPS
-    )
+    z = torch.arange(-SPAN * STEPS, SPAN * STEPS + 2, dtype=torch.float64) / STEPS
     tensors = (
         world.features, world.bias, top, torch.tensor(groups(world.probability[top].tolist())),
-        loadings[top], loadings, world.mean, world.std, first, order[len(top) :], table,
-        1 / torch.log1p(-table.clamp(max=0.5)), (1 - table) ** GROUP,
+        loadings[top], loadings, world.mean, world.std, first, order[len(top) :],
+        torch.special.ndtr(z), -torch.special.log_ndtr(-z),
     )  # fmt: skip
     return KernelWorld(*(tensor.contiguous().numpy() for tensor in tensors))
 
@@ -104,19 +119,26 @@ def uniform(state):
 @kernel
 def normal(state):
     """A standard normal, float32."""
-    radius = math.sqrt(-2.0 * math.log(uniform(state)))
-    return np.float32(radius * math.cos(TWO_PI * uniform(state)))
+    while True:
+        bits = next_state(state)
+        layer = np.int64(bits & np.uint64(LAYERS - 1))
+        x = np.float64(np.int64(bits) >> 11) * (2 * UNIT) * WIDTHS[layer]
+        if abs(x) < WIDTHS[layer + 1]:
+            return np.float32(x)
+        if layer == 0:
+            return np.float32(math.copysign(beyond_tail(state), x))
+        height = HEIGHTS[layer] + uniform(state) * (HEIGHTS[layer + 1] - HEIGHTS[layer])
+        if height < math.exp(-0.5 * x * x):
+            return np.float32(x)
 
 
 @kernel
-def fill_normals(state, out):
-    """Standard normals, float32; two from each pair of random numbers."""
-    for j in range(0, out.shape[0], 2):
-        radius = math.sqrt(-2.0 * math.log(uniform(state)))
-        angle = TWO_PI * uniform(state)
-        out[j] = radius * math.cos(angle)
-        if j + 1 < out.shape[0]:
-            out[j + 1] = radius * math.sin(angle)
+def beyond_tail(state):
+    """A normal that is larger than TAIL."""
+    while True:
+        x = -math.log(uniform(state)) / TAIL
+        if -2 * math.log(uniform(state)) > x * x:
+            return TAIL + x
 
 
 @kernel
@@ -151,48 +173,32 @@ def take(world, state, f, on):
 
 
 @kernel
-def key_of(bits):
-    """An integer that is ordered as the float of these bits; and back."""
-    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+def largest_of_groups_(group, z, most):
+    """most (n_groups, BLOCK) = the largest z (n_tops, BLOCK) of each group; four rows at a time, so
+    that what is largest so far is fetched and stored less often."""
+    for g in range(group.shape[0] - 1):
+        first, last = group[g], group[g + 1] - 1
+        for b in range(most.shape[1]):
+            most[g, b] = z[first, b]
+        for i in range(first, last + 1, 4):
+            r0, r1, r2, r3 = z[i], z[min(i + 1, last)], z[min(i + 2, last)], z[min(i + 3, last)]
+            for b in range(most.shape[1]):
+                most[g, b] = max(most[g, b], max(max(r0[b], r1[b]), max(r2[b], r3[b])))
 
 
 @kernel
-def largest(bits, start, end, one):
-    """Of floats, given as their bits; one: a float32 and the same memory as int32."""
-    most = key_of(bits[start])
-    for i in range(start, end):
-        key = key_of(bits[i])
-        most = key if key > most else most
-    one[1][0] = key_of(most)
-    return one[0][0]
-
-
-@kernel
-def draw_tops(world, state, z, bits, one, feature, value):
-    """Features without a parent; how many are on. bits: those of z; one: for largest()."""
-    n = 0
+def draw_tops(world, state, z, most, feature, value):
+    """Features without a parent; how many are on."""
+    n, left = 0, -math.log(uniform(state))  # of hazards before the next candidate
     for g in range(world.group.shape[0] - 1):
-        start, end = world.group[g], world.group[g + 1]
-        cell = cell_of(largest(bits, start, end, one)) + 1
-        bound = world.table[cell]
-        if bound > DIRECT:
-            for i in range(start, end):
-                if is_below(uniform(state), z[i], world.table):
-                    n = take(world, state, world.top[i], (feature, value, n))
-            continue
-        rate, i = world.rate[cell], start
-        u = uniform(state)
-        if end - start == GROUP and u <= world.none[cell]:
-            continue
-        while True:
-            gap = math.log(u) * rate
-            if gap >= end - i:
-                break
-            i += int(gap)
-            if is_below(uniform(state) * bound, z[i], world.table):
+        i, end, cell = world.group[g], world.group[g + 1], cell_of(most[g]) + 1
+        hazard = world.hazard[cell]
+        while left < hazard * (end - i):
+            i = min(i + int(left / hazard), end - 1)  # of a quotient that is rounded up
+            if is_below(uniform(state) * world.table[cell], z[i], world.table):
                 n = take(world, state, world.top[i], (feature, value, n))
-            i += 1
-            u = uniform(state)
+            i, left = i + 1, -math.log(uniform(state))
+        left -= hazard * (end - i)
     return n
 
 
@@ -221,32 +227,34 @@ def draw_children(world, state, eps, lists, n, scaled):
 
 @partial(kernel, entry=True)
 def draw(world, seed, span, scratch, x, lists, scaled):
-    """x of a span of samples, and what is on in them.
+    """x of a span of samples, and what is on in them; how many that is.
 
-    scratch: states (BLOCK,) uint64, eps (BLOCK, rank + 1), z (BLOCK, n_tops) and its bits,
-        one (see largest), and feature (n,) and value (n,) of a sample
-    lists: start (samples + 1,), feature, value, as in Active. Without room for features, start[b +
-        1] becomes how many sample b has; without room for that nothing is listed
+    scratch: states (BLOCK,) uint64; eps (BLOCK, columns), −1 and zeros but for its first columns,
+        normals (BLOCK, rank); z (n_tops, BLOCK); most (n_groups, BLOCK); feature (n,) and value
+        (n,) of a sample
+    lists: counts (samples,), of all spans; feature, value of this one: what fits into them
     """
-    states, eps, z, bits, one, feature, value = scratch
-    start, features, values = lists
+    states, eps, normals, z, most, feature, value = scratch
+    counts, features, values = lists
+    total = 0
     for first in range(span[0], span[1], BLOCK):
         n_samples = min(BLOCK, span[1] - first)
         for i in range(n_samples):
             state = states[i : i + 1]
             state[0] = seed + np.uint64(first + i) * MIX2
             state[0] = next_state(state)
-            fill_normals(state, eps[i, :-1])
-            eps[i, -1] = -1
-        gemm(False, True, eps[:n_samples], world.top_loadings, z[:n_samples])
+            for j in range(normals.shape[1]):
+                normals[i, j] = normal(state)
+        gemm(False, True, world.top_loadings, eps, z)
+        largest_of_groups_(world.group, z, most)
         for i in range(n_samples):
             state, b = states[i : i + 1], first + i
-            n = draw_tops(world, state, z[i], bits[i], one, feature, value)
+            n = draw_tops(world, state, z[:, i], most[:, i], feature, value)
             n = draw_children(world, state, eps[i], (feature, value), n, scaled)
-            if features.shape[0]:
-                for k in range(n):
-                    features[start[b] + k], values[start[b] + k] = feature[k], value[k]
-            elif start.shape[0]:
-                start[b + 1] = n
             sum_rows_(x[b], world.features, feature, value, 0, n)
             add_(x[b], world.bias)
+            counts[b] = n
+            for k in range(min(n, features.shape[0] - total)):
+                features[total + k], values[total + k] = feature[k], value[k]
+            total += n
+    return total

@@ -35,14 +35,16 @@ class Active(NamedTuple):
     feature: Tensor
     value: Tensor
 
+    @property
+    def sample(self) -> Tensor:
+        """(n,) int64, of each feature in the list."""
+        samples = torch.arange(len(self.start) - 1, device=self.start.device)
+        return torch.repeat_interleave(samples, self.start.diff())
+
     def dense(self, n_features: int) -> Tensor:
         """(batch, n_features)."""
-        batch = len(self.start) - 1
-        sample = torch.repeat_interleave(
-            torch.arange(batch, device=self.start.device), self.start.diff()
-        )
-        out = torch.zeros(batch, n_features, device=self.value.device)
-        out[sample, self.feature] = self.value
+        out = torch.zeros(len(self.start) - 1, n_features, device=self.value.device)
+        out[self.sample, self.feature] = self.value
         return out
 
 
@@ -75,9 +77,12 @@ class SynthStream:
         return self.sampler.with_active(named_seed(self.batch_seed, step), self.batch_size)
 
     def with_truth(self, step: int) -> tuple[Tensor, Tensor]:
-        """The same as a matrix, (batch_size, n_features) bool."""
+        """The same as a matrix, (batch_size, n_features) bool; in memory it has a row for each
+        feature, of which metrics fetch some."""
         x, active = self.with_active(step)
-        return x, active.dense(len(self.features)) > 0
+        on = torch.zeros(len(self.features), len(x), dtype=torch.bool, device=x.device)
+        on[active.feature, active.sample] = True  # all values are above 0
+        return x, on.T
 
 
 @functools.cache
@@ -90,9 +95,9 @@ def smallest_draw() -> tuple:
     """`draw` and its arguments for a smallest world."""
     from sparse_coding.toy.synth_kernels import draw
 
-    sampler = CompiledSampler(make_synth_world(1, 1, 0), torch.device("cpu"), True)
-    x, lists = np.empty((1, 1), np.float32), sampler.no_lists()
-    return draw, sampler.arguments(0, (0, 1), x, lists)
+    world = make_synth_world(1, 1, 0, n_steps=0)
+    sampler, x = CompiledSampler(world, torch.device("cpu"), True), np.empty((1, 1), np.float32)
+    return draw, sampler.arguments(0, (0, 1), x, (np.empty(1, np.int64), *new_lists(0)))
 
 
 class TorchSampler:
@@ -177,30 +182,22 @@ class CompiledSampler:
         from sparse_coding.toy import synth_kernels
 
         self.kernels, self.scaled = synth_kernels, scaled
-        self.world = synth_kernels.kernel_world(world)
+        self.world, self.rank = synth_kernels.kernel_world(world), world.loadings.shape[1]
         self.n_spans, self.scratch = SPANS * torch.get_num_threads(), threading.local()
         self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=one_thread_here)
+        self.room = 0  # in lists, for each sample: as much as was needed so far
 
     def x(self, seed: int, n: int) -> Tensor:
         """(n, activation_dim)."""
-        x = np.empty((n, self.world.features.shape[1]), np.float32)
-        self._draw(seed, x, self.no_lists())
-        return torch.from_numpy(x)
+        return self._draw(seed, n, listed=False)[0]
 
     def with_active(self, seed: int, n: int) -> tuple[Tensor, Active]:
-        """x and what is on in it: drawn once to count, once to write."""
-        x = np.empty((n, self.world.features.shape[1]), np.float32)
+        """x and what is on in it."""
+        x, counts, lists = self._draw(seed, n, listed=True)
         start = np.zeros(n + 1, np.int64)
-        self._draw(seed, x, (start, *self.no_lists()[1:]))
-        start.cumsum(out=start)
-        lists = start, np.empty(start[-1], np.int64), np.empty(start[-1], np.float32)
-        self._draw(seed, x, lists)
-        return torch.from_numpy(x), Active(*map(torch.from_numpy, lists))
-
-    @staticmethod
-    def no_lists() -> tuple[np.ndarray, ...]:
-        """Lists of `draw` without room."""
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        counts.cumsum(out=start[1:])
+        feature, value = map(np.concatenate, zip(*lists, strict=True))
+        return x, Active(*map(torch.from_numpy, (start, feature, value)))
 
     def arguments(self, seed: int, span: tuple[int, int], x: np.ndarray, lists: tuple) -> tuple:
         """Of `draw`, with this thread's scratch."""
@@ -210,18 +207,32 @@ class CompiledSampler:
         return self.world, np.uint64(seed), span, scratch, x, lists, self.scaled
 
     def _new_scratch(self) -> tuple:
-        (n_tops, columns), n = self.world.top_loadings.shape, len(self.world.features)
-        shapes = (self.kernels.BLOCK, columns), (self.kernels.BLOCK, n_tops), (1,), (n,)
-        eps, z, one, value = (np.empty(shape, np.float32) for shape in shapes)
-        states, feature = np.empty(self.kernels.BLOCK, np.uint64), np.empty(n, np.int64)
-        bits = z.view(np.int32), (one, one.view(np.int32))
-        return states, eps, z, *bits, feature, value
+        block, (n_tops, columns) = self.kernels.BLOCK, self.world.top_loadings.shape
+        eps = np.zeros((block, columns), np.float32)
+        eps[:, self.rank] = -1
+        z, most = (np.empty((k, block), np.float32) for k in (n_tops, len(self.world.group) - 1))
+        feature, value = new_lists(len(self.world.features))
+        return np.empty(block, np.uint64), eps, eps[:, : self.rank], z, most, feature, value
 
-    def _draw(self, seed: int, x: np.ndarray, lists: tuple) -> None:
-        size = -(-len(x) // self.n_spans)
-        spans = [(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+    def _draw(self, seed: int, n: int, *, listed: bool) -> tuple[Tensor, np.ndarray, list]:
+        """x, how many features are on in each sample, and these, in lists of consecutive spans."""
+        x, counts = np.empty((n, self.world.features.shape[1]), np.float32), np.empty(n, np.int64)
+        block = self.kernels.BLOCK  # whole ones: bits of z may depend on a sample's place in it
+        size = -(-n // (self.n_spans * block)) * block
 
-        def share(span: tuple[int, int]) -> None:
-            self.kernels.draw(*self.arguments(seed, span, x, lists))
+        def share(start: int) -> tuple[np.ndarray, ...]:
+            span = start, min(start + size, n)
+            lists = new_lists(self.room * size if listed else 0)
+            total = self.kernels.draw(*self.arguments(seed, span, x, (counts, *lists)))
+            if listed and total > len(lists[0]):  # again, with room
+                self.room = max(self.room, 1 + 5 * total // (4 * size))
+                return share(start)
+            return tuple(of_span[:total] for of_span in lists)
 
-        list(self.pool.map(share, spans))
+        lists = list(self.pool.map(share, range(0, n, size)))
+        return torch.from_numpy(x), counts, lists
+
+
+def new_lists(room: int) -> tuple[np.ndarray, np.ndarray]:
+    """For features and their values."""
+    return np.empty(room, np.int64), np.empty(room, np.float32)

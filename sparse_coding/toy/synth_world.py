@@ -224,6 +224,8 @@ def orthogonalised(features: Tensor, n_steps: int = ORTHOGONAL_STEPS) -> Tensor:
 
     In chunks of rows, a thread each, so that no bit depends on how many there are.
     """
+    if not n_steps:  # torch's optimizers take two seconds to import
+        return normalize(features)
     D = torch.nn.Parameter(features.clone(), requires_grad=False)
     D.grad = torch.empty_like(D)
     adam = torch.optim.Adam([D], lr=ORTHOGONAL_LR)

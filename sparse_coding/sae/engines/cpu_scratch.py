@@ -271,7 +271,7 @@ def step_numbers(stack: Stack, n_done: int, factors: list[Factors]) -> np.ndarra
         StepNumbers(
             rate=stack.lr * f.lr / (1 - BETAS[0] ** t),
             root=(1 - BETAS[1] ** t) ** -0.5,
-            eps=stack.adam.param_groups[0]["eps"],
+            eps=stack.adam.eps,
             l1_factor=f.l1,
             seeks_l0=f.seek_l0,
             project=stack.project and stack.unit_rows,
