@@ -93,8 +93,8 @@ class Config:
 
     # the machine: rounding only, but for the device
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
-    # of GEMMs in training; auto: tf32 on CUDA
-    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
+    # of factors in GEMMs, auto: tf32 on CUDA, float32 on a CPU, which may have bf16 and bf16x3, too
+    precision: Literal["auto", "float32", "tf32", "bf16", "bf16x3"] = "auto"
     lm_batch_size: int = 16  # rows of text per forward pass of the model
     store_dtype: Literal["float16", "bfloat16"] = "float16"  # of stored activations
     activations_dir: str = ""  # default: activations/<model>-layer<layer>-<site>-<hash>

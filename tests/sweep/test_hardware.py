@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.config import UserError
+from sparse_coding.sae.engines import cpu_bf16
 from sparse_coding.sae.engines.gpu import DOT
 from sparse_coding.sweep.hardware import (
     free_memory,
@@ -17,15 +18,33 @@ CPU = torch.device("cpu")
 def test_precision_is_float32_on_the_cpu_and_tf32_by_default_on_cuda():
     assert set_precision("auto", CPU) == "float32"
     assert torch.get_float32_matmul_precision() == "highest"
-    for flag in ("tf32", "bf16"):
-        with pytest.raises(UserError, match=f"{flag} needs CUDA"):
-            set_precision(flag, CPU)
+    with pytest.raises(
+        UserError, match="tf32 is not for the CPU: use one of float32, bf16, bf16x3"
+    ):
+        set_precision("tf32", CPU)
+    with pytest.raises(UserError, match="bf16x3 is not for CUDA: use one of float32, tf32, bf16"):
+        set_precision("bf16x3", torch.device("cuda"))
     try:
         for flag, name in (("auto", "tf32"), ("tf32", "tf32"), ("bf16", "bf16")):
             assert set_precision(flag, torch.device("cuda")) == name
             assert DOT[torch.get_float32_matmul_precision()] == name
     finally:
         set_precision("float32", CPU)
+
+
+def test_bf16_on_the_cpu_is_the_kernels_alone_or_refused(monkeypatch):
+    """torch's own precision rounds models and data as well."""
+    monkeypatch.setattr(cpu_bf16, "missing", lambda: "")
+    try:
+        for flag in ("bf16", "bf16x3"):
+            assert set_precision(flag, CPU) == cpu_bf16.in_use() == flag
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        assert set_precision("auto", CPU) == cpu_bf16.in_use() == "float32"
+    monkeypatch.setattr(cpu_bf16, "missing", lambda: "this CPU lacks it")
+    with pytest.raises(UserError, match="--precision bf16x3: this CPU lacks it: use float32"):
+        set_precision("bf16x3", CPU)
+    assert cpu_bf16.in_use() == "float32"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_coding.sae.engines import cpu_bf16
 from sparse_coding.sae.engines.cpu_compile import compiles, one_thread_here
 from sparse_coding.sae.engines.cpu_scratch import (
     BLOCK,
@@ -55,18 +56,23 @@ def smallest_step() -> tuple:
     (sae,) = views(Stack([SAESpec(8, 0.0, 0)], 8, lr=0.0, scratch=stack_scratch))
     scratch, x = Scratch([("relu", 8)], 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
     numbers = np.zeros((1, len(PLACE)), np.float32)
-    arguments = sae, scratch.works(("relu", 8)), scratch.gradients, x, numbers, ALL, (0, 1)
-    return steps, arguments
+    works, parts = scratch.works(("relu", 8)), np.zeros((1, 8, 0, 8), np.uint16)
+    return steps, (sae, works, scratch.gradients, x, parts, numbers, ALL, (0, 1))
 
 
 def engine_bytes(kinds: list[Kind], h: int, batch: int, *, n_threads: int) -> int:
-    """Scratch of an engine's threads, each of which may step the largest autoencoder, and the
-    batches that are stepped, waiting and being made."""
-    works = [largest_work(kinds, batch, h, density=DENSITY, place=place) for place in (0, 1)]
+    """Scratch of an engine's threads, each of which may step the largest autoencoder, the batches
+    that are stepped, waiting and being made, and what stands for weights and batches in GEMMs."""
+    n_parts = cpu_bf16.N_PARTS[cpu_bf16.in_use()]
+    sizes = dict(density=DENSITY, n_parts=n_parts)
+    works = [largest_work(kinds, batch, h, **sizes, place=place) for place in (0, 1)]
     work = sum(n * dtype.itemsize for work in works for n, dtype in work.values())
-    gradients = 4 * sum(map(math.prod, gradient_shapes(batch, h)))
-    batches = 3 * steps_at_a_time([n for _, n in kinds], h) * 4 * batch * h
-    return min(n_threads, len(kinds)) * (work + gradients) + batches
+    shapes = gradient_shapes(batch, h, n_parts).values()
+    gradients = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    n_steps = steps_at_a_time([n for _, n in kinds], h)
+    batches = (3 * 4 + 2 * n_parts) * n_steps * batch * h
+    weights = 2 * n_parts * sum(2 * n * h for _, n in kinds)
+    return min(n_threads, len(kinds)) * (work + gradients) + batches + weights
 
 
 def steps_at_a_time(n_dicts: list[int], h: int) -> int:
@@ -78,13 +84,18 @@ class CpuEngine:
     """Steps the stacks of one ensemble, whose tensors stay where they are.
 
     density: share of codes above 0 up to which a step is sparse; 0 never, 1 always
+    precision: of factors in GEMMs, of cpu_bf16.N_PARTS; "": that in use
     """
 
-    def __init__(self, stacks: list[Stack], *, n_threads: int, density: float = DENSITY):
+    def __init__(
+        self, stacks: list[Stack], *, n_threads: int, density: float = DENSITY, precision: str = ""
+    ):
         from sparse_coding.sae.engines import cpu_kernels
 
         self.kernels, self.stacks, self.density = cpu_kernels, stacks, density
-        self.saes = [sae for stack in stacks for sae in views(stack)]
+        self.n_parts = cpu_bf16.N_PARTS[precision or cpu_bf16.in_use()]
+        self.saes = [sae for stack in stacks for sae in views(stack, self.n_parts)]
+        self.versions: list[int] = []  # of the weights when their parts were last taken
         self.kinds = [(spec.arch, spec.n_dict) for stack in stacks for spec in stack.specs]
         self.sizes = [n_dict for _, n_dict in self.kinds]
         n_tiles = max(self.sizes) / TILE
@@ -99,25 +110,37 @@ class CpuEngine:
         """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
         of_stacks = [step_numbers(stack, n_done, factors) for stack in self.stacks]
         numbers = [of_stacks[k] for k, stack in enumerate(self.stacks) for _ in stack.specs]
-        x = xs.numpy()
+        self._split_weights()
+        x = xs.numpy(), cpu_bf16.parts_of(xs, self.n_parts).numpy()
         if self.shared:
             for i in range(len(self.saes)):
-                self._together(i, x, numbers[i])
+                self._together(i, *x, numbers[i])
         else:
             order = sorted(range(len(self.saes)), key=lambda i: -self.seconds[i])  # ends even
-            list(self.pool.map(lambda i: self._alone(i, x, numbers[i]), order))
+            list(self.pool.map(lambda i: self._alone(i, *x, numbers[i]), order))
         for stack in self.stacks:
             for state in stack.adam.state.values():
                 state["step"] += len(xs)
 
-    def _alone(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
+    def _split_weights(self) -> None:
+        """Takes the parts of the weights anew where others than the kernels have written them."""
+        weights = [(stack.W_enc, stack.W_dec) for stack in self.stacks]
+        versions = [tensor._version for pair in weights for tensor in pair]  # counts torch's writes
+        if not self.n_parts or versions == self.versions:
+            return
+        self.versions, rows = versions, [row for pair in weights for row in zip(*pair, strict=True)]
+        for sae, (W_enc, W_dec) in zip(self.saes, rows, strict=True):
+            sae.W_enc_parts[:] = cpu_bf16.parts_of(W_enc, self.n_parts)
+            sae.W_dec_parts[:] = cpu_bf16.parts_of(W_dec, self.n_parts)
+
+    def _alone(self, i: int, xs: np.ndarray, parts: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i in this thread."""
         start, scratch, k = time.perf_counter(), self._scratch_for(xs), self.kernels
         works = scratch.works(self.kinds[i])
-        k.steps(self.saes[i], works, scratch.gradients, xs, numbers, k.ALL, (0, NO_END))
+        k.steps(self.saes[i], works, scratch.gradients, xs, parts, numbers, k.ALL, (0, NO_END))
         self.seconds[i] = time.perf_counter() - start
 
-    def _together(self, i: int, xs: np.ndarray, numbers: np.ndarray) -> None:
+    def _together(self, i: int, xs: np.ndarray, parts: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i by all threads, phase after phase."""
         k, works = self.kernels, self._scratch_for(xs).works(self.kinds[i])
         n_tiles, n_blocks = len(works[0].off), -(-xs.shape[1] // BLOCK)
@@ -125,7 +148,8 @@ class CpuEngine:
         def run(step: int, todo: int, n: int) -> None:
             def share(span: tuple[int, int]) -> None:
                 grads, now = self._scratch_for(xs).gradients, slice(step, step + 1)
-                k.steps(self.saes[i], works, grads, xs[now], numbers[now], todo, span)
+                of_step = xs[now], parts[now], numbers[now]
+                k.steps(self.saes[i], works, grads, *of_step, todo, span)
 
             n_shares = min(n, self.n_threads)
             ends = [n * j // n_shares for j in range(n_shares + 1)]
@@ -156,6 +180,7 @@ class CpuEngine:
         _, batch, h = xs.shape
         scratch = getattr(self.scratch, "of_thread", None)
         if scratch is None or scratch.batch != batch:
-            scratch = Scratch(self.kinds, batch, h, density=self.density)
+            sizes = dict(density=self.density, n_parts=self.n_parts)
+            scratch = Scratch(self.kinds, batch, h, **sizes)
             self.scratch.of_thread = scratch
         return scratch

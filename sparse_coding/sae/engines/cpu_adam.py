@@ -10,7 +10,7 @@ after 200 steps is below lr · 3.2 · 0.9005^200 / (1 − 0.9005) = 3e-8 lr, tha
 
 import numpy as np
 
-from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, kernel, scale_
+from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, kernel, scale_, split_
 from sparse_coding.sae.spec import BETAS, DORMANT, PLACE
 
 RATE, ROOT, EPS, PROJECT, UNIT = (*PLACE[:3], PLACE.project, PLACE.unit_rows)
@@ -38,6 +38,14 @@ def adam_without_gradient_(p, m, v, numbers):
 
 
 @kernel
+def split_row(sae, f):
+    """What stands for a feature's weights in GEMMs, while they are in the cache."""
+    split_(sae.W_enc[f], sae.W_enc_parts[f], 0)
+    if not sae.frozen:
+        split_(sae.W_dec[f], sae.W_dec_parts[f], 0)
+
+
+@kernel
 def rest(sae, f, numbers):
     """A feature without a gradient: its moments still carry it on, until it is dormant."""
     sae.idle[f] += 1
@@ -53,6 +61,7 @@ def rest(sae, f, numbers):
         adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
         if numbers[UNIT]:
             scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
+    split_row(sae, f)
 
 
 @kernel
@@ -100,3 +109,4 @@ def fired(sae, f, d_biases, d_enc, d_dec, off, numbers):
         adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
         if numbers[UNIT]:
             scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
+    split_row(sae, f)

@@ -1,4 +1,4 @@
-"""What the kernels are made of: how they are compiled, torch's sgemm, sums and rows."""
+"""What the kernels are made of: how they are compiled, torch's GEMMs, sums and rows."""
 
 from functools import partial
 from hashlib import sha256
@@ -15,7 +15,8 @@ from sparse_coding.sae import families, spec
 F0, F1 = np.float32(0), np.float32(1)
 # Sums may be reordered, as in any GEMM; NaN and infinities keep their meaning
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-GEMM_SYMBOL = "sparse_coding_sgemm"  # bound to torch's sgemm by cpu.py
+# bound to torch's sgemm, and to its gemm_bf16bf16f32, by cpu_compile.py
+GEMM_SYMBOL, BF16_SYMBOL = "sparse_coding_sgemm", "sparse_coding_bf16_gemm"
 N, T = 78, 84  # the letters that it knows
 
 
@@ -50,34 +51,89 @@ def kernel(function, *, entry=False):
         config.CACHE_DIR = before
 
 
+def _blas(symbol):
+    """Fortran's gemm of that name, of column-major matrices, out = beta · out + b a: all arguments
+    by reference; integers of 64 bits, of which a BLAS of 32 bits reads the lower half."""
+
+    @intrinsic
+    def function(context, letters, shape, b, a, beta, out, strides):
+        signature = types.void(letters, shape, b, a, beta, out, strides)
+
+        def generate(context, builder, signature, arguments):
+            reference = partial(cgutils.alloca_once_value, builder)
+            unpacked = (cgutils.unpack_tuple(builder, arguments[i]) for i in (0, 1, 6))
+            letters, shape, strides = (list(map(reference, values)) for values in unpacked)
+            one, beta = reference(ir.Constant(ir.FloatType(), 1)), reference(arguments[4])
+            b, a, out = (builder.inttoptr(arguments[i], cgutils.voidptr_t) for i in (2, 3, 5))
+            call = [*letters, *shape, one, b, strides[0], a, strides[1], beta, out, strides[2]]
+            kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in call])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, symbol), call)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return function
+
+
+_sgemm, _bf16_gemm = _blas(GEMM_SYMBOL), _blas(BF16_SYMBOL)
+
+
+@kernel
+def gemm(a_transposed, b_transposed, a, b, out):
+    """out = a b or its transposed variants; rows contiguous. To column-major BLAS it is b a.
+
+    a, b: each a float32 matrix, and what stands for it (rows, parts, columns) where factors are
+    bf16 (cpu_bf16.py)
+    """
+    of_a, of_b, n_parts = a[0], b[0], a[1].shape[1]
+    k = of_a.shape[0] if a_transposed else of_a.shape[1]
+    letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
+    shape, ld = (out.shape[1], out.shape[0], k), out.strides[0] // 4  # of 4 bytes
+    to = out.ctypes.data
+    if n_parts == 0:
+        strides = of_b.strides[0] // 4, of_a.strides[0] // 4, ld
+        _sgemm(letters, shape, of_b.ctypes.data, of_a.ctypes.data, F0, to, strides)
+        return
+    strides = b[1].strides[0] // 2, a[1].strides[0] // 2, ld
+    high_a, high_b = a[1].ctypes.data, b[1].ctypes.data
+    if n_parts == 2:  # the small ones first
+        _bf16_gemm(letters, shape, high_b + b[1].strides[1], high_a, F0, to, strides)
+        _bf16_gemm(letters, shape, high_b, high_a + a[1].strides[1], F1, to, strides)
+    _bf16_gemm(letters, shape, high_b, high_a, F1 if n_parts == 2 else F0, to, strides)
+
+
 @intrinsic
-def _sgemm(context, letters, shape, b, a, out, strides):
-    """Fortran's sgemm of column-major matrices, out = b a: all arguments by reference; integers of
-    64 bits, of which a BLAS of 32 bits reads the lower half."""
-    signature = types.void(letters, shape, b, a, out, strides)
+def _same_bits(context, number, kind):
+    """A number of another kind with the bits of this one."""
+    signature = kind.dtype(number, kind)
 
     def generate(context, builder, signature, arguments):
-        reference = partial(cgutils.alloca_once_value, builder)
-        unpacked = (cgutils.unpack_tuple(builder, arguments[i]) for i in (0, 1, 5))
-        letters, shape, strides = (list(map(reference, values)) for values in unpacked)
-        one, zero = (reference(ir.Constant(ir.FloatType(), value)) for value in (1, 0))
-        b, a, out = (builder.inttoptr(address, cgutils.voidptr_t) for address in arguments[2:5])
-        call = [*letters, *shape, one, b, strides[0], a, strides[1], zero, out, strides[2]]
-        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in call])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, GEMM_SYMBOL), call)
-        return context.get_dummy_value()
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
 
 
 @kernel
-def gemm(a_transposed, b_transposed, a, b, out):
-    """out = a b or its transposed variants; rows contiguous. To column-major BLAS it is b a."""
-    k = a.shape[0] if a_transposed else a.shape[1]
-    letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
-    shape = out.shape[1], out.shape[0], k
-    strides = b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4  # of 4 bytes
-    _sgemm(letters, shape, b.ctypes.data, a.ctypes.data, out.ctypes.data, strides)
+def bf16(number):
+    """Bits of the nearest bf16 number; of two that are as near, the even one."""
+    bits = _same_bits(number, np.uint32)
+    rounded = np.uint32(bits + np.uint32(np.uint32(0x7FFF) + np.uint32((bits >> 16) & 1)))
+    return np.uint16(rounded >> 16) if number == number else np.uint16(0x7FC0)
+
+
+@kernel
+def split_(row, parts, first):
+    """What stands for a row of a factor, into its parts (parts, n) from place `first` on."""
+    n, n_parts = row.shape[0], parts.shape[0]
+    if n_parts == 0:
+        return
+    high = parts[0][first : first + n]
+    for j in range(n):
+        high[j] = bf16(row[j])
+    if n_parts == 2:
+        low = parts[1][first : first + n]
+        for j in range(n):
+            low[j] = bf16(row[j] - _same_bits(np.uint32(np.uint32(high[j]) << 16), np.float32))
 
 
 @kernel

@@ -18,7 +18,7 @@ from typing import get_args
 
 import numpy as np
 
-from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, fill_, gemm, kernel
+from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, fill_, gemm, kernel, split_
 from sparse_coding.sae.engines.cpu_scratch import GROUP, TILE
 from sparse_coding.sae.families import EMA, LP_EPS, SLOPE, Penalty, Selection
 from sparse_coding.sae.spec import PLACE
@@ -232,7 +232,10 @@ def group_of(sae, n_dict):
 
 @kernel
 def encode(sae, work, x, span):
-    """Codes of a span of tiles, before a k selects; lists as far as they are likely needed."""
+    """Codes of a span of tiles, before a k selects; lists as far as they are likely needed.
+
+    x: with its parts
+    """
     n_dict, start, total = sae.b_enc.shape[0], span[0] * TILE, 0
     group, n_dead = group_of(sae, n_dict) if sae.selection == TOPK else 0, np.int64(0)
     sets_aside = sae.aux and not work.place
@@ -242,7 +245,7 @@ def encode(sae, work, x, span):
         fill_(work.limit_value, sae.hint[work.place])  # threads that share it write the same
     for t in range(start, min(span[1] * TILE, n_dict), TILE):
         e = min(t + TILE, n_dict)
-        gemm(False, True, sae.W_enc[t:e], x, work.codes[t:e])
+        gemm(False, True, (sae.W_enc[t:e], sae.W_enc_parts[t:e]), x, work.codes[t:e])
         for f in range(t, e):
             bias = sae.b_enc[f]
             if sae.b_dec.shape[0]:
@@ -287,6 +290,7 @@ def set_aside(sae, work, f, n_dead):
         work.aux[n_dead, b] = work.codes[f, b]
     for j in range(sae.W_dec.shape[1]):
         work.aux_dec[n_dead, j] = sae.W_dec[f, j]
+    split_(sae.W_dec[f], work.aux_dec_parts[n_dead], 0)
     return n_dead + 1
 
 

@@ -19,6 +19,7 @@ from sparse_coding.config import first_line
 from sparse_coding.files import held
 
 SAID_AFTER = 6.0  # seconds; loading them takes two
+BF16_GEMM = "gemm_bf16bf16f32_"  # of MKL: factors in bf16, sums in float32
 ONE_THREAD = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")  # functions of libtorch
 
 
@@ -54,8 +55,10 @@ def has_kernels() -> bool:
     if missing:
         _say_slow(", ".join(missing))
         return False
-    sgemm = ctypes.cast(libtorch().sgemm_, ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(cpu_blas.GEMM_SYMBOL, sgemm)
+    for name, symbol in ((BF16_GEMM, cpu_blas.BF16_SYMBOL), ("sgemm_", cpu_blas.GEMM_SYMBOL)):
+        # a library without the first one gives its name to the other, and nothing calls it
+        function = getattr(libtorch(), name, libtorch().sgemm_)
+        llvmlite.binding.add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)
     return True
 
 

@@ -29,6 +29,7 @@ from sparse_coding.sae.engines.cpu_blas import (
     gemm,
     kernel,
     scale_,
+    split_,
     subtract_,
     sum_rows_,
 )
@@ -188,9 +189,13 @@ def decode(sae, work, x, span):
 def decode_block(sae, work, x, block, scale):
     """g of each band, for a block of samples."""
     (t, e), sparse, n_bands, first = block, work.sparse[0], sae.bands.shape[0], 0
+    for f in range(0 if sparse else work.count.shape[0]):
+        split_(work.codes[f][t:e], work.codes_parts[f], t)
     for band in range(0 if sparse else n_bands):
         end = sae.bands[band]
-        gemm(True, False, work.codes[first:end, t:e], sae.W_dec[first:end], work.g[band, t:e])
+        codes = work.codes[first:end, t:e], work.codes_parts[first:end, :, t:e]
+        rows = sae.W_dec[first:end], sae.W_dec_parts[first:end]
+        gemm(True, False, codes, rows, work.g[band, t:e])
         first = end
     for b in range(t, e):
         xb, p = x[b], work.start[b]
@@ -210,6 +215,8 @@ def decode_block(sae, work, x, block, scale):
             scale_(work.g[band, b], scale)
         for band in range(n_bands - 2, -1, -1):
             add_(work.g[band, b], work.g[band + 1, b])
+        for band in range(0 if sparse else n_bands):
+            split_(work.g[band, b], work.g_parts[band, b], 0)
 
 
 @kernel
@@ -226,23 +233,29 @@ def end_of_band(feature, p, end, sae, band):
 def decode_dead(work, n_bands, span, scale):
     """g_aux of a block of samples: what the dead leave of −e = g · batch · h/2."""
     (t, e), n, g, g_aux = span, work.n_dead[0], work.g[n_bands - 1], work.g_aux
-    gemm(True, False, work.aux[:n, t:e], work.aux_dec[:n], g_aux[t:e])
+    for d in range(n):
+        split_(work.aux[d][t:e], work.aux_parts[d], t)
+    codes = work.aux[:n, t:e], work.aux_parts[:n, :, t:e]
+    gemm(True, False, codes, (work.aux_dec[:n], work.aux_dec_parts[:n]), g_aux[t:e])
     for b in range(t, e):
         for j in range(g.shape[1]):
             g_aux[b, j] = np.float32(AUX) * (g_aux[b, j] * scale + g[b, j])
+        split_(g_aux[b], work.g_aux_parts[b], 0)
 
 
 @kernel
 def auxiliary(work, x, grads, span):
-    """Gradients of the auxiliary loss, for a span of tiles of dead features."""
+    """Gradients of the auxiliary loss, for a span of tiles of dead features; x: with its parts."""
     n_dead = work.n_dead[0]
     for t in range(span[0] * TILE, min(span[1] * TILE, n_dead), TILE):
         e = min(t + TILE, n_dead)
-        codes, rows, delta = work.aux[t:e], work.aux_dec[t:e], grads.delta[: e - t]
-        gemm(False, True, rows, work.g_aux, delta)
+        codes, g = (work.aux[t:e], work.aux_parts[t:e]), (work.g_aux, work.g_aux_parts)
+        rows, delta = work.aux_dec[t:e], (grads.delta[: e - t], grads.delta_parts[: e - t])
+        gemm(False, True, (rows, work.aux_dec_parts[t:e]), g, delta[0])
         for i in range(e - t):
-            work.aux_bias[t + i] = masked_sum_(delta[i], codes[i], F0)
-        gemm(False, False, codes, work.g_aux, rows)
+            work.aux_bias[t + i] = masked_sum_(delta[0][i], codes[0][i], F0)
+            split_(delta[0][i], delta[1][i], 0)
+        gemm(False, False, codes, g, rows)
         gemm(False, False, delta, x, work.aux_enc[t:e])
 
 
@@ -258,7 +271,10 @@ def masked_sum_(delta, codes, slope):
 
 @kernel
 def update(sae, work, first, x, grads, numbers, span):
-    """Gradients and Adam of a span of tiles, whose parts in different bands have different g."""
+    """Gradients and Adam of a span of tiles, whose parts in different bands have different g.
+
+    x: with its parts
+    """
     n_dict = sae.b_enc.shape[0]
     n_bands = 1 if sae.refined else sae.bands.shape[0]  # those of refined families are scattered
     for tile in range(span[0], min(span[1], work.off.shape[0])):
@@ -276,9 +292,10 @@ def update(sae, work, first, x, grads, numbers, span):
 def update_part(sae, work, first, x, grads, numbers, part):
     """The same of the features from part[0] to part[1], of the band part[2]."""
     (start, end, band), sparse, off = part, work.sparse[0], work.off[part[0] // TILE]
-    l1 = penalty_weight(sae, numbers, x)
+    l1 = penalty_weight(sae, numbers, x[0])
     if not sparse:
-        dense_gradients(sae, work, work.g[band], x, grads, (l1, numbers), (start, end))
+        g = work.g[band], work.g_parts[band]
+        dense_gradients(sae, work, g, x, grads, (l1, numbers), (start, end))
     for f in range(start, end):
         n_window = work.n_window[f] if sae.selection == JUMP else 0
         n_first = first.count[f] if sae.refined else 0
@@ -293,11 +310,11 @@ def update_part(sae, work, first, x, grads, numbers, part):
         d_biases = d_bias, grads.threshold[i : i + 1]
         if sparse:
             g = work.g[work.band[f]] if sae.refined else work.g[band]
-            row_gradients(sae, work, f, (g, x), grads, (l1, numbers))
+            row_gradients(sae, work, f, (g, x[0]), grads, (l1, numbers))
             if n_window:
-                window_gradients(sae, work, f, g, x, grads, (l1, numbers))
+                window_gradients(sae, work, f, g, x[0], grads, (l1, numbers))
         if n_first:
-            first_gradients(sae, work, first, f, x, grads)
+            first_gradients(sae, work, first, f, x[0], grads)
         if d >= 0:
             d_bias[0] += work.aux_bias[d]
             add_(d_enc, work.aux_enc[d])
@@ -361,14 +378,15 @@ def window_gradients(sae, work, f, g, x, grads, weights):
 
 @kernel
 def dense_gradients(sae, work, g, x, grads, weights, part):
-    """Gradients of some features, by GEMMs, into grads."""
-    n, codes, W_dec = part[1] - part[0], work.codes[part[0] : part[1]], sae.W_dec[part[0] : part[1]]
-    delta, pulls, (l1, numbers) = grads.delta[:n], grads.slope, weights
+    """Gradients of some features, by GEMMs, into grads; g, x: with their parts."""
+    (start, end), (l1, numbers), n = part, weights, part[1] - part[0]
+    codes, rows = work.codes[start:end], (sae.W_dec[start:end], sae.W_dec_parts[start:end])
+    delta, delta_parts, pulls = grads.delta[:n], grads.delta_parts[:n], grads.slope
     depends, n_window = sae.penalty == LP or sae.penalty == L0_TANH, 0  # a slope on the code
     same = F0 if depends else slope(sae, F0, l1, numbers)
-    gemm(False, True, W_dec, g, delta)
+    gemm(False, True, rows, g, delta)
     for i in range(n):
-        d, c, f = delta[i], codes[i], part[0] + i
+        d, c, f = delta[i], codes[i], start + i
         for b in range(d.shape[0] if depends else 0):
             if c[b] != F0 or sae.selection == JUMP:  # whose window has codes of 0, too
                 d[b] += slope(sae, c[b], l1, numbers)
@@ -382,8 +400,9 @@ def dense_gradients(sae, work, g, x, grads, weights, part):
         for k in range(n_window if sae.through_input else 0):
             d[work.window[f, k]] += pulls[k]
             grads.b_enc[i] += pulls[k]
-    gemm(False, False, codes, g, grads.W_dec[:n])
-    gemm(False, False, delta, x, grads.W_enc[:n])
+        split_(d, delta_parts[i], 0)
+    gemm(False, False, (codes, work.codes_parts[start:end]), g, grads.W_dec[:n])
+    gemm(False, False, (delta, delta_parts), x, grads.W_enc[:n])
 
 
 @kernel
@@ -401,8 +420,9 @@ def finish(sae, work, numbers):
 
 
 @partial(kernel, entry=True)
-def steps(sae, works, grads, xs, of_steps, todo, span):
-    """Steps on each x of xs (n, batch, h); of_steps: (n, numbers), StepNumbers of each.
+def steps(sae, works, grads, xs, xs_parts, of_steps, todo, span):
+    """Steps on each x of xs (n, batch, h), with xs_parts (n, batch, parts, h); of_steps:
+    (n, numbers), StepNumbers of each.
 
     works: of the codes, and of the first codes of refined families
     todo: which phases, a sum; span: first and end of the tiles or blocks. One function for threads
@@ -410,12 +430,12 @@ def steps(sae, works, grads, xs, of_steps, todo, span):
     """
     work, first = works
     for i in range(xs.shape[0]):
-        x, numbers = xs[i], of_steps[i]
-        encoded = work.x if sae.refined else x
+        x, numbers, with_parts = xs[i], of_steps[i], (xs[i], xs_parts[i])
+        encoded = (work.x, work.x_parts) if sae.refined else with_parts
         for place in range(np.int64(sae.refined), -1, -1):
             now, of = todo >> place * OF_FIRST, works[place]
             if now & ENCODE:
-                encode(sae, of, x if place else encoded, span)
+                encode(sae, of, with_parts if place else encoded, span)
             if now & BOUND and sae.selection == TOPK:
                 bound(sae, of, sae.k * numbers[K_FACTOR])
             if now & LIST and sae.selection == TOPK:
@@ -433,6 +453,6 @@ def steps(sae, works, grads, xs, of_steps, todo, span):
         if todo & AUXILIARY:
             auxiliary(work, encoded, grads, span)
         if todo & UPDATE:
-            update(sae, work, first, x, grads, numbers, span)
+            update(sae, work, first, with_parts, grads, numbers, span)
         if todo & FINISH:
             finish(sae, work, numbers)

@@ -18,6 +18,7 @@ from sparse_coding.sae.engines.cpu_blas import (
     fill_,
     kernel,
     scale_,
+    split_,
     subtract_,
     sum_rows_,
 )
@@ -38,6 +39,7 @@ def refine(sae, work, first, x, span):
             add_(row, sae.b_dec)
         for j in range(row.shape[0]):
             row[j] = xb[j] + SHARE * (xb[j] - row[j])
+        split_(row, work.x_parts[b], 0)
 
 
 @kernel

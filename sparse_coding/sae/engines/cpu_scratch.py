@@ -21,6 +21,7 @@ GROUP = 4  # least number of features of which topk keeps a maximum
 COUNTED = (  # what a Stack keeps of an autoencoder beside its parameters
     "idle", "silent", "n_revived", "l1", "target_l0", "smallest", "smallest_of_first", "rate",
 )  # fmt: skip
+FACTORS = "codes", "g", "aux", "g_aux", "aux_dec", "x"  # of GEMMs, among what a Work has
 CANDIDATES = 1 / 4  # share of the codes among which the k largest are sought
 
 
@@ -37,6 +38,8 @@ class Sae(NamedTuple):
     W_enc: ndarray  # (n_dict, h)
     b_enc: ndarray  # (n_dict,)
     W_dec: ndarray  # (n_dict, h)
+    W_enc_parts: ndarray  # (n_dict, parts, h) uint16: what stands for it in GEMMs (cpu_bf16.py)
+    W_dec_parts: ndarray  # the same
     b_dec: ndarray  # (h,), or (0,) where it is fixed at 0
     threshold: ndarray  # (n_dict,)
     W_enc_m: ndarray
@@ -82,12 +85,14 @@ class Work(NamedTuple):
     """
 
     codes: ndarray  # (n_dict, batch)
+    codes_parts: ndarray  # (n_dict, parts, batch) uint16, of dense steps
     bits: ndarray  # (n_dict * batch,) int32: the same memory
     where: ndarray  # (n_dict, batch): samples that a feature fires on, ascending
     count: ndarray  # (n_dict,) int32: how many
     listed: ndarray  # (n_dict,) bool: whether `where` has them
     sparse: ndarray  # (1,) bool
     g: ndarray  # (bands, batch, h)
+    g_parts: ndarray  # (bands, batch, parts, h) uint16, of dense steps
     off: ndarray  # (tiles, h)
     start: ndarray  # (batch + 2,) int64
     feature: ndarray  # (most codes of a sparse step,) int32
@@ -102,15 +107,19 @@ class Work(NamedTuple):
     low: ndarray  # (batch,) int32, of bisection
     high: ndarray  # (batch,) int32
     aux: ndarray  # (n_dict, batch): ReLU(pre) of dead features, of which the largest stay
+    aux_parts: ndarray  # (dead, parts, batch) uint16
     aux_bits: ndarray  # (n_dict * batch,) int32: the same memory
     n_dead: ndarray  # (1,) int64
     dead_row: ndarray  # (n_dict,) int32: where a feature stands among the dead, or -1
     aux_count: ndarray  # (dead,) int32: codes above 0
     g_aux: ndarray  # (batch, h)
+    g_aux_parts: ndarray  # (batch, parts, h) uint16
     aux_dec: ndarray  # (dead, h): rows of W_dec, later ∂W_dec
+    aux_dec_parts: ndarray  # (dead, parts, h) uint16, of the rows
     aux_enc: ndarray  # (dead, h): ∂W_enc
     aux_bias: ndarray  # (dead,)
     x: ndarray  # (batch, h), refined
+    x_parts: ndarray  # (batch, parts, h) uint16
     back: ndarray  # (batch, h): −u
     band: ndarray  # (n_dict,) int32: of each feature
     error: ndarray  # (bands, batch): of each prefix, later its weight
@@ -121,6 +130,7 @@ class Gradients(NamedTuple):
     """Gradients of a tile: scratch of one thread."""
 
     delta: ndarray  # (TILE, batch)
+    delta_parts: ndarray  # (TILE, parts, batch) uint16
     b_enc: ndarray  # (TILE,)
     threshold: ndarray  # (TILE,)
     W_enc: ndarray  # (TILE, h)
@@ -128,8 +138,19 @@ class Gradients(NamedTuple):
     slope: ndarray  # (batch,), of a feature's penalty
 
 
+def shapes_of_parts(
+    shapes: dict[str, tuple], factors: tuple[str, ...], n_parts: int
+) -> dict[str, tuple]:
+    """(shape, dtype) of what stands for these factors in GEMMs."""
+    found = {}
+    for name in factors:
+        *rows, n = shapes[name][0]
+        found[f"{name}_parts"] = (*rows, n_parts, n), torch.uint16
+    return found
+
+
 def work_shapes(
-    kind: Kind, batch: int, h: int, *, density: float, place: int = 0
+    kind: Kind, batch: int, h: int, *, density: float, n_parts: int, place: int = 0
 ) -> dict[str, tuple]:
     """(shape, dtype) of each field of Work that has memory of its own."""
     (arch, n), f32, i32 = kind, torch.float32, torch.int32
@@ -140,7 +161,7 @@ def work_shapes(
     n_bands = (MOST_PREFIXES if family.nested else 1) * (not place)
     refined = family.refined and not place
     of_batch = batch * (family.has_k or family.aux)
-    return {
+    shapes = {
         "codes": ((n, batch), f32),
         "where": ((n, batch), sample),
         "count": ((n,), i32),
@@ -161,26 +182,34 @@ def work_shapes(
         "dead_row": ((dead,), i32),
         "aux_count": ((dead,), i32),
         "g_aux": ((batch if dead else 0, h), f32),
-        "aux_dec": ((dead, h), f32),
-        "aux_enc": ((dead, h), f32),
+        **dict.fromkeys(("aux_dec", "aux_enc"), ((dead, h), f32)),
         "aux_bias": ((dead,), f32),
         **dict.fromkeys(("x", "back"), ((batch * refined, h), f32)),
         "band": ((n * refined,), i32),
         "error": ((n_bands * refined, batch), f32),
     }
+    return shapes | shapes_of_parts(shapes, FACTORS, n_parts)
 
 
-def gradient_shapes(batch: int, h: int) -> list[tuple]:
-    """Shape of each field of Gradients."""
-    return [(TILE, batch), (TILE,), (TILE,), (TILE, h), (TILE, h), (batch,)]
+def gradient_shapes(batch: int, h: int, n_parts: int) -> dict[str, tuple]:
+    """(shape, dtype) of each field of Gradients."""
+    shapes = {
+        "delta": (TILE, batch),
+        **dict.fromkeys(("b_enc", "threshold"), (TILE,)),
+        **dict.fromkeys(("W_enc", "W_dec"), (TILE, h)),
+        "slope": (batch,),
+    }
+    shapes = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    return shapes | shapes_of_parts(shapes, ("delta",), n_parts)
 
 
 def largest_work(
-    kinds: list[Kind], batch: int, h: int, *, density: float, place: int
+    kinds: list[Kind], batch: int, h: int, *, density: float, n_parts: int, place: int
 ) -> dict[str, tuple]:
     """(numbers, dtype) of each field of Work with memory for autoencoders of any of these kinds."""
     kinds = {kind for kind in kinds if FAMILIES[kind[0]].refined or not place}
-    shapes = [work_shapes(kind, batch, h, density=density, place=place) for kind in kinds]
+    sizes = dict(density=density, n_parts=n_parts, place=place)
+    shapes = [work_shapes(kind, batch, h, **sizes) for kind in kinds]
     return {
         name: (max(math.prod(of_kind[name][0]) for of_kind in shapes), dtype)
         for name, (_, dtype) in (shapes[0].items() if shapes else ())
@@ -190,11 +219,15 @@ def largest_work(
 class Scratch:
     """Work and Gradients of a thread, for autoencoders of these kinds."""
 
-    def __init__(self, kinds: list[Kind], batch: int, h: int, *, density: float):
-        self.kinds, self.batch, self.h, self.density = kinds, batch, h, density
+    def __init__(self, kinds: list[Kind], batch: int, h: int, *, density: float, n_parts: int = 0):
+        self.kinds, self.batch, self.h = kinds, batch, h
+        self.sizes = dict(density=density, n_parts=n_parts)
         self.flat: list[dict[str, Tensor]] = []  # by place
         self.gradients = Gradients(
-            *(torch.empty(shape).numpy() for shape in gradient_shapes(batch, h))
+            **{
+                name: torch.empty(shape, dtype=dtype).numpy()
+                for name, (shape, dtype) in gradient_shapes(batch, h, n_parts).items()
+            }
         )
         self.of_kind: dict[Kind, tuple[Work, Work]] = {}
 
@@ -210,7 +243,7 @@ class Scratch:
         if not self.flat:
             # torch's memory begins at multiples of 64 bytes, as fast vector loads want it
             for place in (0, 1):
-                sizes = dict(density=self.density, place=place)
+                sizes = self.sizes | {"place": place}
                 largest = largest_work(self.kinds, self.batch, self.h, **sizes).items()
                 self.flat.append(
                     {name: torch.empty(n, dtype=dtype) for name, (n, dtype) in largest}
@@ -221,7 +254,7 @@ class Scratch:
         return self.of_kind[kind]
 
     def _work(self, kind: Kind, place: int) -> Work:
-        shapes = work_shapes(kind, self.batch, self.h, density=self.density, place=place)
+        shapes = work_shapes(kind, self.batch, self.h, **self.sizes, place=place)
         arrays = {
             name: self.flat[place][name][: math.prod(shape)].view(shape).numpy()
             for name, (shape, _) in shapes.items()
@@ -232,8 +265,9 @@ class Scratch:
         return Work(**arrays, place=place)
 
 
-def views(stack: Stack) -> list[Sae]:
-    """A stack's autoencoders as the kernels take them: views, stepping one changes the stack."""
+def views(stack: Stack, n_parts: int = 0) -> list[Sae]:
+    """A stack's autoencoders as the kernels take them: views, stepping one changes the stack. The
+    parts of their weights are still to be filled."""
     n_saes, family, none = len(stack.specs), stack.family, torch.zeros(len(stack.specs), 0)
     tensors = {}
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
@@ -244,6 +278,9 @@ def views(stack: Stack) -> list[Sae]:
         tensors[f"{name}_v"] = state.get("exp_avg_sq", none)
     for name in COUNTED:
         tensors[name] = getattr(stack, name).view(n_saes, -1)
+    for name in ("W_enc", "W_dec"):
+        shape = n_saes, stack.n_dict, n_parts, stack.W_dec.shape[2]
+        tensors[f"{name}_parts"] = torch.empty(shape, dtype=torch.uint16)
     tensors["hint"] = torch.zeros(n_saes, 2)
     n_ranked = stack.n_dict * family.refined
     tensors["order"] = torch.arange(n_ranked, dtype=torch.int32).repeat(n_saes, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_coding.sae.engines import cpu, cpu_compile
+from sparse_coding.sae.engines import cpu, cpu_bf16, cpu_compile
 from sparse_coding.sae.engines.cpu import CpuEngine
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble, ensemble_bytes
@@ -130,7 +130,8 @@ def codes_of(stack: Stack, x: Tensor, *, density: float, hint: float = 0.0) -> t
     sae.hint[:] = hint
     numbers = cpu.step_numbers(stack, 0, [SCHEDULE.at(0)])
     todo = k.ENCODE | k.BOUND | k.LIST | k.CHOOSE
-    k.steps(sae, (work, first), scratch.gradients, x[None].numpy(), numbers, todo, (0, cpu.NO_END))
+    xs = x[None].numpy(), cpu_bf16.parts_of(x[None], 0).numpy()
+    k.steps(sae, (work, first), scratch.gradients, *xs, numbers, todo, (0, cpu.NO_END))
     codes = torch.zeros(work.codes.shape)
     for f in range(stack.n_dict):
         if work.sparse[0]:
