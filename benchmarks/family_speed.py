@@ -54,6 +54,7 @@ class Config:
     n_dead: int = 0  # features
     n_repeats: int = 5  # interleaved
     seconds: float = 1.5  # of each repeat
+    precision: str = "float32"  # of ours: of factors in GEMMs, or bf16, bf16x3
     peers: bool = True
     output: str = ""  # a text file of what is printed
 
@@ -204,7 +205,7 @@ def report(seconds: dict, flops: dict, cfg: Config) -> list[str]:
 
 def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=__doc__.split("\n\n")[0])
-    set_precision("float32", CPU)
+    set_precision(cfg.precision, CPU)
     xs = batches(cfg)
     runs = contestants(cfg, xs)
     flops = {}

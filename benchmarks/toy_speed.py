@@ -54,6 +54,7 @@ class Config:
     warm_steps: int = 3000  # of ours before the second measurement
     n_repeats: int = 5  # interleaved
     seconds: float = 2.0  # of each repeat
+    precision: str = "float32"  # of ours: of factors in GEMMs, or bf16, bf16x3
 
 
 def row_of(n_dict: int, n_steps: int) -> Task:
@@ -186,7 +187,7 @@ def full_row(n_dict: int, cfg: Config, installed: list[str]) -> dict:
     return {"line": line, "series": series, "others": {k: m[0] for k, m in medians.items()}}
 
 
-def draw(table: list[dict], rows: dict[int, dict], path: Path) -> None:
+def draw(table: list[dict], rows: dict[int, dict], path: Path, precision: str) -> None:
     """Left: SAE-steps/s by size. Right: ours over full-length rows, the others as levels."""
     import matplotlib
 
@@ -206,7 +207,7 @@ def draw(table: list[dict], rows: dict[int, dict], path: Path) -> None:
     left.set(xscale="log", yscale="log", xlabel="n_dict", ylabel="SAE-steps/s")
     left.set_xticks(sizes, sizes)
     left.minorticks_off()
-    left.set_title(f"h {H}, batch {BATCH}, float32, {describe(CPU)}")
+    left.set_title(f"h {H}, batch {BATCH}, ours in {precision}, {describe(CPU)}")
     left.legend(fontsize=8)
     for i, (n_dict, row) in enumerate(rows.items()):
         at = [point["step"] for point in row["series"]]
@@ -226,11 +227,11 @@ def draw(table: list[dict], rows: dict[int, dict], path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=__doc__.split("\n\n")[0])
-    set_precision("float32", CPU)
+    set_precision(cfg.precision, CPU)
     module = {"loop of 2023": "torch"}
     installed = [name for name in OTHERS if importlib.util.find_spec(module.get(name, name))]
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
-    print(f"torch {torch.__version__}, {describe(CPU)}, OMP_WAIT_POLICY {policy}")
+    print(f"torch {torch.__version__}, {describe(CPU)}, {cfg.precision}, OMP_WAIT_POLICY {policy}")
     for name in OTHERS.keys() - set(installed):
         print(f"{name} is not installed, left out")
     print(
@@ -247,7 +248,7 @@ def main(argv: list[str]) -> int:
         if lines:
             write_csv(folder / f"{name}.csv", lines)
     if table and rows:
-        draw(table, rows, folder / "toy_speed.png")
+        draw(table, rows, folder / "toy_speed.png", cfg.precision)
     return 0
 
 

@@ -44,6 +44,7 @@ from builders.toy_sweep import (
     assert_same_numbers,
 )
 
+from sparse_coding.sae.engines import cpu_bf16
 from sparse_coding.sae.families import PREFIXES
 
 SCRIPT = ROOT / "replicate_toy_models.py"
@@ -132,13 +133,35 @@ def test_a_bad_flag_is_one_line_naming_value_and_remedy_and_nothing_is_written(
 @needs_cpu_torch
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [("--device cuda", ["--device cuda", "--device cpu"]), ("--precision tf32", ["float32"])],
+    [
+        ("--device cuda", ["--device cuda", "--device cpu"]),
+        ("--precision tf32", ["--precision tf32", "float32, bf16, bf16x3"]),
+    ],
 )
 def test_what_needs_cuda_is_refused_without_it(
     flags: str, words: list[str], toy_server: Server, tmp_path: Path
 ):
     assert_refused(toy_server.run(*flags.split(), cwd=tmp_path), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_cpu_torch
+def test_bf16_is_refused_on_a_cpu_without_it(toy_server: Server, tmp_path: Path):
+    lacks = {"sparse_coding.sae.engines.cpu_bf16.NEEDED": []}
+    for flag in ("bf16", "bf16x3"):
+        done = toy_server.run("--precision", flag, cwd=tmp_path, patch=lacks)
+        assert_refused(done, f"--precision {flag}", "neither AMX nor AVX512_BF16", "use float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_cpu_torch
+@pytest.mark.skipif(bool(cpu_bf16.missing()), reason=cpu_bf16.missing() or "none")
+def test_the_precision_is_part_of_what_a_folder_holds(toy_server: Server, tmp_path: Path):
+    flags = [*TINY, "--output-dir", "run", "--shard", "1/2"]
+    assert toy_server.run(*flags, "--precision", "bf16", cwd=tmp_path).code == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["constants"]["precision"] == "bf16"
+    assert_refused(toy_server.run(*flags, cwd=tmp_path), "precision", "bf16", "float32")
 
 
 def test_the_error_is_one_line_in_a_fresh_interpreter_too(tmp_path: Path):
