@@ -71,7 +71,7 @@ def engine_bytes(kinds: list[Kind], h: int, batch: int, *, n_threads: int) -> in
     gradients = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     n_steps = steps_at_a_time([n for _, n in kinds], h)
     batches = (3 * 4 + 2 * n_parts) * n_steps * batch * h
-    weights = 2 * n_parts * sum(2 * n * h for _, n in kinds)
+    weights = 2 * n_parts * sum(n * h for _, n in kinds)
     return min(n_threads, len(kinds)) * (work + gradients) + batches + weights
 
 
@@ -95,7 +95,7 @@ class CpuEngine:
         self.kernels, self.stacks, self.density = cpu_kernels, stacks, density
         self.n_parts = cpu_bf16.N_PARTS[precision or cpu_bf16.in_use()]
         self.saes = [sae for stack in stacks for sae in views(stack, self.n_parts)]
-        self.versions: list[int] = []  # of the weights when their parts were last taken
+        self.versions: list[int] = []  # of each W_enc when its parts were last taken
         self.kinds = [(spec.arch, spec.n_dict) for stack in stacks for spec in stack.specs]
         self.sizes = [n_dict for _, n_dict in self.kinds]
         n_tiles = max(self.sizes) / TILE
@@ -123,15 +123,13 @@ class CpuEngine:
                 state["step"] += len(xs)
 
     def _split_weights(self) -> None:
-        """Takes the parts of the weights anew where others than the kernels have written them."""
-        weights = [(stack.W_enc, stack.W_dec) for stack in self.stacks]
-        versions = [tensor._version for pair in weights for tensor in pair]  # counts torch's writes
+        """Takes the parts of W_enc anew where others than the kernels have written it."""
+        versions = [stack.W_enc._version for stack in self.stacks]  # counts torch's writes
         if not self.n_parts or versions == self.versions:
             return
-        self.versions, rows = versions, [row for pair in weights for row in zip(*pair, strict=True)]
-        for sae, (W_enc, W_dec) in zip(self.saes, rows, strict=True):
+        self.versions, rows = versions, [row for stack in self.stacks for row in stack.W_enc]
+        for sae, W_enc in zip(self.saes, rows, strict=True):
             sae.W_enc_parts[:] = cpu_bf16.parts_of(W_enc, self.n_parts)
-            sae.W_dec_parts[:] = cpu_bf16.parts_of(W_dec, self.n_parts)
 
     def _alone(self, i: int, xs: np.ndarray, parts: np.ndarray, numbers: np.ndarray) -> None:
         """All steps of autoencoder i in this thread."""

@@ -38,14 +38,6 @@ def adam_without_gradient_(p, m, v, numbers):
 
 
 @kernel
-def split_row(sae, f):
-    """What stands for a feature's weights in GEMMs, while they are in the cache."""
-    split_(sae.W_enc[f], sae.W_enc_parts[f], 0)
-    if not sae.frozen:
-        split_(sae.W_dec[f], sae.W_dec_parts[f], 0)
-
-
-@kernel
 def rest(sae, f, numbers):
     """A feature without a gradient: its moments still carry it on, until it is dormant."""
     sae.idle[f] += 1
@@ -61,7 +53,7 @@ def rest(sae, f, numbers):
         adam_without_gradient_(sae.W_dec[f], sae.W_dec_m[f], sae.W_dec_v[f], numbers)
         if numbers[UNIT]:
             scale_(sae.W_dec[f], F1 / np.sqrt(dot(sae.W_dec[f], sae.W_dec[f])))
-    split_row(sae, f)
+    split_(sae.W_enc[f], sae.W_enc_parts[f], 0)  # while it is in the cache
 
 
 @kernel
@@ -109,4 +101,4 @@ def fired(sae, f, d_biases, d_enc, d_dec, off, numbers):
         adam_(W_dec, sae.W_dec_m[f], sae.W_dec_v[f], d_dec, numbers)
         if numbers[UNIT]:
             scale_(W_dec, F1 / np.sqrt(dot(W_dec, W_dec)))
-    split_row(sae, f)
+    split_(W_enc, sae.W_enc_parts[f], 0)

@@ -102,23 +102,33 @@ def gemm(a_transposed, b_transposed, a, b, out):
     _bf16_gemm(letters, shape, high_b, high_a, F1 if n_parts == 2 else F0, to, strides)
 
 
+I16, I32 = ir.IntType(16), ir.IntType(32)
+
+
 @intrinsic
-def _same_bits(context, number, kind):
-    """A number of another kind with the bits of this one."""
-    signature = kind.dtype(number, kind)
+def bf16(context, number):
+    """Bits of the bf16 number that is nearest to a float32 one; of two that are as near, of the
+    even one. In 32 bits throughout, which numba's integers would not be, nor as fast."""
 
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+        bits = builder.bitcast(arguments[0], I32)
+        odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16))
+        no_number = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.select(no_number, I16(0x7FC0), builder.trunc(rounded, I16))
 
-    return signature, generate
+    return types.uint16(types.float32), generate
 
 
-@kernel
-def bf16(number):
-    """Bits of the nearest bf16 number; of two that are as near, the even one."""
-    bits = _same_bits(number, np.uint32)
-    rounded = np.uint32(bits + np.uint32(np.uint32(0x7FFF) + np.uint32((bits >> 16) & 1)))
-    return np.uint16(rounded >> 16) if number == number else np.uint16(0x7FC0)
+@intrinsic
+def float_of(context, bits):
+    """The float32 number that a bf16 one is."""
+
+    def generate(context, builder, signature, arguments):
+        high = builder.shl(builder.zext(arguments[0], I32), I32(16))
+        return builder.bitcast(high, ir.FloatType())
+
+    return types.float32(types.uint16), generate
 
 
 @kernel
@@ -133,7 +143,53 @@ def split_(row, parts, first):
     if n_parts == 2:
         low = parts[1][first : first + n]
         for j in range(n):
-            low[j] = bf16(row[j] - _same_bits(np.uint32(np.uint32(high[j]) << 16), np.float32))
+            low[j] = bf16(row[j] - float_of(high[j]))
+
+
+RUN = 32  # samples that are compared together, each of which gives a bit
+
+
+def _vector_at(builder, kind, address):
+    vector = ir.VectorType(kind, RUN)
+    return builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
+
+
+def _as_mask(builder, holds):
+    return builder.zext(builder.bitcast(holds, ir.IntType(RUN)), ir.IntType(64))
+
+
+@intrinsic
+def mask_of_codes(context, address):
+    """Which of RUN codes are not 0."""
+
+    def generate(context, builder, signature, arguments):
+        codes = _vector_at(builder, ir.FloatType(), arguments[0])
+        zeros = ir.Constant(codes.type, [0.0] * RUN)
+        return _as_mask(builder, builder.fcmp_unordered("!=", codes, zeros))
+
+    return types.uint64(types.uintp), generate
+
+
+@intrinsic
+def mask_of_keys(context, address, least):
+    """Which of RUN codes have keys, their bits without the sign, that reach those at `least`."""
+
+    def generate(context, builder, signature, arguments):
+        bits, least = (_vector_at(builder, I32, argument) for argument in arguments)
+        keys = builder.and_(bits, ir.Constant(bits.type, [2**31 - 1] * RUN))
+        return _as_mask(builder, builder.icmp_signed(">=", keys, least))
+
+    return types.uint64(types.uintp, types.uintp), generate
+
+
+@intrinsic
+def lowest(context, mask):
+    """The place of the lowest bit that is set."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(types.uint64), generate
 
 
 @kernel

@@ -18,14 +18,25 @@ from typing import get_args
 
 import numpy as np
 
-from sparse_coding.sae.engines.cpu_blas import F0, F1, dot, fill_, gemm, kernel, split_
+from sparse_coding.sae.engines.cpu_blas import (
+    F0,
+    F1,
+    RUN,
+    dot,
+    fill_,
+    gemm,
+    kernel,
+    lowest,
+    mask_of_codes,
+    mask_of_keys,
+    split_,
+)
 from sparse_coding.sae.engines.cpu_scratch import GROUP, TILE
 from sparse_coding.sae.families import EMA, LP_EPS, SLOPE, Penalty, Selection
 from sparse_coding.sae.spec import PLACE
 
 RELU, JUMP, TOPK, BATCHTOPK = range(len(get_args(Selection)))
 NO_PENALTY, L1, LP, L0_STEP, L0_TANH = range(len(get_args(Penalty)))
-RUN = 32  # samples whose codes are tested together
 KEY = np.int32(2**31 - 1)  # bits of a code without its sign: NaN is the largest, -0.0 is 0
 HINT = np.float32(0.85)  # a batch's smallest code is hardly ever less than this times the last's
 ROUNDS = 14  # of bisection, for a bound: to 2 %
@@ -83,16 +94,10 @@ def jump_(sae, work, f, bias):
 @kernel
 def list_(codes, where):
     """where = indices of codes that are not 0, ascending."""
-    batch, k = codes.shape[0], 0
+    batch, k, address = codes.shape[0], 0, np.uintp(codes.ctypes.data)
     runs = batch - batch % RUN
     for first in range(0, runs, RUN):
-        run, n = codes[first : first + RUN], np.int32(0)
-        for b in range(RUN):
-            n += np.int32(run[b] != F0)
-        if n:
-            for b in range(RUN):
-                where[k] = first + b
-                k += np.int64(run[b] != F0)
+        k = note_(where, k, first, mask_of_codes(address + np.uintp(4 * first)))
     for b in range(runs, batch):
         if codes[b] != F0:
             where[k] = b
@@ -103,19 +108,25 @@ def list_(codes, where):
 def list_from_(bits, where, limit):
     """where = samples whose limit the keys of a feature reach, ascending; how many."""
     batch, k = bits.shape[0], 0
+    address, least = np.uintp(bits.ctypes.data), np.uintp(limit.ctypes.data)
     runs = batch - batch % RUN
     for first in range(0, runs, RUN):
-        run, least, n = bits[first : first + RUN], limit[first : first + RUN], np.int32(0)
-        for b in range(RUN):
-            n += np.int32((run[b] & KEY) >= least[b])
-        if n:
-            for b in range(RUN):
-                where[k] = first + b
-                k += np.int64((run[b] & KEY) >= least[b])
+        off = np.uintp(4 * first)
+        k = note_(where, k, first, mask_of_keys(address + off, least + off))
     for b in range(runs, batch):
         if (bits[b] & KEY) >= limit[b]:
             where[k] = b
             k += 1
+    return k
+
+
+@kernel
+def note_(where, k, first, mask):
+    """Appends the samples whose bits are set, of those from `first` on, to k others; how many."""
+    while mask:
+        where[k] = first + lowest(mask)
+        k += 1
+        mask &= mask - np.uint64(1)
     return k
 
 

@@ -144,6 +144,8 @@ def choose(sae, work, numbers):
         if sae.refined:
             rank(sae, work)
     if total > work.value.shape[0]:
+        for f in range(work.count.shape[0]):
+            split_(sae.W_dec[f], work.W_dec_parts[f], 0)
         return False
     sort_by_sample(sae, work)
     return True
@@ -194,7 +196,7 @@ def decode_block(sae, work, x, block, scale):
     for band in range(0 if sparse else n_bands):
         end = sae.bands[band]
         codes = work.codes[first:end, t:e], work.codes_parts[first:end, :, t:e]
-        rows = sae.W_dec[first:end], sae.W_dec_parts[first:end]
+        rows = sae.W_dec[first:end], work.W_dec_parts[first:end]
         gemm(True, False, codes, rows, work.g[band, t:e])
         first = end
     for b in range(t, e):
@@ -380,7 +382,7 @@ def window_gradients(sae, work, f, g, x, grads, weights):
 def dense_gradients(sae, work, g, x, grads, weights, part):
     """Gradients of some features, by GEMMs, into grads; g, x: with their parts."""
     (start, end), (l1, numbers), n = part, weights, part[1] - part[0]
-    codes, rows = work.codes[start:end], (sae.W_dec[start:end], sae.W_dec_parts[start:end])
+    codes, rows = work.codes[start:end], (sae.W_dec[start:end], work.W_dec_parts[start:end])
     delta, delta_parts, pulls = grads.delta[:n], grads.delta_parts[:n], grads.slope
     depends, n_window = sae.penalty == LP or sae.penalty == L0_TANH, 0  # a slope on the code
     same = F0 if depends else slope(sae, F0, l1, numbers)

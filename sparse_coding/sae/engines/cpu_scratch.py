@@ -21,7 +21,7 @@ GROUP = 4  # least number of features of which topk keeps a maximum
 COUNTED = (  # what a Stack keeps of an autoencoder beside its parameters
     "idle", "silent", "n_revived", "l1", "target_l0", "smallest", "smallest_of_first", "rate",
 )  # fmt: skip
-FACTORS = "codes", "g", "aux", "g_aux", "aux_dec", "x"  # of GEMMs, among what a Work has
+FACTORS = "codes", "W_dec", "g", "aux", "g_aux", "aux_dec", "x"  # of GEMMs, parts are in Work
 CANDIDATES = 1 / 4  # share of the codes among which the k largest are sought
 
 
@@ -39,7 +39,6 @@ class Sae(NamedTuple):
     b_enc: ndarray  # (n_dict,)
     W_dec: ndarray  # (n_dict, h)
     W_enc_parts: ndarray  # (n_dict, parts, h) uint16: what stands for it in GEMMs (cpu_bf16.py)
-    W_dec_parts: ndarray  # the same
     b_dec: ndarray  # (h,), or (0,) where it is fixed at 0
     threshold: ndarray  # (n_dict,)
     W_enc_m: ndarray
@@ -86,6 +85,7 @@ class Work(NamedTuple):
 
     codes: ndarray  # (n_dict, batch)
     codes_parts: ndarray  # (n_dict, parts, batch) uint16, of dense steps
+    W_dec_parts: ndarray  # (n_dict, parts, h) uint16, of dense steps
     bits: ndarray  # (n_dict * batch,) int32: the same memory
     where: ndarray  # (n_dict, batch): samples that a feature fires on, ascending
     count: ndarray  # (n_dict,) int32: how many
@@ -188,7 +188,7 @@ def work_shapes(
         "band": ((n * refined,), i32),
         "error": ((n_bands * refined, batch), f32),
     }
-    return shapes | shapes_of_parts(shapes, FACTORS, n_parts)
+    return shapes | shapes_of_parts(shapes | {"W_dec": ((n, h), f32)}, FACTORS, n_parts)
 
 
 def gradient_shapes(batch: int, h: int, n_parts: int) -> dict[str, tuple]:
@@ -267,7 +267,7 @@ class Scratch:
 
 def views(stack: Stack, n_parts: int = 0) -> list[Sae]:
     """A stack's autoencoders as the kernels take them: views, stepping one changes the stack. The
-    parts of their weights are still to be filled."""
+    parts of W_enc are still to be filled."""
     n_saes, family, none = len(stack.specs), stack.family, torch.zeros(len(stack.specs), 0)
     tensors = {}
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
@@ -278,9 +278,8 @@ def views(stack: Stack, n_parts: int = 0) -> list[Sae]:
         tensors[f"{name}_v"] = state.get("exp_avg_sq", none)
     for name in COUNTED:
         tensors[name] = getattr(stack, name).view(n_saes, -1)
-    for name in ("W_enc", "W_dec"):
-        shape = n_saes, stack.n_dict, n_parts, stack.W_dec.shape[2]
-        tensors[f"{name}_parts"] = torch.empty(shape, dtype=torch.uint16)
+    shape = n_saes, stack.n_dict, n_parts, stack.W_dec.shape[2]
+    tensors["W_enc_parts"] = torch.empty(shape, dtype=torch.uint16)
     tensors["hint"] = torch.zeros(n_saes, 2)
     n_ranked = stack.n_dict * family.refined
     tensors["order"] = torch.arange(n_ranked, dtype=torch.int32).repeat(n_saes, 1)

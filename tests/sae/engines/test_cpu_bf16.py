@@ -218,7 +218,7 @@ def test_memory_plan_counts_the_parts(monkeypatch):
         scratch = cpu.Scratch(kinds, 32, H, density=cpu.DENSITY, n_parts=n_parts)
         for kind in kinds:
             assert scratch.works(kind)[0].codes_parts.shape == (kind[1], n_parts, 32)
-        rows = 2 * n_parts * H * (2 * (96 + 300) + cpu.steps_at_a_time([96, 300], H) * 32)
+        rows = 2 * n_parts * H * (96 + 300 + cpu.steps_at_a_time([96, 300], H) * 32)
         batches = 3 * cpu.steps_at_a_time([96, 300], H) * 4 * 32 * H
         planned = cpu.engine_bytes(kinds, H, 32, n_threads=1)
         assert planned == scratch.n_bytes + batches + rows
