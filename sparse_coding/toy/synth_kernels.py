@@ -22,7 +22,7 @@ import torch
 from numpy import ndarray
 from torch.nn.functional import pad
 
-from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, gemm, kernel, sum_rows_
+from sparse_coding.sae.engines.cpu_blas import F0, add_, dot, float_gemm, kernel, sum_rows_
 from sparse_coding.toy.synth_world import SynthWorld
 
 BLOCK = 32  # samples, whose z are one GEMM
@@ -245,7 +245,7 @@ def draw(world, seed, span, scratch, x, lists, scaled):
             state[0] = next_state(state)
             for j in range(normals.shape[1]):
                 normals[i, j] = normal(state)
-        gemm(False, True, world.top_loadings, eps, z)
+        float_gemm(False, True, world.top_loadings, eps, z)
         largest_of_groups_(world.group, z, most)
         for i in range(n_samples):
             state, b = states[i : i + 1], first + i

@@ -79,26 +79,33 @@ _sgemm, _bf16_gemm = _blas(GEMM_SYMBOL), _blas(BF16_SYMBOL)
 
 
 @kernel
+def float_gemm(a_transposed, b_transposed, a, b, out):
+    """out = a b or its transposed variants; rows contiguous. To column-major BLAS it is b a."""
+    k = a.shape[0] if a_transposed else a.shape[1]
+    letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
+    shape = out.shape[1], out.shape[0], k
+    strides = b.strides[0] // 4, a.strides[0] // 4, out.strides[0] // 4  # of 4 bytes
+    _sgemm(letters, shape, b.ctypes.data, a.ctypes.data, F0, out.ctypes.data, strides)
+
+
+@kernel
 def gemm(a_transposed, b_transposed, a, b, out):
-    """out = a b or its transposed variants; rows contiguous. To column-major BLAS it is b a.
+    """The same in the precision of factors.
 
     a, b: each a float32 matrix, and what stands for it (rows, parts, columns) where factors are
     bf16 (cpu_bf16.py)
     """
-    of_a, of_b, n_parts = a[0], b[0], a[1].shape[1]
-    k = of_a.shape[0] if a_transposed else of_a.shape[1]
-    letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
-    shape, ld = (out.shape[1], out.shape[0], k), out.strides[0] // 4  # of 4 bytes
-    to = out.ctypes.data
+    (of_a, parts_a), (of_b, parts_b), n_parts = a, b, a[1].shape[1]
     if n_parts == 0:
-        strides = of_b.strides[0] // 4, of_a.strides[0] // 4, ld
-        _sgemm(letters, shape, of_b.ctypes.data, of_a.ctypes.data, F0, to, strides)
+        float_gemm(a_transposed, b_transposed, of_a, of_b, out)
         return
-    strides = b[1].strides[0] // 2, a[1].strides[0] // 2, ld
-    high_a, high_b = a[1].ctypes.data, b[1].ctypes.data
+    letters = np.uint8(T if b_transposed else N), np.uint8(T if a_transposed else N)
+    shape = out.shape[1], out.shape[0], of_a.shape[0] if a_transposed else of_a.shape[1]
+    strides = parts_b.strides[0] // 2, parts_a.strides[0] // 2, out.strides[0] // 4
+    high_a, high_b, to = parts_a.ctypes.data, parts_b.ctypes.data, out.ctypes.data
     if n_parts == 2:  # the small ones first
-        _bf16_gemm(letters, shape, high_b + b[1].strides[1], high_a, F0, to, strides)
-        _bf16_gemm(letters, shape, high_b, high_a + a[1].strides[1], F1, to, strides)
+        _bf16_gemm(letters, shape, high_b + parts_b.strides[1], high_a, F0, to, strides)
+        _bf16_gemm(letters, shape, high_b, high_a + parts_a.strides[1], F1, to, strides)
     _bf16_gemm(letters, shape, high_b, high_a, F1 if n_parts == 2 else F0, to, strides)
 
 
