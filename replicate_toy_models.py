@@ -61,8 +61,7 @@ class Config:
     # for these; (): n_active, but of relu the grid of l1_alpha
     target_l0: tuple[int | float, ...] = ()
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
-    # free: of any length, dense, slow (SAELens now); raw: and codes count as they are (before 6.12)
-    decoder_rows: Rows = "unit"
+    decoder_rows: Rows = "unit"  # of W_dec; free: of any length, slow; raw: docs/families.md
     baseline: Literal["none", "frozen-decoder"] = "none"  # beside each: a random W_dec that stays
     l1_exp_low: int = -8  # lowest e of l1_alpha = 10^(e/4): from 0.01
     l1_exp_high: int = 9  # end of e, exclusive: to 10^(8/4) = 100
