@@ -40,6 +40,7 @@ MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 ho
 MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then signals are seen
 # Share of codes above 0 up to which a step without the zeros is faster (LOG.md: 0.40 to 0.45)
 DENSITY = 0.4
+OF_PARTS = {0: DENSITY, 1: 0.1, 2: 0.25}  # the same where factors have so many bf16 parts
 
 
 @functools.cache
@@ -64,7 +65,7 @@ def engine_bytes(kinds: list[Kind], h: int, batch: int, *, n_threads: int) -> in
     """Scratch of an engine's threads, each of which may step the largest autoencoder, the batches
     that are stepped, waiting and being made, and what stands for weights and batches in GEMMs."""
     n_parts = cpu_bf16.N_PARTS[cpu_bf16.in_use()]
-    sizes = dict(density=DENSITY, n_parts=n_parts)
+    sizes = dict(density=OF_PARTS[n_parts], n_parts=n_parts)
     works = [largest_work(kinds, batch, h, **sizes, place=place) for place in (0, 1)]
     work = sum(n * dtype.itemsize for work in works for n, dtype in work.values())
     shapes = gradient_shapes(batch, h, n_parts).values()
@@ -83,17 +84,24 @@ def steps_at_a_time(n_dicts: list[int], h: int) -> int:
 class CpuEngine:
     """Steps the stacks of one ensemble, whose tensors stay where they are.
 
-    density: share of codes above 0 up to which a step is sparse; 0 never, 1 always
+    density: share of codes above 0 up to which a step is sparse; 0 never, 1 always; None: that of
+        OF_PARTS
     precision: of factors in GEMMs, of cpu_bf16.N_PARTS; "": that in use
     """
 
     def __init__(
-        self, stacks: list[Stack], *, n_threads: int, density: float = DENSITY, precision: str = ""
+        self,
+        stacks: list[Stack],
+        *,
+        n_threads: int,
+        density: float | None = None,
+        precision: str = "",
     ):
         from sparse_coding.sae.engines import cpu_kernels
 
-        self.kernels, self.stacks, self.density = cpu_kernels, stacks, density
+        self.kernels, self.stacks = cpu_kernels, stacks
         self.n_parts = cpu_bf16.N_PARTS[precision or cpu_bf16.in_use()]
+        self.density = OF_PARTS[self.n_parts] if density is None else density
         self.saes = [sae for stack in stacks for sae in views(stack, self.n_parts)]
         self.versions: list[int] = []  # of each W_enc when its parts were last taken
         self.kinds = [(spec.arch, spec.n_dict) for stack in stacks for spec in stack.specs]

@@ -108,7 +108,7 @@ def specs(arch: str, sizes: tuple[int, ...] = (192, 256)) -> list[SAESpec]:
 
 
 def build(
-    of: list[SAESpec], precision: str, *, density: float = cpu.DENSITY, n_threads: int = 2
+    of: list[SAESpec], precision: str, *, density: float | None = None, n_threads: int = 2
 ) -> Ensemble:
     options = dict(b_dec=torch.full((H,), 0.02), project=True, schedule=SCHEDULE)
     ensemble = Ensemble(of, H, lr=LR, device=CPU, **options)
@@ -170,7 +170,7 @@ def test_gradients_are_those_of_rounded_factors(xs, density):
 
 
 @needs_bf16
-@pytest.mark.parametrize("density", [ALWAYS, NEVER, cpu.DENSITY])
+@pytest.mark.parametrize("density", [ALWAYS, NEVER, None])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("arch", TRAINED)
 def test_bits_are_the_same_for_threads_grids_and_resumed_runs(xs, arch, precision, density):
@@ -215,7 +215,7 @@ def test_memory_plan_counts_the_parts(monkeypatch):
     for precision in cpu_bf16.N_PARTS:
         monkeypatch.setitem(cpu_bf16._of_process, "precision", precision)
         n_parts = cpu_bf16.N_PARTS[precision]
-        scratch = cpu.Scratch(kinds, 32, H, density=cpu.DENSITY, n_parts=n_parts)
+        scratch = cpu.Scratch(kinds, 32, H, density=cpu.OF_PARTS[n_parts], n_parts=n_parts)
         for kind in kinds:
             assert scratch.works(kind)[0].codes_parts.shape == (kind[1], n_parts, 32)
         rows = 2 * n_parts * H * (96 + 300 + cpu.steps_at_a_time([96, 300], H) * 32)
