@@ -159,7 +159,7 @@ def _frontiers(data: Data, rows: list[dict]) -> tuple[FrontierSpec | ScatterSpec
         return benchmark.SPARSE_BUT_WRONG
     if isinstance(data, SynthData):
         several = len({row["target_l0"] for row in rows}) > 1
-        return (benchmark.TRUTH, *[benchmark.FIND] * several, *FRONTIERS)
+        return (benchmark.TRUTH, *((benchmark.FIND, *FRONTIERS) if several else ()))
     return FRONTIERS
 
 
