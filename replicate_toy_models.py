@@ -81,7 +81,7 @@ class Config:
     # the machine: rounding only, but for the device, which draws random numbers of its own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
     # of factors in GEMMs, auto: tf32 on CUDA, float32 on a CPU, which may have bf16 and bf16x3, too
-    precision: Literal["auto", "float32", "tf32", "bf16", "bf16x3"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bf16", "fp16", "bf16x3"] = "auto"
     max_memory_gb: float = 0.0  # for training, in GB; 0: 80 % of what is free
     shard: str = ""  # i/N: train only this part; the same command without it merges
 

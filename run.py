@@ -94,7 +94,7 @@ class Config:
     # the machine: rounding only, but for the device
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
     # of factors in GEMMs, auto: tf32 on CUDA, float32 on a CPU, which may have bf16 and bf16x3, too
-    precision: Literal["auto", "float32", "tf32", "bf16", "bf16x3"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bf16", "fp16", "bf16x3"] = "auto"
     lm_batch_size: int = 16  # rows of text per forward pass of the model
     store_dtype: Literal["float16", "bfloat16"] = "float16"  # of stored activations
     activations_dir: str = ""  # default: activations/<model>-layer<layer>-<site>-<hash>

@@ -1,9 +1,9 @@
 """Many sparse autoencoders trained at once on one stream of batches.
 
 Autoencoders of one family and width form a Stack (stack.py has the formulas); all stacks see the
-same x. Engines step them: with kernels that leave out the zeros, compiled for the CPU (cpu.py, all
-families) or a GPU (gpu.py, relu), else densely with torch, which is the reference. State and
-results are the same but for rounding; silence is not counted on a GPU.
+same x. Engines step them: with kernels that leave out the zeros, compiled for the CPU (cpu.py) or
+a GPU (gpu.py, many small ones of relu; gpu_gemm/, the others), else densely with torch, which is
+the reference. State and results are the same but for rounding.
 
 On a CPU an autoencoder's numbers are the same bits whatever else is in the ensemble: each is
 stepped alone, and each batched GEMM of the dense steps has the shape of a single autoencoder (if
@@ -11,6 +11,7 @@ n_dict and activation_dim are multiples of 8, a test holds that; odd sizes, whic
 in memory, agree to rounding there). One GEMM for all encoders measured no faster, see LOG.md.
 """
 
+from collections import Counter
 from itertools import groupby
 
 import torch
@@ -19,13 +20,15 @@ from torch import Tensor
 from sparse_coding.sae.engines import gpu
 from sparse_coding.sae.engines.cpu import CpuEngine, engine_bytes, kernels_compile
 from sparse_coding.sae.engines.cpu_compile import has_kernels
-from sparse_coding.sae.engines.dense import DenseEngine
+from sparse_coding.sae.engines.dense import DenseEngine, Engine
 from sparse_coding.sae.families import FAMILIES, MOST_PREFIXES, Kind
 from sparse_coding.sae.saved import unscaled
 from sparse_coding.sae.spec import Factors, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS, Scratch, Stack
 
 COUNTS = ("idle", "silent", "n_revived")  # of a stack, beside its parameters
+OF_ENGINE = "engine."  # before the names of what an engine adds to the state
+MOST_H = 512  # width up to which gpu.py takes relu; beyond it kernels lose against library GEMMs
 
 
 class Ensemble:
@@ -142,6 +145,8 @@ class Ensemble:
                 tensors[f"{s}.{name}"] = parameter
                 for moment, value in stack.adam.state[parameter].items():
                     tensors[f"{s}.{name}.{moment}"] = value
+        for name, tensor in self.engine.state().items():
+            tensors[f"{OF_ENGINE}{name}"] = tensor
         return tensors
 
     def load_state_(self, tensors: dict[str, Tensor]) -> None:
@@ -151,14 +156,16 @@ class Ensemble:
             for name in COUNTS:
                 getattr(stack, name).zero_()
         for name, tensor in self.state().items():
-            if name in tensors or not name.endswith(COUNTS):
+            if name.startswith(OF_ENGINE) and name not in tensors:
+                tensor.fill_(True)  # another engine wrote them; right, if not fast, until it looks
+            elif name in tensors or not name.endswith(COUNTS):
                 tensor.copy_(tensors[name])
 
 
-class Engines:
+class Engines(Engine):
     """Several engines, each for stacks of its own, with what x is multiplied by for it."""
 
-    def __init__(self, parts: list[tuple[CpuEngine | gpu.GpuEngine | DenseEngine, float]]):
+    def __init__(self, parts: list[tuple[Engine, float]]):
         self.parts = parts
         self.steps_at_a_time = min(part.steps_at_a_time for part, _ in parts)
 
@@ -168,8 +175,13 @@ class Engines:
             scaled = xs if scale == 1 else xs * scale
             part.steps_(scaled, n_done=n_done, factors=factors)
 
+    def state(self) -> dict[str, Tensor]:
+        """That of all parts."""
+        states = [part.state() for part, _ in self.parts]
+        return {f"{i}.{k}": t for i, state in enumerate(states) for k, t in state.items()}
 
-def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | Engines:
+
+def engine_of(stacks: list[Stack]) -> Engine:
     """The fastest that this machine has for the stacks' device and precision."""
     parts = []
     for scale in dict.fromkeys(stack.x_scale for stack in stacks):
@@ -179,22 +191,39 @@ def engine_of(stacks: list[Stack]) -> CpuEngine | gpu.GpuEngine | DenseEngine | 
     return Engines(parts) if others or scale != 1 else first
 
 
-def _engines(stacks: list[Stack]) -> list[CpuEngine | gpu.GpuEngine | DenseEngine]:
+def _engines(stacks: list[Stack]) -> list[Engine]:
     """Those for stacks of one scale: kernels where there are such, dense steps for the others."""
     on, dtype = stacks[0].W_dec.device.type, stacks[0].W_dec.dtype
-    if dtype != torch.float32:
-        return [DenseEngine(stacks)]
-    fast = [stack for stack in stacks if not stack.weighed]
-    if on == "cuda":
-        fast = [stack for stack in fast if stack.unit_rows and stack.family == FAMILIES["relu"]]
-    if fast and on == "cpu" and has_kernels() and kernels_compile():
-        engine = CpuEngine(fast, n_threads=torch.get_num_threads())
-    elif fast and on == "cuda" and gpu.has_triton():
-        engine = gpu.GpuEngine(fast)
-    else:
-        return [DenseEngine(stacks, one_thread=on == "cpu" and has_kernels())]
+    compiled = on == "cpu" and has_kernels()
+    if on == "cuda" and dtype == torch.float32 and gpu.has_triton():
+        return _gpu_engines(stacks)
+    fast = [stack for stack in stacks if compiled and dtype == torch.float32 and not stack.weighed]
+    if not fast or not kernels_compile():
+        return [DenseEngine(stacks, one_thread=compiled)]
+    engine = CpuEngine(fast, n_threads=torch.get_num_threads())
     dense = [stack for stack in stacks if stack not in fast]
-    return [engine, *[DenseEngine(dense, one_thread=on == "cpu")] * bool(dense)]
+    return [engine, *[DenseEngine(dense, one_thread=True)] * bool(dense)]
+
+
+def _gpu_engines(stacks: list[Stack]) -> list[Engine]:
+    from sparse_coding.sae.engines.gpu_gemm.engine import GemmEngine
+
+    kinds: dict[type, list[Stack]] = {}
+    for stack in stacks:
+        arch, (_, _, h), device = stack.specs[0].arch, stack.W_dec.shape, stack.W_dec.device
+        if _is_small(arch, h, device) and stack.unit_rows:
+            kind = gpu.GpuEngine
+        else:
+            kind = DenseEngine if stack.weighed or stack.family.refined else GemmEngine
+        kinds.setdefault(kind, []).append(stack)
+    return [kind(of_kind) for kind, of_kind in kinds.items()]
+
+
+def _is_small(arch: str, h: int, device: torch.device) -> bool:
+    """Whether gpu.py's kernels take this family and width; they multiply, for which Triton knows
+    the tensor cores of compute capability 8.0 and later."""
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+    return FAMILIES[arch] == FAMILIES["relu"] and h <= MOST_H and not old
 
 
 def ensemble_bytes(
@@ -213,7 +242,7 @@ def ensemble_bytes(
     state += sum(8 * n for arch, n in kinds if FAMILIES[arch].refined)
     compiled = device.type == "cpu" and has_kernels()
     on_gpu = device.type == "cuda" and gpu.has_triton()
-    fast = [kind for kind in kinds if compiled or (on_gpu and kind[0] == "relu")]
+    fast = [kind for kind in kinds if compiled or (on_gpu and not FAMILIES[kind[0]].refined)]
     scratch = 4 * max(
         kinds.count(kind) * _scratch_numbers(kind, h, batch_size, fast=kind in fast)
         for kind in set(kinds)
@@ -221,8 +250,18 @@ def ensemble_bytes(
     if fast and compiled:
         scratch += engine_bytes(fast, h, batch_size, n_threads=torch.get_num_threads())
     if fast and on_gpu:
-        scratch += gpu.engine_bytes([n for _, n in fast], h, batch_size)
+        scratch += _gpu_bytes(fast, h, batch_size, device)
     return state + scratch
+
+
+def _gpu_bytes(kinds: list[Kind], h: int, batch: int, device: torch.device) -> int:
+    from sparse_coding.sae.engines.gpu_gemm.engine import engine_bytes as gemm_bytes
+
+    small = [n for arch, n in kinds if _is_small(arch, h, device)]
+    others = Counter(kind for kind in kinds if not _is_small(kind[0], h, device))
+    of_small = gpu.engine_bytes(small, h, batch) if small else 0
+    stacks = [(FAMILIES[arch], n, n_saes) for (arch, n), n_saes in others.items()]
+    return of_small + (gemm_bytes(stacks, h, batch) if stacks else 0)
 
 
 def _scratch_numbers(kind: Kind, h: int, batch: int, *, fast: bool) -> int:

@@ -351,7 +351,7 @@ class Stack:
         if self.family.penalty == "lp":
             return weight * p * (codes + LP_EPS) ** (p - 1)
         if self.family.penalty == "l0_tanh":
-            slope = self._slope
+            slope = self.slope
             return weight * slope * (1 - torch.tanh(slope * codes) ** 2)
         return weight * (self.family.penalty == "l1")
 
@@ -364,7 +364,8 @@ class Stack:
         self.W_dec.grad += (pull * codes).sum(dim=2, keepdim=True) * (self.W_dec / length)
 
     @property
-    def _slope(self) -> float:
+    def slope(self) -> float:
+        """Of tanh, in the penalty l0_tanh."""
         return SLOPE * self.W_dec.shape[2] ** 0.5
 
     def _set_threshold_gradient_(self, pre: Tensor, delta: Tensor, l1: Tensor) -> Tensor:

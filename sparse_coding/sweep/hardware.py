@@ -7,9 +7,9 @@ import torch
 
 from sparse_coding.config import require
 from sparse_coding.sae.engines import cpu_bf16
+from sparse_coding.sae.engines.gpu_gemm import precision as gpu_precision
 
 MEMORY_SHARE = 0.8  # of the free memory may be planned for; ours, leaves room for copies
-PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}  # ours -> torch's, of CUDA
 
 
 def pick_device(flag: str) -> torch.device:
@@ -34,27 +34,28 @@ def pick_device(flag: str) -> torch.device:
 
 
 def set_precision(flag: str, device: torch.device) -> str:
-    """Sets and returns the precision of float32 GEMMs: float32, tf32 or bf16 on CUDA (auto: tf32),
-    float32, bf16 or bf16x3 on a CPU (auto: float32).
+    """Sets and returns the precision of float32 GEMMs: float32, tf32, bf16 or fp16 on CUDA (auto:
+    tf32, or where the GPU lacks it what comes closest, said in a line), float32, bf16 or bf16x3 on
+    a CPU (auto: float32).
 
-    It is that of their factors; sums and what is kept are float32. On CUDA bf16 is for the kernels
-    of gpu.py, torch takes tf32 in its place; on a CPU bf16 and bf16x3 are for those of cpu.py,
-    torch takes float32 in their place. To be called before the first parallel region of the
-    process.
+    It is that of their factors; sums and what is kept are float32. Those of 16 bits are for the
+    kernels: on CUDA torch takes tf32 in place of bf16, and float32 in place of fp16, on a CPU
+    float32. To be called before the first parallel region of the process.
 
     Raises:
         UserError: a precision that the device doesn't have.
     """
     on_gpu = device.type == "cuda"
-    precision = ("tf32" if on_gpu else "float32") if flag == "auto" else flag
-    has, where = (PRECISIONS, "CUDA") if on_gpu else (cpu_bf16.N_PARTS, "the CPU")
+    has, where = (gpu_precision.FACTORS, "CUDA") if on_gpu else (cpu_bf16.N_PARTS, "the CPU")
     require(
-        precision in has,
-        f"--precision {precision} is not for {where}: use one of {', '.join(has)} there",
+        flag == "auto" or flag in has,
+        f"--precision {flag} is not for {where}: use one of {', '.join(has)} there",
     )
-    if not on_gpu:
-        cpu_bf16.use(precision)
-    torch.set_float32_matmul_precision(PRECISIONS[precision] if on_gpu else "highest")
+    if on_gpu:
+        precision = gpu_precision.use(flag, torch.cuda.get_device_capability(device))
+    else:
+        precision = cpu_bf16.use(flag)
+        torch.set_float32_matmul_precision("highest")
     # Adam's moments of dead features decay into denormals, on which a CPU is many times slower.
     # Zero in their place changes no parameter (LOG.md). Threads made later inherit it.
     torch.set_flush_denormal(True)

@@ -5,7 +5,7 @@ import torch
 
 from sparse_coding.config import UserError
 from sparse_coding.sae.engines import cpu_bf16
-from sparse_coding.sae.engines.gpu import DOT
+from sparse_coding.sae.engines.gpu_gemm import precision
 from sparse_coding.sweep.hardware import (
     free_memory,
     pick_device,
@@ -15,7 +15,8 @@ from sparse_coding.sweep.hardware import (
 CPU = torch.device("cpu")
 
 
-def test_precision_is_float32_on_the_cpu_and_tf32_by_default_on_cuda():
+def test_precision_is_float32_on_the_cpu_and_tf32_by_default_on_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert set_precision("auto", CPU) == "float32"
     assert torch.get_float32_matmul_precision() == "highest"
     with pytest.raises(
@@ -27,8 +28,10 @@ def test_precision_is_float32_on_the_cpu_and_tf32_by_default_on_cuda():
     try:
         for flag, name in (("auto", "tf32"), ("tf32", "tf32"), ("bf16", "bf16")):
             assert set_precision(flag, torch.device("cuda")) == name
-            assert DOT[torch.get_float32_matmul_precision()] == name
+            assert precision.in_use() == name
+            assert torch.get_float32_matmul_precision() == "high"
     finally:
+        precision.use("float32", (9, 0))
         set_precision("float32", CPU)
 
 

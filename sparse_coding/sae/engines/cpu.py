@@ -30,6 +30,7 @@ from sparse_coding.sae.engines.cpu_scratch import (
     step_numbers,
     views,
 )
+from sparse_coding.sae.engines.dense import Engine
 from sparse_coding.sae.families import Kind
 from sparse_coding.sae.spec import PLACE, Factors, SAESpec
 from sparse_coding.sae.stack import Scratch as StackScratch
@@ -81,7 +82,7 @@ def steps_at_a_time(n_dicts: list[int], h: int) -> int:
     return int(max(1, min(MOST_STEPS, MOST_WEIGHTS / (sum(n_dicts) * h))))
 
 
-class CpuEngine:
+class CpuEngine(Engine):
     """Steps the stacks of one ensemble, whose tensors stay where they are.
 
     density: share of codes above 0 up to which a step is sparse; 0 never, 1 always; None: that of

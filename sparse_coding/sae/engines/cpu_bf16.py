@@ -19,17 +19,19 @@ NEEDED = "amx_bf16", "avx512_bf16"  # one of these, as torch names what a CPU ha
 _of_process = {"precision": "float32"}
 
 
-def use(precision: str) -> None:
-    """Sets the precision of factors in this process.
+def use(flag: str) -> str:
+    """Sets and returns the precision of factors in this process; auto: float32.
 
     torch's own setting is left alone, since it would round text models and data as well.
 
     Raises:
         UserError: this machine doesn't have it.
     """
+    precision = "float32" if flag == "auto" else flag
     reason = missing() if N_PARTS[precision] else ""
     require(not reason, f"--precision {precision}: {reason}: use float32 on this machine")
     _of_process["precision"] = precision
+    return precision
 
 
 def in_use() -> str:

@@ -7,13 +7,25 @@ from sparse_coding.sae.spec import Factors
 from sparse_coding.sae.stack import Stack
 
 
-class DenseEngine:
+class Engine:
+    """What steps the stacks of an ensemble."""
+
+    steps_at_a_time = 1
+
+    def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
+        """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside parameters, by name, not copied."""
+        return {}
+
+
+class DenseEngine(Engine):
     """On any device, for all families.
 
     one_thread: on a CPU, whose GEMMs give other last bits with other numbers of threads
     """
-
-    steps_at_a_time = 1
 
     def __init__(self, stacks: list[Stack], *, one_thread: bool = False):
         self.stacks, self.one_thread = stacks, one_thread

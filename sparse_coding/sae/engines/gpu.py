@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparse_coding.config import first_line
 from sparse_coding.sae.engines.cpu import step_numbers
-from sparse_coding.sae.engines.dense import DenseEngine
+from sparse_coding.sae.engines.dense import DenseEngine, Engine
+from sparse_coding.sae.engines.gpu_gemm import precision
 from sparse_coding.sae.spec import PLACE, Factors, SAESpec
 from sparse_coding.sae.stack import Scratch, Stack
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # Triton may be missing
     from sparse_coding.sae.engines.gpu_kernels import Rows, Shape, Work
 
 MOST_STEPS = 16  # at a time; their batches are made while others train
-DOT = {"highest": "ieee", "high": "tf32", "medium": "bf16"}  # torch's names for float32 GEMMs
+DOT = {"float32": "ieee", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}  # Triton's names
 # (warps, stages of the pipeline): no kernel spills registers at h 256 and
 # 3 072 for compute capabilities 8.0, 8.6 and 9.0 (a test compiles them); not tuned
 LAUNCH = {
@@ -91,7 +92,7 @@ def work_shapes(sizes: list[int], shape: "Shape") -> dict[str, tuple]:
         "missed": ((n_rows,), i32),
         "n_fired": ((n,), i32),
         "n_resting": ((n,), i32),
-        "g": ((n, batch, h), f32),
+        "r": ((n, batch, h), f32),
         "delta": ((n_rows, batch), f32),
         "bias_grad": ((n_rows,), f32),
         "along": ((n_rows,), f32),
@@ -188,7 +189,7 @@ def launcher(rows: "Rows", work: "Work", shape: "Shape") -> Callable[[], None]:
     return launch
 
 
-class GpuEngine:
+class GpuEngine(Engine):
     """Steps the stacks of one ensemble, whose tensors become parts of larger ones.
 
     graph: whether steps are replayed as a CUDA graph
@@ -201,7 +202,7 @@ class GpuEngine:
         self.graph = graph and self.rows.W_dec.is_cuda
         if self.rows.W_dec.is_cuda:
             torch.cuda.empty_cache()  # what the parts were in
-        self.dot = DOT[torch.get_float32_matmul_precision()]
+        self.dot = DOT[precision.in_use()]
         self.sizes = [stack.n_dict for stack in stacks for _ in stack.specs]
         self.steps_at_a_time = steps_at_a_time(stacks[0].W_dec.shape[2])
         self.ready: tuple | None = None  # a shape, its Work, and a function that steps
@@ -222,7 +223,8 @@ class GpuEngine:
         if self.ready is None or self.ready[0] != shape:
             self.ready = None  # memory first
             work = make_work(self.sizes, shape, xs.device)
-            self.ready = shape, work, self._replayed(launcher(self.rows, work, shape))
+            launch = launcher(self.rows, work, shape)
+            self.ready = shape, work, replayed(launch) if self.graph else launch
         _, work, step = self.ready
         of_steps = torch.from_numpy(step_numbers(self.stacks[0], n_done, factors))  # (n, numbers)
         if xs.is_cuda:  # no waiting for what the GPU has still to do
@@ -234,29 +236,34 @@ class GpuEngine:
         counts = [state["step"] for stack in self.stacks for state in stack.adam.state.values()]
         torch._foreach_add_(counts, len(xs))
 
-    def _replayed(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """launch as a CUDA graph, whose input is what stands in Work.x and Work.numbers."""
-        if not self.graph:
-            return launch
-        try:
-            graph = torch.cuda.CUDAGraph()
-            # other threads may go on using the GPU meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                launch()
-        except RuntimeError as error:
-            print(f"no CUDA graph, so small grids train slower: {first_line(error)}", flush=True)
-            return launch
-        return graph.replay
+
+def replayed(launch: Callable[[], None]) -> Callable[[], None]:
+    """launch as a CUDA graph, whose input is what stands in the tensors that it reads; itself where
+    that can't be, said in a line."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        # other threads may go on using the GPU meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            launch()
+    except RuntimeError as error:
+        print(f"no CUDA graph, so small grids train slower: {first_line(error)}", flush=True)
+        return launch
+    return graph.replay
 
 
 @functools.cache
 def fault_of(shape: "Shape", device: torch.device) -> str:
     """What is wrong with the kernels of this shape, or "". Says so, once."""
+    return fault_in(lambda: trial_error(shape, device), TRIAL_ERROR)
+
+
+def fault_in(trial: Callable[[], float], most_off: float) -> str:
+    """What is wrong with kernels, by a trial that gives how far off they are, or ""; says so."""
     from triton.errors import TritonError
 
     try:
-        error = trial_error(shape, device)
-        fault = "" if error <= TRIAL_ERROR else f"they are off by {error:.0%}"  # NaN is a fault
+        error = trial()
+        fault = "" if error <= most_off else f"they are off by {error:.0%}"  # NaN is a fault
     except TritonError as error:  # the lines before the last quote the kernel
         fault = f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
@@ -267,27 +274,43 @@ def fault_of(shape: "Shape", device: torch.device) -> str:
 
 
 def trial_error(shape: "Shape", device: torch.device) -> float:
-    """Distance of the kernels' steps from dense ones in float64, relative; of the worst parameter.
+    """How far steps of the kernels are from dense ones in float64, see distance_of_steps."""
+
+    def train_(stacks: list[Stack], xs: Tensor, factors: list[Factors]) -> None:
+        GpuEngine(stacks, graph=False).run_(shape, xs, n_done=0, factors=factors)
+
+    specs = [SAESpec(n, 1e-3, seed=n, tied=True) for n in (shape.encode_f + 8, shape.list_f + 8)]
+    return distance_of_steps(
+        specs, train_, (shape.batch, shape.h), b_dec=shape.b_dec, project=shape.project,
+        device=device,
+    )  # fmt: skip
+
+
+def distance_of_steps(
+    specs: list[SAESpec], train_: Callable[[list[Stack], Tensor, list[Factors]], None],
+    size: tuple[int, int], *, b_dec: bool, project: bool, device: torch.device,
+) -> float:  # fmt: skip
+    """How far three steps of train_ are from dense ones in float64, relative; of the worst
+    parameter.
 
     Adam with an eps of 1 takes steps in proportion to the gradient, which are compared as such.
-    On the second batch, of one vector many times, half of the features rest.
+    On the second batch, of one direction, half of the features rest; some count as dead.
     """
-    xs = torch.randn(3, shape.batch, shape.h, generator=torch.Generator().manual_seed(0))
-    xs[1] = xs[1, 0]
-    xs, moved = (xs * shape.h**-0.5).to(device), []
-    specs = [SAESpec(n, 1e-3, seed=n, tied=True) for n in (shape.encode_f + 8, shape.list_f + 8)]
+    (batch, h), factors = size, [Factors(1.0, 1.0, False)] * 3
+    xs = torch.randn(3, batch, h, generator=torch.Generator().manual_seed(0))
+    xs[1] = xs[1, 0] * torch.linspace(0.5, 1.5, batch)[:, None]  # no two codes are equal
+    xs, moved = (xs * h**-0.5).to(device), []
+    options = dict(lr=h / 4, eps=1.0, project=project, dead_steps=1)
+    options |= dict(b_dec=xs[0, 0] / 4 if b_dec else None)
     for dtype in (torch.float32, torch.float64):
-        options = dict(lr=shape.h / 4, eps=1.0, project=shape.project)
-        options |= dict(b_dec=xs[0, 0] / 4 if shape.b_dec else None)
         scratch = Scratch(device, dtype)
-        stacks = [Stack([spec], shape.h, scratch=scratch, **options) for spec in specs]
+        stacks = [Stack([spec], h, scratch=scratch, **options) for spec in specs]
         parameters = [p for stack in stacks for p in stack.parameters.values()]
         before = [p.clone() for p in parameters]
-        factors = [Factors(1.0, 1.0, False)] * len(xs)
         if dtype == torch.float32:
-            GpuEngine(stacks, graph=False).run_(shape, xs, n_done=0, factors=factors)
+            train_(stacks, xs, factors)
         else:
             DenseEngine(stacks).steps_(xs.double(), n_done=0, factors=factors)
         moved.append([(a - b).double() for a, b in zip(parameters, before, strict=True)])
     pairs = zip(*moved, strict=True)
-    return max(float((ours - dense).norm() / dense.norm()) for ours, dense in pairs)
+    return max(float((ours - dense).norm() / dense.norm()) for ours, dense in pairs if dense.any())

@@ -6,14 +6,15 @@ gathered by lists (formulas: stack.py).
 
     encode          codes = ReLU(x W_encᵀ + b_enc), and on how many samples each feature fires
     choose          lists of features: who fired, who still moves; moves l1 where l0 is sought
-    decode          g = 2/(batch · h) · (codes W_dec + b_dec − x)
-    backward        δ = (g W_decᵀ + l1/batch) ∘ [codes > 0]; Adam of b_enc
+    decode          r = codes W_dec + b_dec − x
+    backward        δ = (r W_decᵀ + l1 · h/2) ∘ [codes > 0]; Adam of b_enc
     update_encoder  gradient of a tile of W_enc and its Adam at once: no gradient reaches memory
     update_decoder  the same for W_dec, and length 1 where a tile holds whole rows
     normalise       length 1, where it does not
     update_b_dec    Adam of b_dec
 
-Every sum has a fixed order, there are no atomics: the same GPU gives the same bits.
+r and δ are in units of 2 / (batch · h), which 16 bits can hold. Every sum has a fixed order, there
+are no atomics: the same GPU gives the same bits.
 
 The kernels after `choose` take features by its lists, so rows that have not fired for long are left
 alone, by the rule of cpu_kernels.py; a tile of which nothing moves ends at once.
@@ -74,7 +75,7 @@ class Work(NamedTuple):
     missed: Tensor  # (n_rows,) int32: steps of decay that the moments of a row are behind
     n_fired: Tensor  # (n_saes,) int32
     n_resting: Tensor  # (n_saes,) int32
-    g: Tensor  # (n_saes, batch, h)
+    r: Tensor  # (n_saes, batch, h)
     delta: Tensor  # (n_rows, batch), of features that fired
     bias_grad: Tensor  # (n_rows,): ∂b_enc of features that fired
     along: Tensor  # (n_rows,): length of ∂W_dec along the row
@@ -90,8 +91,8 @@ class Shape(NamedTuple):
     batch: int
     b_dec: bool  # whether it is trained
     project: bool
-    # precision of factors in GEMMs: ieee, tf32, tf32x3, bf16. Triton before 3.7 takes it as an
-    # argument only from a constant of the kernel's own
+    # precision of factors in GEMMs: ieee, tf32, tf32x3, bf16, fp16. Triton before 3.7 takes it as
+    # an argument only from a constant of the kernel's own
     dot: str
     encode_f: int = 128
     encode_b: int = 128
@@ -112,6 +113,8 @@ def matmul(a, b, acc, DOT: tl.constexpr):
     """acc + a b, with factors in the precision DOT."""
     if DOT == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    elif DOT == "fp16":
+        acc = tl.dot(a.to(tl.float16), b.to(tl.float16), acc)
     else:
         acc = tl.dot(a, b, acc, input_precision=DOT)
     return acc
@@ -209,7 +212,7 @@ def codes_of(work, row, start, B: tl.constexpr, fired, S: tl.constexpr):
 
 @triton.jit
 def decode(rows, work, S: tl.constexpr):
-    """g of a tile of samples (decode_b) and dimensions (decode_h), from features that fired."""
+    """r of a tile of samples (decode_b) and dimensions (decode_h), from features that fired."""
     B: tl.constexpr = S.decode_b
     H: tl.constexpr = S.decode_h
     K: tl.constexpr = S.decode_k
@@ -232,7 +235,7 @@ def decode(rows, work, S: tl.constexpr):
         acc += tl.load(rows.b_dec + s * S.h + j, mask=j < S.h, other=0.0)[None, :]
     at = (s.to(tl.int64) * S.batch + b)[:, None] * S.h + j[None, :]
     inside = (b < S.batch)[:, None] & (j < S.h)[None, :]
-    tl.store(work.g + at, acc * (2.0 / (S.batch * S.h)), mask=inside)
+    tl.store(work.r + at, acc, mask=inside)
 
 
 BETA1, BETA2 = (tl.constexpr(beta) for beta in spec.BETAS)
@@ -272,14 +275,15 @@ def adam(p, m, v, at, mask, grad, missed, numbers):
 @triton.jit
 def backward(rows, work, S: tl.constexpr):
     """δ and its sums for a tile of listed features (list_f); Adam of b_enc."""
+    unit: tl.constexpr = 2.0 / (S.batch * S.h)
     F: tl.constexpr = S.list_f
     B: tl.constexpr = S.backward_b
     K: tl.constexpr = S.backward_k
     D: tl.constexpr = S.dot
     s, row, fired, moves = listed(work, tl.program_id(0), S)
     if any_of(moves):
-        g = work.g + s.to(tl.int64) * S.batch * S.h
-        l1 = tl.load(rows.l1 + s) * tl.load(work.numbers + L1_FACTOR) / S.batch
+        r = work.r + s.to(tl.int64) * S.batch * S.h
+        l1 = tl.load(rows.l1 + s) * tl.load(work.numbers + L1_FACTOR) * (S.h / 2)
         bias_grad, along = tl.zeros([F], tl.float32), tl.zeros([F], tl.float32)
         for start in range(0, tl.where(any_of(fired), S.batch, 0), B):
             b = start + tl.arange(0, B)
@@ -287,7 +291,7 @@ def backward(rows, work, S: tl.constexpr):
             for start_k in range(0, S.h, K):
                 k = start_k + tl.arange(0, K)
                 W = block(rows.W_dec, row, k, S.h, fired)
-                acc = matmul(W, tl.trans(block(g, b, k, S.h, b < S.batch)), acc, D)
+                acc = matmul(W, tl.trans(block(r, b, k, S.h, b < S.batch)), acc, D)
             codes = codes_of(work, row, start, B, fired, S)
             delta = tl.where(codes != 0, acc + l1, 0.0)
             inside = fired[:, None] & (b < S.batch)[None, :]
@@ -298,14 +302,16 @@ def backward(rows, work, S: tl.constexpr):
         tl.store(work.along + row, along, mask=fired)
         missed = tl.load(work.missed + row, mask=moves, other=0).to(tl.float32)
         b_enc = adam(
-            rows.b_enc, rows.b_enc_m, rows.b_enc_v, row, moves, bias_grad, missed, work.numbers
-        )
+            rows.b_enc, rows.b_enc_m, rows.b_enc_v, row, moves, bias_grad * unit, missed,
+            work.numbers,
+        )  # fmt: skip
         tl.store(rows.b_enc + row, b_enc, mask=moves)
 
 
 @triton.jit
 def update_encoder(rows, work, S: tl.constexpr):
     """Gradient and Adam of a tile of W_enc: listed features (list_f) by dimensions (update_h)."""
+    unit: tl.constexpr = 2.0 / (S.batch * S.h)
     F: tl.constexpr = S.list_f
     H: tl.constexpr = S.update_h
     D: tl.constexpr = S.dot
@@ -326,13 +332,16 @@ def update_encoder(rows, work, S: tl.constexpr):
             grad -= bias_grad[:, None] * b_dec[None, :]
         at, mask = row[:, None] * S.h + j[None, :], moves[:, None] & (j < S.h)[None, :]
         missed = tl.load(work.missed + row, mask=moves, other=0).to(tl.float32)[:, None]
-        W = adam(rows.W_enc, rows.W_enc_m, rows.W_enc_v, at, mask, grad, missed, work.numbers)
+        W = adam(
+            rows.W_enc, rows.W_enc_m, rows.W_enc_v, at, mask, grad * unit, missed, work.numbers
+        )
         tl.store(rows.W_enc + at, W, mask=mask)
 
 
 @triton.jit
 def update_decoder(rows, work, S: tl.constexpr):
     """The same of W_dec; rows of length 1, or their lengths for normalise."""
+    unit: tl.constexpr = 2.0 / (S.batch * S.h)
     F: tl.constexpr = S.list_f
     H: tl.constexpr = S.update_h
     D: tl.constexpr = S.dot
@@ -341,18 +350,20 @@ def update_decoder(rows, work, S: tl.constexpr):
     s, row, fired, moves = listed(work, tl.program_id(0) // chunks, S)
     if any_of(moves):
         j = chunk * H + tl.arange(0, H)
-        g = work.g + s.to(tl.int64) * S.batch * S.h
+        r = work.r + s.to(tl.int64) * S.batch * S.h
         grad = tl.zeros([F, H], tl.float32)
         for start in range(0, tl.where(any_of(fired), S.batch, 0), S.update_k):
             b = start + tl.arange(0, S.update_k)
             codes = codes_of(work, row, start, S.update_k, fired, S)
-            grad = matmul(codes, block(g, b, j, S.h, b < S.batch), grad, D)
+            grad = matmul(codes, block(r, b, j, S.h, b < S.batch), grad, D)
         if S.project:
             along = tl.load(work.along + row, mask=fired, other=0.0)
             grad -= along[:, None] * block(rows.W_dec, row, j, S.h, fired)
         at, mask = row[:, None] * S.h + j[None, :], moves[:, None] & (j < S.h)[None, :]
         missed = tl.load(work.missed + row, mask=moves, other=0).to(tl.float32)[:, None]
-        W = adam(rows.W_dec, rows.W_dec_m, rows.W_dec_v, at, mask, grad, missed, work.numbers)
+        W = adam(
+            rows.W_dec, rows.W_dec_m, rows.W_dec_v, at, mask, grad * unit, missed, work.numbers
+        )
         norm = tl.where(moves, tl.sum(W * W, 1), 1.0)
         if chunks == 1:
             W /= tl.sqrt(norm)[:, None]
@@ -381,18 +392,19 @@ def normalise(rows, work, S: tl.constexpr):
 @triton.jit
 def update_b_dec(rows, work, S: tl.constexpr):
     """Gradient and Adam of b_dec, one program for each autoencoder and update_h dimensions."""
+    unit: tl.constexpr = 2.0 / (S.batch * S.h)
     H: tl.constexpr = S.update_h
     chunks: tl.constexpr = (S.h + H - 1) // H
     s, j = tl.program_id(0) // chunks, tl.program_id(0) % chunks * H + tl.arange(0, H)
     grad = tl.zeros([16, H], tl.float32)
     for start in range(0, S.batch, 16):
         b = start + tl.arange(0, 16)
-        grad += block(work.g + s.to(tl.int64) * S.batch * S.h, b, j, S.h, b < S.batch)
+        grad += block(work.r + s.to(tl.int64) * S.batch * S.h, b, j, S.h, b < S.batch)
     first, tiles = tl.load(work.saes + 3 * s + 2), tl.cdiv(tl.load(work.n_fired + s), S.list_f)
     for start in range(first, first + tiles, 16):
         t = start + tl.arange(0, 16)
         grad -= block(work.off, t, j, S.h, t < first + tiles)
     at, mask = s * S.h + j, j < S.h
     grad = tl.sum(grad, 0)
-    b_dec = adam(rows.b_dec, rows.b_dec_m, rows.b_dec_v, at, mask, grad, 0.0, work.numbers)
+    b_dec = adam(rows.b_dec, rows.b_dec_m, rows.b_dec_v, at, mask, grad * unit, 0.0, work.numbers)
     tl.store(rows.b_dec + at, b_dec, mask=mask)
