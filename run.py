@@ -55,7 +55,8 @@ class Config:
     site: Literal["mlp_act", "mlp_out", "resid_post", "attn_concat"] = "mlp_act"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
 
-    # the text: hub id, .txt, .jsonl, .parquet, a folder of these, nanoGPT's .bin, or stdlib
+    # the text: hub id, .txt, .jsonl (or .gz, .zst of these), .parquet, a folder of them, nanoGPT's
+    # .bin, or stdlib
     dataset: str = "NeelNanda/pile-10k"
     dataset_revision: str = ""  # commit of a hub id; default: pinned for those we name
     text_column: str = "text"  # of .jsonl, .parquet and hub datasets
@@ -228,9 +229,8 @@ def check(cfg: Config, argv: list[str]) -> None:
     """Raises UserError for a constant out of its range that no part checks itself, and for a flag
     of argv that would change nothing."""
     grid_of(cfg).families.require_used(argv)
-    flags_of_parts = RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice
-    for choice in flags_of_parts:
-        pick(choice, cfg)
+    for part in (RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice):
+        pick(part, cfg)
     require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
 
 

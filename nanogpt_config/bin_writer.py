@@ -18,6 +18,7 @@ import numpy as np
 from sparse_coding.config import require
 from sparse_coding.files import read_json, write_json
 from sparse_coding.lm.documents import (
+    PACKED,
     Documents,
     document_id,
     in_batches,
@@ -189,9 +190,11 @@ def text_bytes(source: str, text_column: str) -> int | None:
     path = Path(source).expanduser()
     if not path.exists():
         return None
+    files = local_files(path)
+    if any(p.suffix in PACKED for p in files):
+        return None
     return sum(
-        _column_bytes(p, text_column) if p.suffix == ".parquet" else p.stat().st_size
-        for p in local_files(path)
+        _column_bytes(p, text_column) if p.suffix == ".parquet" else p.stat().st_size for p in files
     )
 
 

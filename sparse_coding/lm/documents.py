@@ -5,6 +5,7 @@ Documents are streamed in a fixed order, so memory stays flat whatever the size 
 
 import codecs
 import contextlib
+import io
 import math
 import os
 import platform
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
 
 import numpy as np
 
-from sparse_coding.config import UserError, first_line, hash63, one_line, require
+from sparse_coding.config import DISK_ERRORS, UserError, first_line, hash63, one_line, require
 from sparse_coding.files import content_stamp, parse_json
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ PINNED = {
     "Skylion007/openwebtext": "79d93d786212f7344586290adb811d4ae6a1762c",
 }
 SUFFIXES = (".txt", ".jsonl", ".parquet")  # of local files that we read
+PACKED = {".gz": "gzip", ".zst": "zstd"}  # suffix after .txt or .jsonl -> pyarrow's name of it
+READ = ".txt, .jsonl, .parquet, .txt.gz, .jsonl.zst, ..."  # in words
 END_OF_TEXT = "<|endoftext|>"  # parts the documents of a .txt that has it (TinyStories, GPT-2)
 PIECE = 10_000  # characters: about how long the documents of a long .txt without it become
 LONGEST = 3 * PIECE  # characters of a .txt that stay one document
@@ -80,7 +83,8 @@ def open_documents(dataset: str, *, text_column: str = "text", revision: str = "
     """The documents of a dataset; the first is read at once, so that a bad source fails here.
 
     Args:
-        dataset: "stdlib"; a .txt, .jsonl or .parquet file, or a folder of them; a hub dataset's id
+        dataset: "stdlib"; a .txt, .jsonl or .parquet file, the first two also as .gz or .zst, or a
+            folder of them; a hub dataset's id
         text_column: of .jsonl, .parquet and hub datasets (of which the split "train" is read)
         revision: of a hub dataset; "": the one that we pin, else what is in the cache, else main
     Raises:
@@ -155,7 +159,7 @@ def _find(dataset: str, text_column: str, revision: str) -> Documents:
 def _is_hub_id(dataset: str) -> bool:
     """Whether it is written like one."""
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset)
-    return bool(is_id) and Path(dataset).suffix not in (*SUFFIXES, ".bin")
+    return bool(is_id) and Path(dataset).suffix not in (*SUFFIXES, *PACKED, ".bin")
 
 
 def stdlib_files() -> list[Path]:
@@ -176,12 +180,20 @@ def _stdlib_texts() -> Iterator[str]:
 def local_files(path: Path) -> list[Path]:
     """The file, or those of the folder that we can read, sorted."""
     if path.is_dir():
-        files = [p for p in _visible_files(path) if p.suffix in SUFFIXES]
-        require(bool(files), f"{path} holds no {', '.join(SUFFIXES)} file")
+        files = [p for p in _visible_files(path) if kind_of(p)]
+        require(bool(files), f"{path} holds no file that we read: {READ}")
         return files
-    require(path.suffix in SUFFIXES, f"{path}: can read {', '.join(SUFFIXES)} only")
+    require(bool(kind_of(path)), f"{path}: can read {READ} only")
     require(path.stat().st_size > 0, f"{path} is empty")
     return [path]
+
+
+def kind_of(path: Path) -> str:
+    """That of SUFFIXES which its name ends with, packed or not; "" of a file that we don't read."""
+    if path.suffix not in PACKED:
+        return path.suffix if path.suffix in SUFFIXES else ""
+    inner = Path(path.stem).suffix
+    return inner if inner in (".txt", ".jsonl") else ""
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -191,26 +203,47 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def unread_note(path: Path) -> str:
-    """A line that names files of a folder that are not read, as compressed ones; "" without any."""
-    unread = [p for p in _visible_files(path) if p.suffix not in SUFFIXES] if path.is_dir() else []
+    """A line that names files of a folder that are not read, as zipped ones; "" without any."""
+    unread = [p for p in _visible_files(path) if not kind_of(p)] if path.is_dir() else []
     names = ", ".join(p.relative_to(path).as_posix() for p in unread[:UNREAD])
     more = f" and {len(unread) - UNREAD:,} more" if len(unread) > UNREAD else ""
-    line = f"{path}: not read: {names}{more} (only {', '.join(SUFFIXES)} are; unpack others first)"
+    line = f"{path}: not read: {names}{more} (but {READ} are; unpack others first)"
     return (one_line(line) + "\n") * bool(unread)
 
 
 def _local_texts(files: list[Path], text_column: str) -> Iterator[object]:
     for path in files:
-        if path.suffix == ".parquet":
+        if kind_of(path) == ".parquet":
             yield from _parquet_texts(path, text_column)
             continue
-        with open(path, encoding=encoding_of(path), errors="replace") as file:
-            if path.suffix == ".txt":
+        encoding = encoding_of(path)
+        with _unpacked(path) as raw, io.TextIOWrapper(raw, encoding, errors="replace") as file:
+            if kind_of(path) == ".txt":
                 yield from _cut(file)
             else:
                 lines = enumerate(_lines(file, path), 1)
                 rows = ((n, line) for n, line in lines if not line.isspace())
                 yield from (_pick(_parse(path, n, line), text_column, path) for n, line in rows)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, of a .gz or .zst what is packed in it, as it is read. Raises UserError, on
+    reading, if that is damaged."""
+    with open(path, "rb") as file:
+        if path.suffix not in PACKED:
+            yield file
+            return
+        import pyarrow  # it reads both kinds, and all frames of a file
+
+        try:
+            with pyarrow.input_stream(file, compression=PACKED[path.suffix]) as unpacked:
+                yield unpacked
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise
+            why = f"no whole {path.suffix} file ({one_line(first_line(error))[:200]})"
+            raise UserError(f"{path} is {why}: fetch it again") from None
 
 
 def encoding_of(path: Path) -> str:
@@ -219,7 +252,7 @@ def encoding_of(path: Path) -> str:
     Raises:
         UserError: its start is not text in that encoding, but for single broken characters.
     """
-    with open(path, "rb") as file:
+    with _unpacked(path) as file:
         start = file.read(BLOCK)
     encoding = "utf-8-sig"
     if start.startswith((*UTF_32, *UTF_16)):

@@ -7,8 +7,10 @@ import hashlib
 import io
 import json
 import platform
+import random
 import re
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -19,6 +21,7 @@ from builders.models import write_jsonl, write_parquet
 from sparse_coding.config import UserError
 from sparse_coding.lm import documents
 from sparse_coding.lm.documents import (
+    BLOCK,
     LONGEST,
     PIECE,
     document_id,
@@ -107,11 +110,11 @@ def test_a_text_full_of_replacement_characters_is_text(tmp_path):
 
 
 def test_what_a_folder_has_besides_texts_is_named_and_hidden_files_are_no_text(tmp_path, capsys):
-    for name in ("a.txt", ".b.txt", ".git/c.txt", "._a.txt", "d.txt.gz", "e.TXT", "in/f.jsonl.zst"):
+    for name in ("a.txt", ".b.txt", ".git/c.txt", "._a.txt", "d.txt.bz2", "e.TXT", "in/f.zst"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert list(open_documents(str(tmp_path))) == ["a.txt"]
-    line = f"{tmp_path}: not read: d.txt.gz, e.TXT, in/f.jsonl.zst (only .txt, .jsonl, .parquet"
+    line = f"{tmp_path}: not read: d.txt.bz2, e.TXT, in/f.zst (but .txt, .jsonl, .parquet"
     (out,) = capsys.readouterr().out.splitlines()
     assert out.startswith(line)
     for i in range(9):
@@ -120,6 +123,38 @@ def test_what_a_folder_has_besides_texts_is_named_and_hidden_files_are_no_text(t
     assert capsys.readouterr().out == ""
     open_documents(str(tmp_path))
     assert "x0.md, x1.md and 7 more (" in capsys.readouterr().out
+
+
+def packed(content: bytes, suffix: str) -> bytes:
+    """In two parts, as of packed files put one behind the other."""
+    parts = content[: len(content) // 2], content[len(content) // 2 :]
+    zstd = partial(pyarrow.compress, codec="zstd", asbytes=True)
+    return b"".join(map(gzip.compress if suffix == "gz" else zstd, parts))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_packed_texts_are_those_that_are_packed(tmp_path, suffix):
+    long = "zwölf Boxkämpfer jagen\n\n" * 9000
+    for name, content in {"a.jsonl": write_jsonl(tmp_path / "x", TEXTS), "b.txt": long}.items():
+        content = Path(content).read_bytes() if name == "a.jsonl" else content.encode("utf-16")
+        for folder, data in (("plain", content), ("packed", packed(content, suffix))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            ending = f".{suffix}" if folder == "packed" else ""
+            (tmp_path / folder / f"{name}{ending}").write_bytes(data)
+    texts = list(open_documents(str(tmp_path / "plain")))
+    assert "".join(texts) == "".join(TEXTS) + long
+    assert list(open_documents(str(tmp_path / "packed"))) == texts
+    assert list(open_documents(str(tmp_path / f"packed/a.jsonl.{suffix}"))) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("harm", [lambda d: d[: len(d) * 3 // 4], lambda d: b"x" * len(d)])
+def test_a_packed_text_that_is_not_whole_is_refused(tmp_path, suffix, harm):
+    path = tmp_path / f"a.txt.{suffix}"
+    noise = random.Random(0).randbytes(3 * BLOCK).hex().encode()  # its start is whole
+    path.write_bytes(harm(packed(noise, suffix)))
+    with pytest.raises(UserError, match=rf"a\.txt\.{suffix} is no whole \.{suffix} file .*fetch"):
+        list(open_documents(str(path)))
 
 
 LINES = {
@@ -246,14 +281,15 @@ def test_a_long_text_file_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path, mon
     assert list(open_documents(str(tmp_path / "b.txt"))) == [text[:LONGEST]]
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "txt.gz"])
 def test_memory_stays_flat_when_the_text_grows(tmp_path, suffix):
     def peak(n_rows: int) -> int:
         path = tmp_path / f"{n_rows}.{suffix}"
         if suffix == "jsonl":
             write_jsonl(path, ["word " * 200] * n_rows)
         else:
-            path.write_text("word " * 200 * n_rows)
+            content = b"word " * 200 * n_rows
+            path.write_bytes(content if suffix == "txt" else packed(content, "gz"))
         tracemalloc.start()
         n_characters = sum(len(text) for text in open_documents(str(path)))
         assert n_characters == 1000 * n_rows
@@ -342,8 +378,8 @@ def test_bad_sources_are_refused_with_the_reason(tmp_path, hub_cache):
         "blank.txt": "has no text in it",
         "list.jsonl": "a row is a list",
         "torn.parquet": "not a whole parquet file",
-        "a.bin": "can read .txt, .jsonl, .parquet only",
-        "folder": "holds no .txt",
+        "a.bin": r"can read .txt, .jsonl, .parquet, .txt.gz, .jsonl.zst, \.\.\. only",
+        "folder": "holds no file that we read: .txt",
         "missing.txt": "no such file",
     }.items():
         with pytest.raises(UserError, match=reason):

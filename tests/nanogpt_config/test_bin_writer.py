@@ -1,5 +1,6 @@
 """bin_writer.py: what a text needs is known before it is read."""
 
+import gzip
 import json
 
 import pytest
@@ -26,6 +27,11 @@ def test_what_a_local_text_needs_is_known_within_a_fifth(tmp_path, suffix):
     tokenizer = load_tokenizer("", choice="bytes", vocab_size=257)
     n_tokens = sum(len(text) + 1 for text in texts)
     assert expected_tokens(documents, tokenizer, n_bytes) == pytest.approx(n_tokens, rel=0.2)
+
+
+def test_what_a_packed_text_needs_is_not_known(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    assert text_bytes(str(tmp_path), "text") is None
 
 
 def test_a_damaged_parquet_file_is_named_before_it_is_read(tmp_path):
