@@ -55,8 +55,8 @@ class Config:
     site: Literal["mlp_act", "mlp_out", "resid_post", "attn_concat"] = "mlp_act"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
 
-    # the text: hub id, .txt, .jsonl (or .gz, .zst of these), .parquet, a folder of them, nanoGPT's
-    # .bin, or stdlib
+    # the text: hub id (or ID@SPLIT, ID:CONFIG, ID:CONFIG@SPLIT; else the split train), .txt, .jsonl
+    # (or .gz, .zst of these), .parquet, a folder of them, nanoGPT's .bin, or stdlib
     dataset: str = "NeelNanda/pile-10k"
     dataset_revision: str = ""  # commit of a hub id; default: pinned for those we name
     text_column: str = "text"  # of .jsonl, .parquet and hub datasets

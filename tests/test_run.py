@@ -553,6 +553,7 @@ BAD_FLAGS = {
     "--model no/such/folder": ["no such model", "no/such/folder"],
     "--model openai-community/gpt2": ["openai-community/gpt2", "out of reach", "hf download"],
     "--dataset nowhere/pile": ["nowhere/pile", "hub", "hf download"],
+    "--dataset nowhere/pile:en@dev": ["hub", "`hf download nowhere/pile --repo-type dataset`"],
     "--tokenizer no/such": ["no/such", "out of reach"],
     "--evaluate nowhere": ["no such folder", "nowhere"],
     "--batch-size 20000 --n-tokens 40000 --max-text-tokens 9000": ["fewer than --batch-size 20000"],

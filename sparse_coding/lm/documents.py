@@ -84,8 +84,8 @@ def open_documents(dataset: str, *, text_column: str = "text", revision: str = "
 
     Args:
         dataset: "stdlib"; a .txt, .jsonl or .parquet file, the first two also as .gz or .zst, or a
-            folder of them; a hub dataset's id
-        text_column: of .jsonl, .parquet and hub datasets (of which the split "train" is read)
+            folder of them; a hub dataset, see HubDataset
+        text_column: of .jsonl, .parquet and hub datasets
         revision: of a hub dataset; "": the one that we pin, else what is in the cache, else main
     Raises:
         UserError: no such file, dataset or column, no text, the hub out of reach.
@@ -152,14 +152,9 @@ def _find(dataset: str, text_column: str, revision: str) -> Documents:
             f"{content_stamp(files)} {text_column}",
             lambda: _local_texts(files, text_column),
         )
-    require(_is_hub_id(dataset), f"--dataset {dataset}: no such file or folder")
-    return _hub_documents(dataset, text_column, revision or PINNED.get(dataset, ""))
-
-
-def _is_hub_id(dataset: str) -> bool:
-    """Whether it is written like one."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", dataset)
-    return bool(is_id) and Path(dataset).suffix not in (*SUFFIXES, *PACKED, ".bin")
+    hub = HubDataset.named(dataset)
+    require(hub is not None, f"--dataset {dataset}: no such file or folder")
+    return _hub_documents(hub, text_column, revision or PINNED.get(hub.id, ""))
 
 
 def stdlib_files() -> list[Path]:
@@ -333,6 +328,27 @@ def opened_parquet(path: Path) -> "Iterator[ParquetFile]":
 # --- the hub ---
 
 
+@dataclass(frozen=True)
+class HubDataset:
+    """ID, ID:CONFIG, ID@SPLIT or ID:CONFIG@SPLIT. Without a configuration the default one is meant,
+    without a split "train"."""
+
+    name: str  # as given
+    id: str
+    config: str | None
+    split: str
+
+    @classmethod
+    def named(cls, name: str) -> "HubDataset | None":
+        """None if it is not written like one."""
+        found = re.fullmatch(
+            r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.+-]+))?(?:@([\w.]+))?", name
+        )
+        if not found or Path(name).suffix in (*SUFFIXES, *PACKED, ".bin"):
+            return None
+        return cls(name, found[1], found[2], found[3] or "train")
+
+
 def dataset_commit(dataset: str, revision: str) -> str:
     """The commit that the revision of a hub dataset stands for now, from the cache if it is there,
     else asked of the hub; revision itself where the dataset is none of the hub.
@@ -341,40 +357,40 @@ def dataset_commit(dataset: str, revision: str) -> str:
         UserError: no such dataset or revision, the hub out of reach.
     """
     here = dataset == "stdlib" or os.path.exists(Path(dataset).expanduser())
-    if here or not _is_hub_id(dataset):
+    hub = None if here else HubDataset.named(dataset)
+    if not hub:
         return revision
-    revision = revision or PINNED.get(dataset, "")
-    cached = _cached(dataset, revision)
-    return cached.name if cached else _resolve(dataset, revision)
+    revision = revision or PINNED.get(hub.id, "")
+    cached = _cached(hub.id, revision)
+    return cached.name if cached else _resolve(hub.id, revision)
 
 
-def _hub_documents(dataset: str, text_column: str, revision: str) -> Documents:
+def _hub_documents(hub: HubDataset, text_column: str, revision: str) -> Documents:
     """From the hub's cache if it is there, else streamed from the hub."""
-    cached = _cached(dataset, revision)
-    sha = cached.name if cached else _resolve(dataset, revision)
+    cached = _cached(hub.id, revision)
+    sha = cached.name if cached else _resolve(hub.id, revision)
 
     def texts() -> Iterator[object]:
         from huggingface_hub import errors
 
         of_the_hub = () if cached else (OSError, errors.HTTPError)
-        with hub_errors(dataset, sha, what="dataset"):
+        with hub_errors(hub.id, sha, what="dataset"):
             try:
                 if cached:
                     _require_shallow(cached)
-                for row in _rows(str(cached)) if cached else _rows(dataset, revision=sha):
-                    yield _pick(row, text_column, dataset)
+                where, options = (str(cached), {}) if cached else (hub.id, {"revision": sha})
+                for row in _rows(hub, where, **options):
+                    yield _pick(row, text_column, hub.name)
             except (UserError, *of_the_hub):
                 raise
-            # no split "train", a configuration to choose; damaged files, of which datasets and
-            # pyarrow raise nearly any error
-            except Exception as error:
+            except Exception as error:  # of damaged files datasets and pyarrow raise nearly any
                 why = one_line(" ".join(str(error).split()))[:300]
-                again = f"hf download {dataset} --repo-type dataset --force-download"
+                again = f"hf download {hub.id} --repo-type dataset --force-download"
                 raise UserError(
-                    f"{dataset} can't be read: {why}; `{again}` fetches it anew"
+                    f"{hub.name} can't be read: {why}; `{again}` fetches it anew"
                 ) from None
 
-    return Documents(dataset, sha, texts)
+    return Documents(hub.name, sha, texts)
 
 
 def _require_shallow(folder: Path) -> None:
@@ -406,12 +422,21 @@ def nesting(file: BinaryIO) -> float:
     return deepest
 
 
-def _rows(where: str, **options: str) -> Iterator[object]:
-    """Of the split "train", streamed: no second copy of the data on the disk."""
+def _rows(hub: HubDataset, where: str, **options: str) -> Iterator[object]:
+    """Streamed: no second copy of the data on the disk. Raises UserError for a configuration or a
+    split that isn't there, or a configuration that has to be chosen."""
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
-    return iter(datasets.load_dataset(where, split="train", streaming=True, **options))
+    names = datasets.get_dataset_config_names(where, **options)
+    config = hub.config or datasets.get_dataset_default_config_name(where, **options)
+    use = f"use --dataset {hub.id}:CONFIG@SPLIT"
+    none = f"no configuration {hub.config}" if hub.config else "no default configuration"
+    require(config in names, f"{hub.id} has {none}: {use} with one of {', '.join(names)}")
+    splits = datasets.load_dataset(where, config, streaming=True, **options)
+    none = f"no split {hub.split}"
+    require(hub.split in splits, f"{hub.name} has {none}: {use} with one of {', '.join(splits)}")
+    return iter(splits[hub.split])
 
 
 def _cached(dataset: str, revision: str) -> Path | None:

@@ -24,6 +24,7 @@ from sparse_coding.lm.documents import (
     BLOCK,
     LONGEST,
     PIECE,
+    dataset_commit,
     document_id,
     in_batches,
     in_pieces,
@@ -352,8 +353,39 @@ def test_a_cached_dataset_without_a_pin_says_its_commit_and_needs_a_train_split(
     put_into_cache(hub_cache, "a/b", sha="c" * 40, files={"train.parquet": TEXTS})
     assert open_documents("a/b").revision == "c" * 40
     put_into_cache(hub_cache, "a/c", sha="d" * 40, files={"test-00000-of-00001.parquet": TEXTS})
-    with pytest.raises(UserError, match=r"a/c can't be read: .*train"):
+    with pytest.raises(UserError, match=r"^a/c has no split train: use .* with one of test$"):
         open_documents("a/c")
+
+
+CONFIGS = """---
+configs:
+- {config_name: en, data_files: [{split: train, path: en/train*}, {split: dev, path: en/dev*}]}
+- {config_name: de-x.1, data_files: [{split: train, path: de/*}]}
+---
+"""
+
+
+def test_a_configuration_and_a_split_can_be_chosen(hub_cache):
+    files = {
+        f"{name}-00000-of-00001.parquet": [name] for name in ("en/train", "en/dev", "de/train")
+    }
+    put_into_cache(hub_cache, "a/b", sha="c" * 40, files=files)
+    with pytest.raises(UserError, match="a/b has no configuration en"):  # without its card
+        open_documents("a/b:en")
+    (hub_cache / f"datasets--a--b/snapshots/{'c' * 40}/README.md").write_text(CONFIGS)
+    chosen = {"a/b:en": "en/train", "a/b:en@dev": "en/dev", "a/b:de-x.1@train": "de/train"}
+    for choice, text in chosen.items():
+        documents = open_documents(choice)
+        assert (list(documents), documents.name, documents.revision) == ([text], choice, "c" * 40)
+        assert dataset_commit(choice, "") == "c" * 40
+    for choice, reason in {
+        "a/b:fr": r"^a/b has no configuration fr: use --dataset a/b:CONFIG@SPLIT with one of en, ",
+        "a/b": r"^a/b has no default configuration: use .* with one of en, de-x\.1$",
+        "a/b:de-x.1@dev": r"^a/b:de-x\.1@dev has no split dev: use .* with one of train$",
+        "a/b@dev[:9]": r"no such file or folder",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            open_documents(choice)
 
 
 def test_a_hub_dataset_that_is_not_whole_in_the_cache_says_how_to_fetch_it(hub_cache):
