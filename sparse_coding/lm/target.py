@@ -166,12 +166,14 @@ class Target:
         or of wrong weights is a loss no better than that of token frequencies."""
         corpus = self.corpus.metadata
         revision = f" ({corpus['revision']})" if corpus.get("revision") else ""
+        n_copies = corpus.get("n_duplicates") or 0
+        copies = f" ({n_copies:,} duplicates left out)" * (n_copies > 0)
         of_model, unigram = losses(self)
         centred = ", its mean taken out (center_writing_weights)" * self.site.centred
         bos = ", rows begin with bos (prepend_bos)" * (self.held_out.first is not None)
         warning = "" if of_model < unigram else "; WARNING: wrong tokenizer, or wrong weights?"
         return (
-            f"text: {self.text.dataset}{revision}, {corpus['n_documents']:,} documents, "
+            f"text: {self.text.dataset}{revision}, {corpus['n_documents']:,} documents{copies}, "
             f"{corpus['n_tokens']:,} tokens; {len(self.held_out.documents):,} documents held out\n"
             f"model: next-token loss {of_model:.3f} nats on held-out text, token frequencies give "
             f"{unigram:.3f}{warning}\n"

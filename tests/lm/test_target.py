@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections import Counter
+from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,9 @@ def test_the_introduction_counts_documents_tokens_and_what_is_held_out(root):
     line = target.introduction().splitlines()[0]
     n_tokens, n_out = len(target.corpus.tokens), len(target.held_out.documents)
     assert f"300 documents, {n_tokens:,} tokens; {n_out} documents held out" in line
+    doubled = replace(target, corpus=copy(target.corpus))
+    doubled.corpus.metadata = target.corpus.metadata | {"n_duplicates": 1234}
+    assert "300 documents (1,234 duplicates left out), " in doubled.introduction()
 
 
 def test_a_wrong_tokenizer_shows_as_a_loss_worse_than_token_frequencies(root):
