@@ -48,7 +48,7 @@ class Config:
     # nanoGPT's ckpt.pt, or demo; of ten families, see docs/language_models.md
     model: str = "openai-community/gpt2"
     model_revision: str = ""  # commit, tag or branch of a hub id
-    tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, or a file or folder with one
+    tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, a file or folder, ids of a .bin
     layer: int | None = None  # from 0; None: the middle one, n_layers // 2
     # mlp_act: input of the MLP's down projection; mlp_out: what the MLP adds; resid_post: residual
     # stream after the layer; attn_concat: heads' outputs, input of the output projection

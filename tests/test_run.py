@@ -459,6 +459,16 @@ def test_a_nanogpt_checkpoint_with_its_tokenizer_and_bin_beside_it(world, tmp_pa
     assert "done: run: report.html" in world.run(*flags, cwd=tmp_path).out
 
 
+def test_a_nanogpt_checkpoint_of_characters_without_its_meta_pkl_shows_numbers(world, tmp_path):
+    checkpoint = nanogpt_checkpoint(tmp_path / "out/ckpt.pt", 65)
+    (np.arange(30_000) * 7919 % 63).astype(np.uint16).tofile(tmp_path / "val.bin")
+    flags = ["--model", checkpoint, "--dataset", "val.bin", *SMALLEST]
+    assert_refused(world.run(*flags, cwd=tmp_path), "no tokenizer", "65 ids", ".bin ids")
+    world.finish(*flags, "--tokenizer", "ids", cwd=tmp_path)
+    config = json.loads((tmp_path / f"run/saes/{CELLS[0]}/cfg.json").read_text())
+    assert config["metadata"]["sparse_coding"]["tokenizer"] == "ids"
+
+
 def test_a_nanogpt_checkpoint_needs_only_the_bin_of_prepare(world, tmp_path):
     checkpoint = nanogpt_checkpoint(tmp_path / "models/ckpt.pt", 300)
     argv = ["--source", str(world.text), "--vocab-size", "300", "--held-out", "0.5"]

@@ -6,6 +6,9 @@ one (before May 2023 it was the tanh approximation: activation "gelu_new"; a che
 which). The logits are then those of nanoGPT's own model (bit for bit in float32 on the CPU).
 """
 
+import io
+import pickle
+import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -24,6 +27,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK = ".attn.bias"  # a causal mask, no weight; only in checkpoints made without flash attention
 COMPILED = "_orig_mod."  # prefix of the names in a checkpoint of torch.compile
+META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
 PICKLE_BYTES = 4 * 2**20  # of the part of a checkpoint that names its tensors: 200 kB for GPT-2 XL
 
 
@@ -185,3 +189,36 @@ def _as_gpt2(state: dict, shapes: dict[str, torch.Size], path: Path) -> dict[str
     tied = torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
     require(tied, f"{wrong}has an lm_head.weight of its own; nanoGPT's is transformer.wte.weight")
     return weights | {name: torch.zeros(shape) for name, shape in zeros.items()}
+
+
+# --- meta.pkl, a character vocabulary beside a checkpoint ---
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes numbers, strings and containers. Whatever else is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> type:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_meta_pickle(path: Path) -> dict:
+    """The dict of nanoGPT's meta.pkl (vocab_size, stoi, itos), without running anything in it.
+
+    Raises:
+        UserError: not a pickle, one that asks for more than plain containers, or no dict.
+    """
+    refusal = f"{path} is no meta.pkl of nanoGPT"
+    require(path.is_file(), f"{path}: no such file")
+    require(path.stat().st_size <= META_BYTES, f"{refusal}: larger than {META_BYTES >> 20} MB")
+    data = path.read_bytes()
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            # the C unpickler allocates as many slots as the largest number says
+            if "PUT" in opcode.name and argument is not None and int(argument) > len(data):
+                raise pickle.UnpicklingError("a memo index out of bounds")
+        content = _PlainUnpickler(io.BytesIO(data)).load()
+    except Exception as error:  # the pickle module raises nearly any, says its manual
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{refusal} ({reason}): save stoi as JSON instead") from None
+    require(isinstance(content, dict), f"{refusal}: it holds a {type(content).__name__}")
+    return content

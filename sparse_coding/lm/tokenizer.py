@@ -1,4 +1,5 @@
-"""Text to token ids: a model's own tokenizer, GPT-2's, bytes, or a character vocabulary.
+"""Text to token ids: a model's own tokenizer, GPT-2's, bytes, or a character vocabulary; or none at
+all, for text that is ids already.
 
 Whatever the kind, text is text: a document that contains "<|endoftext|>" gets the ordinary tokens
 of these characters, so that no corpus can forge the end of a document.
@@ -8,11 +9,8 @@ import base64
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
-import pickle
-import pickletools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING
 from sparse_coding.config import UserError, first_line, require
 from sparse_coding.files import JSON_BYTES, read_json
 from sparse_coding.lm.model import SIZES, hub_commit
+from sparse_coding.lm.nanogpt import read_meta_pickle
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,7 +40,6 @@ WITH_IDS = ("vocab", "added_tokens", "added_tokens_decoder")  # fields of a toke
 ID_FILES = ("vocab.json", "added_tokens.json")  # its files that are nothing but text -> id
 MAY_LACK = {"_raise_exceptions_for_missing_entries": False,
             "_raise_exceptions_for_connection_errors": False}  # fmt: skip
-META_BYTES = 2**26  # a character vocabulary of more than 64 MB is none
 SPLIT = {"documents": int, "tokens": int, "bytes": int}
 MANIFEST = {  # fields of prepare.py's manifest.json
     "constants": {"tokenizer": ("bpe", "bytes", "gpt2")},
@@ -52,14 +50,18 @@ MANIFEST = {  # fields of prepare.py's manifest.json
     "train": SPLIT | {"sha256": str},
     "val": SPLIT | {"sha256": str},
 }
-CHOICES = "gpt2, bytes, a tokenizer.json, a JSON vocabulary, nanoGPT's meta.pkl, a folder or hub id"
+NAMED = ("auto", "gpt2", "bytes", "ids")  # --tokenizer's that are no files
+CHOICES = (
+    "gpt2, bytes, a tokenizer.json, a JSON vocabulary, nanoGPT's meta.pkl, a folder, a hub id, "
+    "or of a .bin ids"
+)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """Encodes text and shows tokens. Made by load_tokenizer."""
 
-    name: str  # for the manifest: "hf:gpt2", "tiktoken:gpt2", "bytes", "vocab:meta.pkl"
+    name: str  # for the manifest: "hf:gpt2", "tiktoken:gpt2", "bytes", "vocab:meta.pkl", "ids"
     fingerprint: str  # 16 hex digits of the vocabulary and of how a sample of text is cut
     state: str  # 16 hex digits of all of it, as far as it is known: of how any text is cut
     vocab_size: int  # ids that the model has; the tokenizer may have fewer (padded vocabularies)
@@ -108,6 +110,8 @@ def load_tokenizer(
         return _tiktoken_gpt2(vocab_size)
     if choice == "bytes":
         return _bytes(vocab_size)
+    if choice == "ids":
+        return _ids(vocab_size, dataset)
     path = Path(choice).expanduser()
     if path.is_file():
         return _from_file(path, vocab_size)
@@ -119,8 +123,7 @@ def load_tokenizer(
 def is_hub_id(choice: str) -> bool:
     """Whether a --tokenizer means one of the hub."""
     looks_like_path = choice.endswith((".json", ".pkl")) or choice.startswith((".", "/", "~"))
-    known = choice in ("auto", "gpt2", "bytes")
-    return not (known or looks_like_path or os.path.exists(choice))
+    return not (choice in NAMED or looks_like_path or os.path.exists(choice))
 
 
 def tokenizer_files(model: str, choice: str, dataset: str) -> list[Path]:
@@ -131,7 +134,7 @@ def tokenizer_files(model: str, choice: str, dataset: str) -> list[Path]:
         beside = [folder / name for folder in folders for name in ("manifest.json", *BESIDE)]
         return [path for path in beside if path.is_file()]
     path = Path(choice).expanduser()
-    if choice in ("gpt2", "bytes") or not os.path.exists(path):
+    if choice in NAMED or not os.path.exists(path):
         return []
     return files_like(path, TOKENIZER_FILES) if path.is_dir() else [path]
 
@@ -212,6 +215,25 @@ def _bytes(vocab_size: int) -> Tokenizer:
     )
 
 
+def _ids(vocab_size: int, dataset: str) -> Tokenizer:
+    """Of a .bin whose tokenizer is not known: a token's text is its number."""
+    require(
+        dataset.endswith(".bin"),
+        f"--tokenizer ids is for a .bin of token ids, not for the text of --dataset {dataset}: use "
+        f"{CHOICES}",
+    )
+    numbers = {i: b"%d " % i for i in range(vocab_size)}
+    return _make(
+        "ids",
+        numbers,
+        encode=lambda texts: [[] for _ in texts],  # there is no text
+        vocab_size=vocab_size,
+        separator=None,
+        special=set(),
+        probe="",
+    )
+
+
 def _tiktoken_gpt2(vocab_size: int) -> Tokenizer:
     import tiktoken
 
@@ -281,36 +303,6 @@ def _from_file(path: Path, vocab_size: int) -> Tokenizer:
         return _from_tokenizer_json(path, content, vocab_size=vocab_size)
     stoi = content.get("stoi", content)
     return _characters(f"vocab:{path.name}", stoi, vocab_size=vocab_size)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Makes numbers, strings and containers. Whatever else is refused before it is looked up."""
-
-    def find_class(self, module: str, name: str) -> type:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_meta_pickle(path: Path) -> dict:
-    """The dict of nanoGPT's meta.pkl (vocab_size, stoi, itos), without running anything in it.
-
-    Raises:
-        UserError: not a pickle, one that asks for more than plain containers, or no dict.
-    """
-    refusal = f"{path} is no meta.pkl of nanoGPT"
-    require(path.is_file(), f"{path}: no such file")
-    require(path.stat().st_size <= META_BYTES, f"{refusal}: larger than {META_BYTES >> 20} MB")
-    data = path.read_bytes()
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            # the C unpickler allocates as many slots as the largest number says
-            if "PUT" in opcode.name and argument is not None and int(argument) > len(data):
-                raise pickle.UnpicklingError("a memo index out of bounds")
-        content = _PlainUnpickler(io.BytesIO(data)).load()
-    except Exception as error:  # the pickle module raises nearly any, says its manual
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{refusal} ({reason}): save stoi as JSON instead") from None
-    require(isinstance(content, dict), f"{refusal}: it holds a {type(content).__name__}")
-    return content
 
 
 # --- the tokenizers and transformers libraries ---

@@ -447,6 +447,8 @@ def test_the_manifest_beside_a_bin_tells_its_tokenizer_and_whether_it_is_whole(t
     reason = "made with the tokenizer tiktoken:gpt2, not with bytes of the model: choose the model"
     with pytest.raises(UserError, match=reason):
         open_bin(path, byte_ids, tmp_path / "other")
+    numbers = load_tokenizer("", choice="ids", vocab_size=257, dataset=str(path))
+    assert len(open_bin(path, numbers, tmp_path / "numbers").ids) == 1  # without a separator
     manifest.write_text('{"of": "another program"}')
     assert len(open_bin(path, byte_ids, tmp_path / "foreign").ids) == 2
 

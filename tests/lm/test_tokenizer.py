@@ -11,7 +11,8 @@ import tiktoken
 from builders.models import Bomb, byte_level_bpe, save_tokenizer, small_gpt2
 
 from sparse_coding.config import UserError
-from sparse_coding.lm.tokenizer import PROBE, Tokenizer, load_tokenizer, read_meta_pickle
+from sparse_coding.lm.nanogpt import read_meta_pickle
+from sparse_coding.lm.tokenizer import PROBE, Tokenizer, load_tokenizer
 
 TEXT = "def f(x):\n\treturn naïve — <|endoftext|>  你好\x00\u00ad\u2028"
 
@@ -149,8 +150,21 @@ def test_without_one_the_vocabulary_size_decides(tmp_path, monkeypatch):
     plain = load_tokenizer(model, vocab_size=256)
     assert (plain.name, plain.separator, plain.special_ids) == ("bytes", None, frozenset())
     assert plain.encode_batch(["é"]) == [[0xC3, 0xA9]]
-    with pytest.raises(UserError, match=r"with 65 ids: put its tokenizer\.json.*--tokenizer"):
+    with pytest.raises(
+        UserError, match=r"with 65 ids: put its tokenizer\.json.*--tokenizer.* ids$"
+    ):
         load_tokenizer(model, vocab_size=65)
+
+
+def test_ids_whose_tokenizer_is_not_known_are_shown_as_numbers(tmp_path):
+    model = beside_checkpoint(tmp_path)
+    tokenizer = load_tokenizer(model, choice="ids", vocab_size=65, dataset="data/val.bin")
+    assert tokenizer.token_texts() == [f"{i} " for i in range(65)]
+    assert (tokenizer.name, tokenizer.separator, tokenizer.special_ids) == ("ids", None, set())
+    other = load_tokenizer(model, choice="ids", vocab_size=66, dataset="data/val.bin")
+    assert other.fingerprint != tokenizer.fingerprint
+    with pytest.raises(UserError, match=r"^--tokenizer ids is for a \.bin .* --dataset a\.txt"):
+        load_tokenizer(model, choice="ids", vocab_size=65, dataset="a.txt")
 
 
 def test_hub_ids_are_not_taken_for_the_names_of_choices(monkeypatch):

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.documents import Documents, document_id, is_held_out
-from sparse_coding.lm.tokenizer import read_meta_pickle
+from sparse_coding.lm.nanogpt import read_meta_pickle
 
 TEXTS = [f"document {i}: " + "the quick brown fox\n" * (i % 7 + 1) + "ß €" for i in range(300)]
 OF = {
