@@ -21,6 +21,7 @@ import numpy as np
 
 from sparse_coding.config import DISK_ERRORS, UserError, first_line, hash63, one_line, require
 from sparse_coding.files import content_stamp, parse_json
+from sparse_coding.lm.packaged.pydoc_pages import python_pages
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -48,7 +49,8 @@ BRACKETS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # a step into it and o
 NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 UNREAD = 5  # files of a folder, so many of which are named
 ROWS = 16  # rows of a parquet file read at once: a few kB may hold rows of many MB
-# left out of the standard library: installed packages, and tests, which many distributions lack
+# left out of it: installed packages, and tests, which many distributions lack
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -83,8 +85,8 @@ def open_documents(dataset: str, *, text_column: str = "text", revision: str = "
     """The documents of a dataset; the first is read at once, so that a bad source fails here.
 
     Args:
-        dataset: "stdlib"; a .txt, .jsonl or .parquet file, the first two also as .gz or .zst, or a
-            folder of them; a hub dataset, see HubDataset
+        dataset: of OF_PYTHON; a .txt, .jsonl or .parquet file, the first two also as .gz or .zst,
+            or a folder of them; a hub dataset, see HubDataset
         text_column: of .jsonl, .parquet and hub datasets
         revision: of a hub dataset; "": the one that we pin, else what is in the cache, else main
     Raises:
@@ -140,9 +142,9 @@ def in_pieces(
 
 
 def _find(dataset: str, text_column: str, revision: str) -> Documents:
-    if dataset == "stdlib":
+    if dataset in OF_PYTHON:
         revision = f"python {platform.python_version()} {content_stamp(stdlib_files())}"
-        return Documents(dataset, revision, _stdlib_texts)
+        return Documents(dataset, revision, OF_PYTHON[dataset])
     path = Path(dataset).expanduser()
     if path.exists():
         files = local_files(path)
@@ -159,9 +161,8 @@ def _find(dataset: str, text_column: str, revision: str) -> Documents:
 
 def stdlib_files() -> list[Path]:
     """The .py files of the standard library, sorted."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     paths = []
-    for folder, inner, names in os.walk(root):
+    for folder, inner, names in os.walk(STDLIB):
         inner[:] = sorted(set(inner) - NOT_STDLIB)  # in place: os.walk leaves the others out
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(paths)
@@ -170,6 +171,13 @@ def stdlib_files() -> list[Path]:
 def _stdlib_texts() -> Iterator[str]:
     for path in stdlib_files():
         yield path.read_text("utf-8", errors="replace")
+
+
+# what Python brings along: its library's sources; its documentation
+OF_PYTHON = {
+    "stdlib": _stdlib_texts,
+    "pydoc": lambda: python_pages(STDLIB, stdlib_files()),
+}
 
 
 def local_files(path: Path) -> list[Path]:
@@ -356,7 +364,7 @@ def dataset_commit(dataset: str, revision: str) -> str:
     Raises:
         UserError: no such dataset or revision, the hub out of reach.
     """
-    here = dataset == "stdlib" or os.path.exists(Path(dataset).expanduser())
+    here = dataset in OF_PYTHON or os.path.exists(Path(dataset).expanduser())
     hub = None if here else HubDataset.named(dataset)
     if not hub:
         return revision

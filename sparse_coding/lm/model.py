@@ -172,7 +172,7 @@ def _load_pretrained(name: str, dtype: torch.dtype, revision: str) -> "PreTraine
     """The model of a folder of save_pretrained or of a hub id, on the CPU."""
     path = Path(name).expanduser()
     require(not path.is_file(), f"{name} is a file, but no .pt of nanoGPT: give the model's folder")
-    with _quiet():
+    with quiet():
         if not path.is_dir():
             return _from_hub(name, dtype, revision or "main")
         require(not revision, f"revision {revision} is for a hub id, but {name} is a local folder")
@@ -274,7 +274,7 @@ def _require_held(described: "PreTrainedModel", folder: Path, name: str) -> None
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading bar and no report of transformers: what matters in it is checked here."""
     from transformers.utils import logging
 

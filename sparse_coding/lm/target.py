@@ -17,6 +17,7 @@ from sparse_coding.files import content_stamp
 from sparse_coding.lm.activations import TEXT, check_manifest, claim_folder
 from sparse_coding.lm.corpus import Corpus, build_corpus, open_bin
 from sparse_coding.lm.documents import (
+    OF_PYTHON,
     dataset_commit,
     local_files,
     open_documents,
@@ -33,6 +34,7 @@ from sparse_coding.lm.model import (
     logits,
     next_token_loss,
 )
+from sparse_coding.lm.packaged.smollm2 import FOLDER, smollm2_folder
 from sparse_coding.lm.packing import Packed, split
 from sparse_coding.lm.tokenizer import (
     TOKENIZER_FILES,
@@ -57,7 +59,8 @@ UNIGRAM_TOKENS = 2**20  # from which the unigram model is made
 class ModelChoice:
     """A model and a site in it.
 
-    model: hub id, folder, nanoGPT checkpoint, or "demo", the small one in assets/
+    model: hub id, folder, nanoGPT checkpoint, "demo", the small one in assets/, or "smollm2", which
+        `commits` makes, see packaged/smollm2.py
     layer: None: the middle one
     dtype: auto is float32 on the CPU, bfloat16 on CUDA
     store_dtype: of its activations on disk
@@ -74,7 +77,7 @@ class ModelChoice:
     @property
     def path(self) -> str:
         """Where load_language_model finds it."""
-        return str(DEMO_MODEL) if self.model == "demo" else self.model
+        return str({"demo": DEMO_MODEL, "smollm2": FOLDER}.get(self.model, self.model))
 
 
 @dataclass(frozen=True)
@@ -284,9 +287,13 @@ def default_folder(
 def commits(model: ModelChoice, text: TextChoice) -> dict[str, str]:
     """model_revision and dataset_revision with the commits that hub ids stand for now.
 
+    The folder of the model smollm2 is made, if it is not there.
+
     Raises:
-        UserError: not on the hub, or the hub out of reach.
+        UserError: not on the hub, or the hub out of reach; those of smollm2_folder.
     """
+    if model.model == "smollm2":
+        smollm2_folder()
     is_checkpoint = Path(model.model).suffix in (".pt", ".pth")
     revision = model.model_revision
     return {
@@ -304,7 +311,7 @@ def stamps(model: ModelChoice, text: TextChoice) -> dict[str, str]:
         in_folder = files_like(path, (*WEIGHTS, *TOKENIZER_FILES)) if path.is_dir() else [path]
         files["model_files"] = in_folder
     files["tokenizer_files"] = tokenizer_files(model.path, model.tokenizer, text.dataset)
-    if text.dataset == "stdlib":
+    if text.dataset in OF_PYTHON:
         files["stdlib_files"] = stdlib_files()
     elif os.path.exists(dataset):
         is_bin = dataset.suffix == ".bin" and dataset.is_file()  # else open_bin says what is wrong

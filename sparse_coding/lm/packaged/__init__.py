@@ -1,0 +1,1 @@
+"""What package registries carry: a language model, and the documentation of Python."""
