@@ -1,6 +1,6 @@
 """Trains sparse autoencoders on the activations of a language model, and shows their features.
 
-One command harvests the activations of a text once, trains a grid of autoencoders (l1_alpha x
+One command harvests the activations of a text once, trains a grid of autoencoders (families x l0 x
 expansion_factor x seed) on them at a time, evaluates each on held-out documents, and writes
 figures, report.html and features.html, a page of what the features of the best one respond to.
 
@@ -45,7 +45,7 @@ class Config:
     preset: Literal["auto", "demo", "full"] = "auto"
 
     # the model: hub id (EleutherAI/pythia-70m, roneneldan/TinyStories-33M, ...), local folder,
-    # nanoGPT's ckpt.pt, or demo; of ten families, see docs/language_models.md
+    # nanoGPT's ckpt.pt, smollm2 or demo; of ten families, see docs/language_models.md
     model: str = "openai-community/gpt2"
     model_revision: str = ""  # commit, tag or branch of a hub id
     tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, a file or folder, ids of a .bin
@@ -55,8 +55,7 @@ class Config:
     site: Literal["mlp_act", "mlp_out", "resid_post", "attn_concat"] = "mlp_act"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
 
-    # the text: hub id (or ID@SPLIT, ID:CONFIG, ID:CONFIG@SPLIT; else the split train), .txt, .jsonl
-    # (or .gz, .zst of these), .parquet, a folder of them, nanoGPT's .bin, or stdlib
+    # hub id[:CONFIG][@SPLIT], .txt, .jsonl (also .gz, .zst), .parquet, folder, .bin, stdlib, pydoc
     dataset: str = "NeelNanda/pile-10k"
     dataset_revision: str = ""  # commit of a hub id; default: pinned for those we name
     text_column: str = "text"  # of .jsonl, .parquet and hub datasets
@@ -71,9 +70,9 @@ class Config:
 
     # the grid: families x sparsity x expansion_factor = n_dict / width = 2^e; high ends exclusive
     arch: tuple[Arch, ...] = ("batchtopk", "relu")  # families, of sparse_coding/sae/families.py
-    target_l0: tuple[int, ...] = ()  # (): 16 32 64, but of relu a grid of l1_alpha = 10^(e/4):
-    l1_exp_low: int | None = None  # both None: seven steps around an l0 of some 25, -22 to -16 at
-    l1_exp_high: int | None = None  # gpt2's width of 3072, in proportion to 1/width elsewhere
+    target_l0: tuple[int, ...] = ()  # mean codes per activation; (): 16 32 64, but of relu, if
+    l1_exp_low: int | None = None  # these two are given, a grid of l1_alpha = 10^(e/4); an l0 of
+    l1_exp_high: int | None = None  # some 25 is near -15 at width 256, and falls as 1/width
     expansion_exp_low: int = 0
     expansion_exp_high: int = 3
     prefixes: tuple[float, ...] = PREFIXES  # of matryoshka: shares of n_dict
@@ -211,7 +210,9 @@ def with_preset(cfg: Config, argv: list[str], *, on_gpu: bool) -> Config:
         saved = targets.flags_of(Path(cfg.evaluate), argv)
         default = dataclasses.replace(default, batch_size=1)
         default = parse_flags(default, saved, description="", source=f"{cfg.evaluate}/cfg.json")
-    cfg = dataclasses.replace(parse_flags(default, argv, description=DESCRIPTION), preset=preset)
+    cfg = parse_flags(default, argv, description=DESCRIPTION)
+    target_l0 = recipes.asked_l0(cfg.arch, cfg.target_l0, cfg.l1_exp_low)
+    cfg = dataclasses.replace(cfg, preset=preset, target_l0=target_l0)
     try:
         check(cfg, argv)
     except UserError as error:
@@ -226,8 +227,7 @@ def grid_of(cfg: Config) -> Grid:
 
 
 def check(cfg: Config, argv: list[str]) -> None:
-    """Raises UserError for a constant out of its range that no part checks itself, and for a flag
-    of argv that would change nothing."""
+    """Raises UserError for a constant out of its range or a flag of argv that changes nothing."""
     grid_of(cfg).families.require_used(argv)
     for part in (RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice):
         pick(part, cfg)

@@ -52,10 +52,18 @@ NEVER = 1e-10  # added to a density before its logarithm
 EPS, EPS_WIDTH = 1e-8, 256
 MAX_LR = 1.0  # beyond it Adam cannot but diverge
 # l1_alpha = 10^(-15/4) gave an l0 of 25 at width 256, on the demo (LOG.md). The mse is a mean over
-# the width, so for equal l0 it falls as 1/width.
+# the width, so for equal l0 it falls as 1/width. The controller starts there.
 L1_EXP, L1_WIDTH = -15, 256
-AROUND = 3  # steps of the default grid to either side
-TARGET_L0 = (16, 32, 64)  # of families that have no l1_alpha, if none is given
+TARGET_L0 = (16, 32, 64)  # if none is given; of relu, if no l1_alpha is either
+
+
+def asked_l0(
+    arch: tuple[str, ...], target_l0: tuple[int, ...], l1_exp_low: int | None
+) -> tuple[int, ...]:
+    """target_l0; TARGET_L0 where relu is asked for neither an l0 nor l1_alphas. (That was a grid of
+    l1_alpha until 2026-11-29: by this constant runs of then are told from those of now.)"""
+    nothing = "relu" in arch and l1_exp_low is None
+    return target_l0 or TARGET_L0 * nothing
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Grid:
     """Which autoencoders are trained; the fields are flags of run.py, high ends exclusive.
 
     families: what is asked of which family
-    l1_exp_low, l1_exp_high: of relu, where no l0 is asked; both None: around an l0 of some 25
+    l1_exp_low, l1_exp_high: of relu, where no l0 is asked; both None: it is asked for TARGET_L0
     """
 
     families: Families
@@ -84,16 +92,17 @@ class Grid:
     def cells(self, width: int) -> list[Cell]:
         """All cells of the run, on activations of this width."""
         middle = L1_EXP + round(4 * math.log10(L1_WIDTH / width))
-        low, high = self.l1_exp_low, self.l1_exp_high
+        low, high, families = self.l1_exp_low, self.l1_exp_high, self.families
+        l0 = asked_l0(families.arch, families.target_l0, low)
         if low is None:
-            low, high = middle - AROUND, middle + AROUND + 1
+            low, high = middle, middle + 1
         of_size = make_grid(
             width,
             seeds=range(self.seed, self.seed + self.n_seeds),
             l1_exps=range(low, high),
             size_exps=range(self.expansion_exp_low, self.expansion_exp_high),
         )
-        return self.families.cells(of_size, start=middle, default_l0=TARGET_L0)
+        return replace(families, target_l0=l0).cells(of_size, start=middle, default_l0=TARGET_L0)
 
 
 @dataclass(frozen=True)

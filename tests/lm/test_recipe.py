@@ -30,6 +30,7 @@ from sparse_coding.lm.recipe import (
     COLUMNS,
     Grid,
     LanguageRecipe,
+    asked_l0,
     feature_density,
     specs_of,
     with_activations,
@@ -65,8 +66,9 @@ def l1_exps(width: int, **flags) -> list[int]:
     ("width", "middle"),  # 10^(middle/4) x width is the same within a step: .178 x 256 = 45.5
     [(64, -13), (256, -15), (2048, -19), (3072, -19), (16384, -22)],
 )
-def test_the_default_l1_alpha_falls_as_the_width_grows(width, middle):
-    assert l1_exps(width) == list(range(middle - 3, middle + 4))
+def test_by_default_relu_seeks_l0s_from_an_l1_alpha_that_falls_as_the_width_grows(width, middle):
+    cells = grid().cells(width)
+    assert [(c.target_l0, c.l1_exp) for c in cells] == [(l0, middle) for l0 in (16, 32, 64)]
     assert 10 ** (middle / 4) * width == pytest.approx(10 ** (-15 / 4) * 256, rel=0.34)
 
 
@@ -85,11 +87,18 @@ def test_a_target_l0_takes_the_middle_as_its_start():
 
 
 def test_beside_relus_grid_other_families_take_l0s():
-    found = [(c.arch, *c.sparsity) for c in grid("batchtopk", "relu").cells(64)]
-    assert found == [
+    asked = grid("batchtopk", "relu", l1_exp_low=-16, l1_exp_high=-14)
+    assert [(c.arch, *c.sparsity) for c in asked.cells(64)] == [
         *[("batchtopk", l0, 0) for l0 in (16, 32, 64)],
-        *[("relu", 0, exp) for exp in range(-16, -9)],
+        *[("relu", 0, exp) for exp in (-16, -15)],
     ]
+
+
+def test_only_of_runs_whose_default_was_a_grid_a_constant_has_changed():
+    assert asked_l0(("batchtopk", "relu"), (), None) == (16, 32, 64)
+    assert asked_l0(("relu",), (8,), None) == (8,)
+    assert asked_l0(("relu",), (), -8) == ()
+    assert asked_l0(("topk", "jumprelu"), (), None) == ()  # their default was these l0s before
 
 
 @pytest.mark.parametrize(
