@@ -1,5 +1,6 @@
 # make replicate    installs into .venv, then draws the toy figures (minutes on a CPU)
 # make demo         installs into .venv, then trains autoencoders on a small language model
+# make real         the same on SmolLM2-135M, which a Python package holds, and Python's documentation
 # make test         installs into .venv, then runs the tests that take minutes at most
 # make test-all     runs all of them: the schedules of faults of rented machines, older Tritons
 # make torture      fuzzes, kills, damages and fills disks for half an hour: all of tests/torture
@@ -13,13 +14,22 @@ QUIET = OMP_NUM_THREADS=1 $(PASSIVE)
 # most of the tests' time is waiting, for processes and for rented machines: three share two cores
 PYTEST = $(QUIET) $(PY) -m pytest --numprocesses 3 --dist worksteal
 
-.PHONY: replicate demo test test-all torture test-peers lint
+# sized for 10 minutes on two cores: most of it is the model's forward pass
+REAL = --model smollm2 --layer 12 --site resid_post --dataset pydoc --context-length 256 \
+	--max-text-tokens 130000 --held-out 0.3 --n-tokens 280000 --n-eval-tokens 2048 \
+	--n-page-tokens 20000 --arch relu batchtopk matryoshka --target-l0 16 32 --page-l0 40 \
+	--expansion-exp-low 1 --expansion-exp-high 2 --batch-size 512 --lr 3e-3 --lm-batch-size 4
+
+.PHONY: replicate demo real test test-all torture test-peers lint
 
 replicate: .venv/installed
 	$(PASSIVE) $(PY) replicate_toy_models.py $(ARGS)
 
 demo: .venv/installed
 	$(PASSIVE) $(PY) run.py --preset demo $(ARGS)
+
+real: .venv/installed-real
+	$(PASSIVE) $(PY) run.py $(REAL) $(ARGS)
 
 test: .venv/installed-tests
 	$(PYTEST) $(ARGS)
@@ -41,6 +51,11 @@ lint: .venv/installed-tests
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+# --no-deps: see there
+.venv/installed-real: .venv/installed requirements-real.txt
+	$(PY) -m pip install --quiet --no-deps --requirement requirements-real.txt
 	touch $@
 
 .venv/installed-tests: .venv/installed tests/requirements.txt requirements-vast.txt

@@ -18,6 +18,7 @@ from builders.models import write_parquet
 
 from sparse_coding.config import UserError
 from sparse_coding.lm import target as target_module
+from sparse_coding.lm.packaged import smollm2
 from sparse_coding.lm.target import (
     ModelChoice,
     TextChoice,
@@ -96,6 +97,20 @@ def test_demo_is_the_model_in_assets(root):
     target = demo_target(root)
     assert target.metadata["model"] == "demo"
     assert (target.lm.n_layers, target.site.width) == (2, 256)
+
+
+def test_smollm2_is_made_from_its_package_before_anything_is_read_of_it(tmp_path, monkeypatch):
+    model = replace(MODEL, model="smollm2")
+    assert model.path == str(smollm2.FOLDER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smollm2, "NEEDED", ("no_such_package",))
+    with pytest.raises(UserError, match=r"^--model smollm2 needs no_such_package .*`pip install"):
+        commits(model, TEXT)
+    monkeypatch.setattr(target_module, "smollm2_folder", lambda: smollm2.FOLDER.mkdir(parents=True))
+    assert commits(model, replace(TEXT, dataset="pydoc")) == dict.fromkeys(
+        ("model_revision", "dataset_revision"), ""
+    )
+    assert set(stamps(model, replace(TEXT, dataset="pydoc"))) == {"stdlib_files"}
 
 
 def test_the_longest_context_of_the_model_is_welcome(root):
