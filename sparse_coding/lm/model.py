@@ -204,7 +204,7 @@ def _load(name: str, dtype: torch.dtype, **where: str | bool) -> "PreTrainedMode
 
     where: options of from_pretrained
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
     from transformers.utils import cached_file
 
     # else the hub's bot is asked, in a thread, to add safetensors to repositories without
@@ -215,6 +215,7 @@ def _load(name: str, dtype: torch.dtype, **where: str | bool) -> "PreTrainedMode
         read_json(path, remedy="save or fetch the model again")  # what a stranger's may not be
         config = AutoConfig.from_pretrained(name, **options)
         _check_config(config, name)
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # imports its class: torch 2.6 can't on "meta"
         with torch.device("meta"):  # nothing is allocated yet
             described = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _require_held(described, path.parent, name)
