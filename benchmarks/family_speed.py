@@ -26,16 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measuring import specs_of, still_ensemble
 from peers import FAMILIES_OF
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import write_atomic
-from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.families import FAMILIES, TRAINED
-from sparse_coding.sae.spec import SAESpec, Schedule
-from sparse_coding.sae.stack import Stack
+from sparse_coding.sae.families import TRAINED
 from sparse_coding.sweep.hardware import describe, set_precision
 
 CPU = torch.device("cpu")
@@ -64,31 +62,9 @@ def batches(cfg: Config) -> Tensor:
     return torch.randn(8, cfg.batch, cfg.width, generator=rng) / cfg.width**0.5
 
 
-def specs_of(asked: list[tuple[str, int]], cfg: Config) -> list[SAESpec]:
-    """asked: (family, l0) of each autoencoder"""
-    weight = {arch: 0.0 if FAMILIES[arch].has_k else 1e-6 for arch, _ in asked}
-    return [
-        SAESpec(cfg.n_dict, weight[arch], seed, tied=True, target_l0=l0, arch=arch)
-        for seed, (arch, l0) in enumerate(asked)
-    ]
-
-
 def ours(asked: list[tuple[str, int]], cfg: Config, xs: Tensor) -> Step:
-    """Steps of all autoencoders asked for, as many as there are batches."""
-    # lr rises so slowly, and l0 is sought so late, that nothing moves in this time
-    schedule = Schedule(10**6, lr_warmup=10**6, l1_warmup=10**6, anneal=range(0, 10**6))
-    ensemble = Ensemble(
-        specs_of(asked, cfg),
-        cfg.width,
-        lr=3e-4,
-        device=CPU,
-        b_dec=torch.zeros(cfg.width),
-        project=True,
-        schedule=schedule,
-    )
-    for stack in ensemble.stacks:
-        if not stack.family.has_k:
-            set_biases_(stack, xs[0])
+    """Steps of all autoencoders asked for, (family, l0) of each, as many as there are batches."""
+    ensemble = still_ensemble(specs_of([(arch, cfg.n_dict, l0) for arch, l0 in asked]), xs[0])
 
     def step(_: int) -> None:
         at_a_time = 1 if cfg.n_dead else len(xs)  # who fires is dead no longer
@@ -98,13 +74,6 @@ def ours(asked: list[tuple[str, int]], cfg: Config, xs: Tensor) -> Step:
             ensemble.steps_(some)
 
     return step
-
-
-def set_biases_(stack: Stack, x: Tensor) -> None:
-    """So that each has the l0 that is asked of it."""
-    for pre, b_enc, spec in zip(stack.encode(x), stack.b_enc, stack.specs, strict=True):
-        smallest = pre.flatten().topk(int(spec.target_l0 * len(x))).values[-1]
-        b_enc.fill_(-smallest if stack.threshold is None else stack.threshold[0, 0] - smallest)
 
 
 def theirs(of: str, arch: str, cfg: Config, xs: Tensor, autocast: bool) -> Step:

@@ -10,30 +10,34 @@ included: with --full to the end, else --warm-steps, and the rest at the speed o
 Ten minutes with --full. Exit code 2 without a GPU, 1 where numbers disagree.
 """
 
-import datetime
-import shlex
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measuring import (
+    Report,
+    command,
+    conditions,
+    copy_speed,
+    gemm_speed,
+    seconds_per_call,
+    seconds_per_step,
+    synchronize,
+)
 from peers import BATCH, H, Loop2023
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sparse_coding.config import parse_flags, require, run_as_script
-from sparse_coding.files import write_atomic
 from sparse_coding.sae.batches import ahead_on, step_ranges
 from sparse_coding.sae.engines import gpu
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import SAESpec
 from sparse_coding.sweep.grid import make_grid
-from sparse_coding.sweep.hardware import describe, set_precision
+from sparse_coding.sweep.hardware import set_precision
 from sparse_coding.sweep.training import Task
 from sparse_coding.toy.data import ToyData
 from sparse_coding.toy.recipe import ToyRecipe
@@ -71,65 +75,17 @@ class Config:
     dict_ratio_exp_high: int = 6
 
 
-class Report:
-    """Prints lines, and writes them to a file if there is a path."""
-
-    def __init__(self, path: str):
-        self.path, self.lines = path, []
-
-    def __call__(self, line: str) -> None:
-        print(line, flush=True)
-        self.lines.append(line)
-        if self.path:
-            write_atomic(Path(self.path), "\n".join(self.lines) + "\n")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_per_call(run: Callable[[], None], device: torch.device, at_least: float) -> float:
-    """After a first one, which compiles."""
-    run()
-    synchronize(device)
-    n, start = 0, time.perf_counter()
-    while n == 0 or time.perf_counter() - start < at_least:
-        run()
-        n += 1
-        synchronize(device)
-    return (time.perf_counter() - start) / n
-
-
-def seconds_per_step(ensemble: Ensemble, xs: Tensor, at_least: float) -> float:
-    return seconds_per_call(lambda: ensemble.steps_(xs), xs.device, at_least) / len(xs)
-
-
 def print_conditions(cfg: Config, device: torch.device, precision: str, say: Report) -> None:
     """What this ran on."""
-    say(shlex.join(["python", "benchmarks/gpu_speed.py", *sys.argv[1:]]))
-    import triton
-
-    driver = "none"
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    say(
-        f"{datetime.date.today()}, {describe(device)}, driver {driver}, CUDA {torch.version.cuda}, "
-        f"torch {torch.__version__}, triton {triton.__version__}"
-    )
+    say(command("gpu_speed.py"))
+    say(conditions(device))
     say(f"h {H}, batch {BATCH}, {precision} factors in GEMMs, state and sums in float32\n")
 
 
 def limits(cfg: Config, device: torch.device, say: Report) -> tuple[float, float]:
     """Measured bytes/s of a copy and FLOP/s of a square GEMM."""
-    source = torch.zeros(int(cfg.copy_gb * 2.5e8), device=device)
-    target = torch.empty_like(source)
-    seconds = seconds_per_call(lambda: target.copy_(source), device, cfg.seconds)
-    bandwidth = 2 * 4 * source.numel() / seconds
-    n = cfg.gemm_size
-    a, b, out = (torch.randn(n, n, device=device) for _ in range(3))
-    gemm = 2 * n**3 / seconds_per_call(lambda: torch.mm(a, b, out=out), device, cfg.seconds)
+    bandwidth = copy_speed(device, cfg.copy_gb, cfg.seconds)
+    gemm = gemm_speed(device, cfg.gemm_size, cfg.seconds, torch.float32)
     say(f"limits: copy {bandwidth / 1e9:,.0f} GB/s, torch's GEMM {gemm / 1e12:,.1f} TFLOP/s\n")
     return bandwidth, gemm
 

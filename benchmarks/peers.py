@@ -3,6 +3,7 @@ family_speed.py: each returns a function that makes the i-th step, on x. And the
 for world_speed.py."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -84,19 +85,35 @@ OTHERS = {"loop of 2023": loop_2023, "dictionary_learning": dictionary_learning,
           "sae_lens": sae_lens}  # fmt: skip
 
 
+CPU = torch.device("cpu")
+FAULTS = (
+    ImportError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+)  # of theirs
+
+
 def _lens_family(arch: str, **settings: object) -> Callable:
     """A trainer of SAELens's class of that name, with the settings of its own trainer."""
 
-    def trainer(width: int, n_dict: int, k: int, n_dead: int) -> Callable[[int, Tensor], None]:
+    def trainer(
+        width: int, n_dict: int, k: int, n_dead: int, device: torch.device = CPU, *,
+        compiled: bool = False,
+    ) -> Callable[[int, Tensor], None]:  # fmt: skip
         import sae_lens
         from sae_lens.saes.sae import TrainStepInput
 
         cls, config = (getattr(sae_lens, f"{arch}TrainingSAE{end}") for end in ("", "Config"))
-        sae = cls(
-            config(d_in=width, d_sae=n_dict, **({"k": k} if "TopK" in arch else {}), **settings)
-        )
+        of_k = {"k": k} if "TopK" in arch else {}
+        sae = cls(config(d_in=width, d_sae=n_dict, device=str(device), **of_k, **settings))
         adam = torch.optim.Adam(sae.parameters(), lr=3e-4)
-        dead = torch.arange(n_dict) < n_dead
+        dead = torch.arange(n_dict, device=device) < n_dead
+        forward = sae.training_forward_pass
+        if compiled:  # as its compile_sae
+            forward = torch.compile(forward)
 
         def step(i: int, x: Tensor) -> None:
             of_step = TrainStepInput(
@@ -107,8 +124,8 @@ def _lens_family(arch: str, **settings: object) -> Callable:
                 is_logging_step=False,
             )
             adam.zero_grad()
-            loss = sae.training_forward_pass(of_step).loss
-            with torch.autocast("cpu", enabled=False):
+            loss = forward(of_step).loss
+            with torch.autocast(device.type, enabled=False):
                 loss.backward()
                 nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
                 adam.step()
@@ -121,13 +138,20 @@ def _lens_family(arch: str, **settings: object) -> Callable:
 def _dl_family(module: str, cls: str, **settings: object) -> Callable:
     """A trainer of dictionary_learning."""
 
-    def trainer(width: int, n_dict: int, k: int, n_dead: int) -> Callable[[int, Tensor], None]:
+    def trainer(
+        width: int, n_dict: int, k: int, n_dead: int, device: torch.device = CPU, *,
+        compiled: bool = False,
+    ) -> Callable[[int, Tensor], None]:  # fmt: skip
         found = importlib.import_module(f"dictionary_learning.trainers.{module}")
         options = dict(steps=10**6, activation_dim=width, dict_size=n_dict, layer=0, lm_name="none")
-        one = getattr(found, cls)(**options, device="cpu", warmup_steps=10, k=k, **settings)
+        options |= {} if module == "standard" else {"k": k}
+        one = getattr(found, cls)(**options, device=str(device), warmup_steps=10, **settings)
+        if compiled:
+            one.loss = torch.compile(one.loss)
 
         def step(i: int, x: Tensor) -> None:
-            one.num_tokens_since_fired[:n_dead] = 10**9
+            if n_dead:
+                one.num_tokens_since_fired[:n_dead] = 10**9
             one.update(i, x)
 
         return step
@@ -135,8 +159,36 @@ def _dl_family(module: str, cls: str, **settings: object) -> Callable:
     return trainer
 
 
+def _sparsify(
+    width: int, n_dict: int, k: int, n_dead: int, device: torch.device = CPU, *,
+    compiled: bool = False,
+) -> Callable[[int, Tensor], None]:  # fmt: skip
+    """What sparsify's trainer does in a step with its own settings: signum, no auxiliary loss."""
+    if device.type == "cpu":
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify.sign_sgd import SignSGD
+
+    sae = SparseCoder(width, SparseCoderConfig(num_latents=n_dict, k=k), device=device)
+    signum = SignSGD(sae.parameters(), lr=5e-3 / (n_dict / 2**14) ** 0.5)
+    forward = torch.compile(sae) if compiled else sae
+    dead = torch.arange(n_dict, device=device) < n_dead if n_dead else None
+
+    def step(i: int, x: Tensor) -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        found = forward(x, dead_mask=dead)
+        with torch.autocast(device.type, enabled=False):
+            (found.fvu + found.auxk_loss / 32 if n_dead else found.fvu).backward()
+            sae.remove_gradient_parallel_to_decoder_directions()
+            signum.step()
+            signum.zero_grad()
+
+    return step
+
+
 PREFIXES = [128, 512, 2048]  # of 4096
-FAMILIES_OF = {  # package -> family -> function of (width, n_dict, k, dead features)
+# package -> family -> function of (width, n_dict, k, dead features, device, compiled=...)
+FAMILIES_OF = {
     "sae_lens": {
         "relu": _lens_family("Standard", l1_coefficient=2.0),
         "topk": _lens_family("TopK"),
@@ -147,6 +199,7 @@ FAMILIES_OF = {  # package -> family -> function of (width, n_dict, k, dead feat
         ),
     },
     "dictionary_learning": {
+        "relu": _dl_family("standard", "StandardTrainer"),
         "topk": _dl_family("top_k", "TopKTrainer"),
         "batchtopk": _dl_family("batch_top_k", "BatchTopKTrainer"),
         "matryoshka": _dl_family(
@@ -155,6 +208,7 @@ FAMILIES_OF = {  # package -> family -> function of (width, n_dict, k, dead feat
             group_fractions=[1 / 32, 3 / 32, 3 / 8, 1 / 2],
         ),
     },
+    "sparsify": {"topk": _sparsify},
 }
 
 

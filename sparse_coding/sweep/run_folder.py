@@ -35,8 +35,9 @@ from sparse_coding.sweep.cells import forget_damaged, missing_cells
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost, wait_for_all_ranks
 from sparse_coding.sweep.tracking import read_series
 
-PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "wandb", "tyro", "transformers",
-            "tokenizers", "datasets", "tiktoken")  # named in config.json  # fmt: skip
+# named in config.json
+PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors", "matplotlib", "wandb", "tyro",
+            "transformers", "tokenizers", "datasets", "tiktoken")  # fmt: skip
 CONFIG, TABLE = "config.json", "results.csv"
 TEXTS = ("arch",)  # columns of it that are no numbers
 # all that runs write below their folder, but for config.json, which tells that it is theirs, and
@@ -320,6 +321,8 @@ def provenance(device: str) -> dict:
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):  # wandb may be left out
             versions[name] = metadata.version(name)
+    if "torch" in sys.modules:  # with its build, as 2.11.0+cu130, which metadata may leave out
+        versions["torch"] = sys.modules["torch"].__version__
     command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {"command": command, **git_state(), "versions": versions, "device": device}
 

@@ -383,6 +383,12 @@ def test_config_names_versions_and_commit_but_no_machine_path(monkeypatch):
     assert "secret" not in json.dumps(origin)
 
 
+def test_config_names_the_torch_that_runs_with_its_build(monkeypatch):
+    """Not the one that is pinned, nor what pip's metadata say of it."""
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    assert provenance("CPU")["versions"]["torch"] == "2.6.0+cu124"
+
+
 # --- cells: what is missing, what was begun, the merge ---
 
 
