@@ -1,0 +1,361 @@
+"""All that is measured on a GPU, one part after another, in --minutes at most. See gpu_day.sh.
+
+Each part is a process of its own under its own limit; one that fails or is stopped leaves the
+others as they are. What all of them print goes to gpu_day.txt in the folder, with the tables of
+results and the figure of the toy world; last comes a table: part, verdict, seconds, what it shows.
+Exit code 1 where a part failed; being stopped at a limit is no failure.
+"""
+
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from sparse_coding.config import one_line, parse_flags, require, run_as_script
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ("torch", "numpy", "tyro", "docstring_parser", "typeguard", "tqdm", "safetensors",
+          "matplotlib", "jinja2", "transformers", "psutil", "scipy")  # fmt: skip
+LEAST_S = 5.0  # a part that has less left is not begun
+GRACE_S = 10.0  # for a part to save and end, once it is told to
+SYNTH = ("--preset", "synth16k", "--n-seeds", "1", "--wandb-mode", "disabled")
+
+
+@dataclass(frozen=True)
+class Config:
+    cpu_smoke: bool = False  # all parts at tiny sizes, on a CPU
+    minutes: float = 9.0  # for all of it
+    only: tuple[str, ...] = ()  # parts; (): all
+    model: str = ""  # that the language model's parts take; "": models/smollm2, else a random one
+    output_dir: str = ""  # "": $OUT, else results/DATE_gpu_day
+
+
+class Part(NamedTuple):
+    """limit_s: seconds that it may take; command: after python; shows: from what it printed and
+    its run folder, what it found, or ""; needs: a module without which it is skipped"""
+
+    name: str
+    limit_s: float
+    command: list[str]
+    shows: Callable[[str, Path], str]
+    needs: str = ""
+
+
+class Result(NamedTuple):
+    """verdict: ok, failed (its exit code), timed out, or skipped (why)"""
+
+    name: str
+    verdict: str
+    seconds: float
+    shows: str
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+# --- what each part shows ---
+
+
+def last_line(output: str, _: Path) -> str:
+    return output.strip().splitlines()[-1].strip("= ") if output.strip() else ""
+
+
+def of_families(output: str, _: Path) -> str:
+    """gpt2's TopK, run.py's grid, and the least number of times that dense steps take."""
+    row = re.compile(
+        r"^(\S+) +(\w+) +(\d+) +([\d.]+) +([\d,]+) +[\d,]+ +([\d,]+) .*?(?:\(([\d.]+)\))? +[\d.]+$"
+    )
+    rows = [found.groups() for line in output.splitlines() if (found := row.match(line))]
+    shows, grid = [], {}
+    speeds = [number(r[5]) for r in rows if r[:3] == ("gpt2", "topk", "1")]
+    if speeds:
+        shows.append(f"gpt2 topk {max(speeds):,.0f} activations/s")
+    costs = re.findall(r"^gpt2 +topk +4 cost ([\d.]+)", output, re.MULTILINE)
+    shows += [f"four cost {min(costs, key=float)}"] * bool(costs)
+    for shape, _arch, _n, l0, us, *_ in rows:
+        if shape == "smollm2":
+            grid[float(l0)] = min(number(us) / 1e3, grid.get(float(l0), float("inf")))
+    times = [f"{ms:.1f} at l0 {l0:.0f}" for l0, ms in sorted(grid.items())]
+    shows += [f"run.py's grid in ms: {', '.join(times)}"] * bool(times)
+    ratios = [(float(r[6]), f"{r[0]} {r[1]}") for r in rows if r[6]]
+    shows += ["dense takes at least {:.2f} times as long ({})".format(*min(ratios))] * bool(ratios)
+    return "; ".join(shows)
+
+
+def of_peers(output: str, _: Path) -> str:
+    found = re.findall(r"^\S+ +(\w+) +ours ([\d.]+) times the best other, (.*)$", output, re.M)
+    return "; ".join(f"{arch} {ratio} times {who}" for arch, ratio, who in found)
+
+
+def trained(folder: Path) -> tuple[int, float, float] | None:
+    """(steps, seconds of them without logging, SAE-steps/s of the last record) of a run folder."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return None
+    done, seconds, rate = 0, 0.0, 0.0
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # it was stopped in the middle of a line
+            break
+        step, rate = record["step"], record["perf/sae_steps_per_s"]
+        n_saes = sum(key.startswith("train/l0/") for key in record)
+        before = done if step > done else 0  # of another group
+        seconds, done = seconds + (step - before) * n_saes / rate, step
+    return (done, seconds, rate) if done else None
+
+
+def of_run(output: str, folder: Path) -> str:
+    """Steps, their time, and the verdict's numbers."""
+    shows = []
+    if known := trained(folder):
+        steps, seconds, rate = known
+        shows.append(f"{steps:,} steps in {seconds:.1f} s, last {rate:,.0f} SAE-steps/s")
+    best = re.findall(r"^(?:Best |True features are found best).*?(?=[;:(,)]|\. )", output, re.M)
+    return "; ".join([*shows, *best[:1]])
+
+
+def of_synth(output: str, folder: Path) -> str:
+    """Samples/s of the last record, which says how long 200M samples take; and the verdict."""
+    known, batch = trained(folder), json.loads((folder / "config.json").read_text())["constants"]
+    if not known:
+        return ""
+    steps, seconds, _ = known
+    speed = steps * batch["batch_size"] / seconds
+    f1 = re.findall(r"f1 [\d.]+, mcc [\d.]+", output)
+    return "; ".join(
+        [f"{steps:,} steps, {speed:,.0f} samples/s: 200M in {2e8 / speed:,.0f} s", *f1[:1]]
+    )
+
+
+def of_harvest(output: str, _: Path) -> str:
+    found = re.findall(r"^(\S.*?) {2,}([\d,]+) (tokens/s|SAE-steps/s)", output, re.M)
+    return "; ".join(f"{name} {rate} {unit}" for name, rate, unit in found)
+
+
+def of_speed(output: str, _: Path) -> str:
+    figure = re.findall(r"^the figure: [\d.,]+ s, \w+", output, re.M)
+    return "; ".join([*figure, *re.findall(r"^[\d,]+ times as fast as.*$", output, re.M)])
+
+
+# --- the parts ---
+
+
+def parts(cfg: Config, work: Path, model: str) -> list[Part]:
+    """The most valuable first; work: the folder of run folders, model: a folder that may be still
+    to be made."""
+    tiny = cfg.cpu_smoke
+    on_cpu = ["--device", "cpu"] * tiny
+    toy, synth = ["replicate_toy_models.py"], ["replicate_toy_models.py", *SYNTH, *on_cpu]
+    tests = ["-m", "pytest", "tests/sae/engines/test_gpu.py", "-k"]
+    tests += ["without_triton" if tiny else "not compile_for_gpus"]
+    families = ["benchmarks/gpu_families.py", *on_cpu]
+    families += ["--tiny", "--seconds", "0.01"] * tiny
+    bf16 = [] if tiny else ["--precision", "bf16"]
+    at_gpt2 = ["--shapes", "gpt2", "--families", "topk", "batchtopk", "matryoshka", *bf16]
+    agreement = ["benchmarks/precision_agreement.py", *on_cpu]
+    agreement += ["--tiny", "--precisions", "float32", "float32"] * tiny  # bf16 needs a new CPU
+    world = str(work / "world.npz")
+
+    def out(name: str) -> list[str]:
+        return ["--output-dir", str(work / name)]
+
+    toy += ["--preset", "smoke" if tiny else "full", "--wandb-mode", "disabled", *on_cpu]
+    toy += ["--n-steps", "40", "--log-every", "20"] * tiny
+    size = ["--n-true-features", "256", "--activation-dim", "32", "--target-l0", "4"] * tiny
+    size += ["--n-eval-samples", "2048" if tiny else "200000", "--world", world]
+    cell, table = ("20", "20") if tiny else ("20000", "5000")
+    cell, table = (["--n-steps", n, "--log-every", str(int(n) // 2)] for n in (cell, table))
+    speed = ["benchmarks/gpu_speed.py"]
+    found = [
+        Part("kernels", 80, tests, last_line, needs="pytest"),
+        Part("families", 120, [*families, "--no-peers"], of_families),
+        Part("figure", 110, [*toy, *out("figure")], of_run),
+        Part("peers", 70, [*families, *at_gpt2, "--no-dense"], of_peers),
+        Part("model", 40, stand_in("--model", model, tiny), lambda *_: Path(model).name),
+        Part("run", 80, [*run_on(model, tiny), *out("run")], of_run),
+        Part("harvest", 50, harvest_of(model, tiny), of_harvest),
+        Part("agreement", 70, agreement, last_line),
+        Part("world", 40, stand_in("--world", world, tiny, *on_cpu), lambda *_: ""),
+        Part("synth_cell", 45, [*synth, *size, "--arch", "batchtopk", *cell, *out("synth_cell")],
+             of_synth),
+        Part("speed", 90, speed, of_speed),
+        Part("synth_table", 60, [*synth, *size, *table, *out("synth_table")], of_synth),
+    ]  # fmt: skip
+    there = Path(model).exists()
+    return [
+        part
+        for part in found
+        if not (part.name == "model" and there) and not (part.name == "speed" and tiny)
+    ]
+
+
+def stand_in(flag: str, path: str, tiny: bool, *more: str) -> list[str]:
+    return ["benchmarks/stand_ins.py", flag, path, *["--tiny"] * tiny, *more]
+
+
+def run_on(model: str, tiny: bool) -> list[str]:
+    """run.py on 21 autoencoders, as in gpu.md's measurements."""
+    command = [
+        "run.py",
+        "--preset",
+        "full",
+        "--model",
+        model,
+        "--dataset",
+        "stdlib",
+        "--arch",
+        "relu",
+        "--wandb-mode",
+        "disabled",
+        "--activations-dir",
+        f"{model}-activations",
+    ]
+    if not tiny:
+        return [
+            *command,
+            "--n-tokens",
+            "2000000",
+            "--n-eval-tokens",
+            "20000",
+            "--n-page-tokens",
+            "50000",
+        ]
+    small = {"n-tokens": 2048, "batch-size": 64, "n-eval-tokens": 256, "n-page-tokens": 512,
+             "expansion-exp-high": 1, "context-length": 64, "log-every": 10,
+             "max-text-tokens": 20_000}  # fmt: skip
+    return [*command, "--device", "cpu", *(f"--{flag}={n}" for flag, n in small.items())]
+
+
+def harvest_of(model: str, tiny: bool) -> list[str]:
+    """The layer in the middle, as run.py has it."""
+    command = ["benchmarks/activation_speed.py", "--model", model, "--dataset", "stdlib"]
+    command += ["--layer", str(middle_layer(model, tiny)), "--n-repeats", "1" if tiny else "2"]
+    size = ("64", "2000", "2") if tiny else ("256", "1000000", "10")
+    flags = ("--context-length", "--n-tokens", "--n-steps")
+    return [*command, *(word for pair in zip(flags, size, strict=True) for word in pair)]
+
+
+def middle_layer(model: str, tiny: bool) -> int:
+    """As run.py takes it; of stand_ins.py where the model is still to be made."""
+    if not (Path(model) / "config.json").exists():
+        return 1 if tiny else 15
+    config = json.loads((Path(model) / "config.json").read_text())
+    return (config.get("num_hidden_layers") or config["n_layer"]) // 2
+
+
+# --- running them ---
+
+
+def run_part(part: Part, limit_s: float, log: Path) -> tuple[int | None, float]:
+    """(exit code, None if it was stopped at its limit; seconds). What it prints goes to the log."""
+    start = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *part.command],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:  # also where this process is being stopped
+            for how in (signal.SIGTERM, signal.SIGKILL):
+                if process.poll() is None:
+                    os.killpg(process.pid, how)
+                    wait_for(process, GRACE_S)
+    return code, time.monotonic() - start
+
+
+def wait_for(process: subprocess.Popen, seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def result_of(part: Part, deadline: float, work: Path) -> tuple[Result, str]:
+    """What came of the part, and what it printed."""
+    if part.needs and not importlib.util.find_spec(part.needs):
+        return Result(part.name, f"skipped: {part.needs} is not installed", 0, ""), ""
+    left = deadline - time.monotonic() - GRACE_S
+    if left < LEAST_S:
+        return Result(part.name, "skipped: no time left", 0, ""), ""
+    log, limit_s = work / f"{part.name}.log", min(part.limit_s, left)
+    code, seconds = run_part(part, limit_s, log)
+    output = "\n".join(line.rsplit("\r", 1)[-1] for line in log.read_text().split("\n"))
+    verdict = {0: "ok", None: f"timed out after {limit_s:.0f} s"}.get(code, f"failed ({code})")
+    try:
+        shows = part.shows(output, work / part.name)
+    except (OSError, ValueError, LookupError) as error:  # it ended before it wrote what is read
+        shows = f"nothing to be read: {type(error).__name__}"
+    if code not in (0, None):
+        shows = "; ".join(filter(None, (shows, last_line(output, work))))
+    return Result(part.name, verdict, seconds, one_line(shows)), output
+
+
+def keep(work: Path, folder: Path) -> None:
+    """Copies tables of results and the toy figure out of the run folders."""
+    for path in sorted(work.glob("*/results.csv")):
+        shutil.copy(path, folder / f"{path.parent.name}.csv")
+    if (figure := work / "figure" / "figures" / "mmcs.png").exists():
+        shutil.copy(figure, folder / "figure.png")
+
+
+def table(results: list[Result]) -> list[str]:
+    lines = [f"{'part':12} {'verdict':22} {'s':>5}  what it shows"]
+    return lines + [f"{r.name:12} {r.verdict:22} {r.seconds:5.0f}  {r.shows}" for r in results]
+
+
+def main(argv: list[str]) -> int:
+    start = time.monotonic()
+    missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
+    require(not missing, f"missing: {', '.join(missing)}; WHEELS=FOLDER brings them (gpu_day.sh)")
+    cfg = parse_flags(Config(), argv, description=__doc__.split("\n\n")[0])
+    default = ROOT / "results" / f"{datetime.date.today()}_gpu_day"
+    folder = Path(cfg.output_dir or os.environ.get("OUT") or default).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline, results = start + 60 * cfg.minutes, []
+    with tempfile.TemporaryDirectory() as name, (folder / "gpu_day.txt").open("w") as file:
+        work, local = Path(name), ROOT / "models" / "smollm2"
+        model = cfg.model or str(local if local.exists() and not cfg.cpu_smoke else work / "model")
+        todo = parts(cfg, work, model)
+        for wrong in set(cfg.only) - {part.name for part in todo}:
+            require(False, f"--only {wrong}: parts are {', '.join(part.name for part in todo)}")
+        for part in todo:
+            if cfg.only and part.name not in (*cfg.only, "model", "world"):
+                continue
+            shown = shlex.join(["python", *part.command]).replace(name, "WORK")
+            print(f"== {part.name}: {shown}", file=file, flush=True)
+            result, output = result_of(part, deadline, work)
+            results.append(result)
+            print(output.replace(name, "WORK"), *table([result])[1:], sep="\n", file=file)
+            file.flush()
+            print(*table([result])[1:], sep="\n", flush=True)
+        keep(work, folder)
+        print("", *table(results), sep="\n", file=file)
+    print(f"\n{time.monotonic() - start:.0f} s in all", *table(results), sep="\n")
+    return 1 if any(result.verdict.startswith("failed") for result in results) else 0
+
+
+if __name__ == "__main__":
+    run_as_script(main)
