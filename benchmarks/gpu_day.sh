@@ -17,10 +17,10 @@ if [ -n "${WHEELS:-}" ]; then
     unpacked=$(mktemp -d) || exit 2
     trap 'rm -rf "$unpacked"' EXIT
     for wheel in "$WHEELS"/*.whl; do
-        package=$(basename "${wheel%%-*}")
-        "$PYTHON" -c "import importlib.metadata as m; m.version('$package')" 2> /dev/null \
+        file=$(basename "$wheel")
+        "$PYTHON" -c "import importlib.metadata as m; m.version('${file%%-*}')" 2> /dev/null \
             || "$PYTHON" -m zipfile --extract "$wheel" "$unpacked" || exit 2
     done
     export PYTHONPATH="$unpacked${PYTHONPATH:+:$PYTHONPATH}"
 fi
-"$PYTHON" benchmarks/gpu_day.py "$@"
+"$PYTHON" benchmarks/gpu_day.py ${DRY:+--cpu-smoke} "$@"

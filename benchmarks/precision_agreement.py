@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import replicate_toy_models as toy
 import run
 from sparse_coding.config import parse_flags, passing_bar, require, run_as_script
-from sparse_coding.files import read_csv, read_json
+from sparse_coding.files import read_csv, read_record
 from sparse_coding.lm.recipe import Optimisation
 from sparse_coding.sae.batches import stacked, step_ranges
 from sparse_coding.sae.ensemble import Ensemble
@@ -194,7 +194,7 @@ def rows_of_run(folder: Path) -> list[Row]:
 
 
 def precision_of_run(folder: Path) -> str:
-    return read_json(folder / "config.json")["constants"]["precision"]
+    return read_record(folder / "config.json")["constants"]["precision"]
 
 
 # --- the comparison ---
