@@ -161,44 +161,25 @@ def of_speed(output: str, _: Path) -> str:
 def parts(cfg: Config, work: Path, model: str) -> list[Part]:
     """The most valuable first; work: the folder of run folders, model: a folder that may be still
     to be made."""
-    tiny = cfg.cpu_smoke
-    on_cpu = ["--device", "cpu"] * tiny
-    toy, synth = ["replicate_toy_models.py"], ["replicate_toy_models.py", *SYNTH, *on_cpu]
-    tests = ["-m", "pytest", "tests/sae/engines/test_gpu.py", "-k"]
-    tests += ["without_triton" if tiny else "not compile_for_gpus"]
-    families = ["benchmarks/gpu_families.py", *on_cpu]
-    families += ["--tiny", "--seconds", "0.01"] * tiny
-    bf16 = [] if tiny else ["--precision", "bf16"]
-    at_gpt2 = ["--shapes", "gpt2", "--families", "topk", "batchtopk", "matryoshka", *bf16]
-    agreement = ["benchmarks/precision_agreement.py", *on_cpu]
-    agreement += ["--tiny", "--precisions", "float32", "float32"] * tiny  # bf16 needs a new CPU
-    world = str(work / "world.npz")
-
-    def out(name: str) -> list[str]:
-        return ["--output-dir", str(work / name)]
-
-    toy += ["--preset", "smoke" if tiny else "full", "--wandb-mode", "disabled", *on_cpu]
-    toy += ["--n-steps", "40", "--log-every", "20"] * tiny
-    size = ["--n-true-features", "256", "--activation-dim", "32", "--target-l0", "4"] * tiny
-    size += ["--n-eval-samples", "2048" if tiny else "200000", "--world", world]
-    cell, table = ("20", "20") if tiny else ("20000", "5000")
-    cell, table = (["--n-steps", n, "--log-every", str(int(n) // 2)] for n in (cell, table))
-    speed = ["benchmarks/gpu_speed.py"]
+    tiny, world = cfg.cpu_smoke, str(work / "world.npz")
+    at_gpt2 = ["--shapes", "gpt2", "--families", "topk", "batchtopk", "matryoshka", "--no-dense"]
+    again = ["--families", "topk", "relu", "--no-peers", "--no-dense"]
+    batchtopk = ["--arch", "batchtopk"]
     found = [
-        Part("kernels", 80, tests, last_line, needs="pytest"),
-        Part("families", 120, [*families, "--no-peers"], of_families),
-        Part("figure", 110, [*toy, *out("figure")], of_run),
-        Part("peers", 70, [*families, *at_gpt2, "--no-dense"], of_peers),
+        Part("kernels", 80, kernels(tiny), last_line, needs="pytest"),
+        Part("families", 140, families("bf16", tiny, "--no-peers"), of_families),
+        Part("figure", 110, figure(work, tiny), of_run),
+        Part("peers", 70, families("bf16", tiny, *at_gpt2), of_peers),
         Part("model", 40, stand_in("--model", model, tiny), lambda *_: Path(model).name),
-        Part("run", 80, [*run_on(model, tiny), *out("run")], of_run),
+        Part("run", 80, run_on(model, work, tiny), of_run),
         Part("harvest", 50, harvest_of(model, tiny), of_harvest),
-        Part("agreement", 70, agreement, last_line),
-        Part("world", 40, stand_in("--world", world, tiny, *on_cpu), lambda *_: ""),
-        Part("synth_cell", 45, [*synth, *size, "--arch", "batchtopk", *cell, *out("synth_cell")],
-             of_synth),
-        Part("speed", 90, speed, of_speed),
-        Part("synth_table", 60, [*synth, *size, *table, *out("synth_table")], of_synth),
-    ]  # fmt: skip
+        Part("agreement", 70, agreement(tiny), last_line),
+        Part("world", 40, stand_in("--world", world, tiny, *on_cpu(tiny)), lambda *_: ""),
+        Part("synth_cell", 45, synth("synth_cell", 20_000, work, tiny, *batchtopk), of_synth),
+        Part("tf32", 50, families("tf32", tiny, *again), of_families),
+        Part("speed", 90, ["benchmarks/gpu_speed.py"], of_speed),
+        Part("synth_table", 60, synth("synth_table", 5000, work, tiny), of_synth),
+    ]
     if tiny:  # gpu_speed.py's are kernels, and a test interprets them
         found = [
             part._replace(limit_s=SLOW * part.limit_s) for part in found if part.name != "speed"
@@ -206,11 +187,54 @@ def parts(cfg: Config, work: Path, model: str) -> list[Part]:
     return [part for part in found if part.name != "model" or not Path(model).exists()]
 
 
+def on_cpu(tiny: bool) -> list[str]:
+    return ["--device", "cpu"] if tiny else []
+
+
+def kernels(tiny: bool) -> list[str]:
+    """Without those tests that compile for other GPUs, which any machine can do."""
+    command = ["-m", "pytest", "tests/sae/engines/test_gpu.py", "-k"]
+    if tiny:
+        return [*command, "without_triton"]
+    several = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    return [*command, "not compile_for_gpus", *several]
+
+
+def families(precision: str, tiny: bool, *more: str) -> list[str]:
+    command = ["benchmarks/gpu_families.py", *more, *on_cpu(tiny)]
+    small = ["--tiny", "--seconds", "0.01", "--no-compile-peers"]
+    return [*command, *(small if tiny else ["--precision", precision])]
+
+
+def figure(work: Path, tiny: bool) -> list[str]:
+    command = ["replicate_toy_models.py", "--wandb-mode", "disabled", *on_cpu(tiny)]
+    command += ["--output-dir", str(work / "figure"), "--preset"]
+    return [*command, *(["smoke", "--n-steps=40", "--log-every=20"] if tiny else ["full"])]
+
+
+def agreement(tiny: bool) -> list[str]:
+    """bf16 needs a new CPU, so there float32 is compared with itself."""
+    same = ["--tiny", "--precisions", "float32", "float32"]
+    return ["benchmarks/precision_agreement.py", *on_cpu(tiny), *(same if tiny else [])]
+
+
+def synth(name: str, n_steps: int, work: Path, tiny: bool, *more: str) -> list[str]:
+    """Of the world that stand_ins.py made."""
+    command = ["replicate_toy_models.py", *SYNTH, *on_cpu(tiny), *more]
+    sizes = {"world": work / "world.npz", "output-dir": work / name, "n-eval-samples": 200_000}
+    if tiny:
+        n_steps = 20
+        sizes |= {"n-true-features": 256, "activation-dim": 32, "target-l0": 4}
+        sizes |= {"n-eval-samples": 2048}
+    sizes |= {"n-steps": n_steps, "log-every": n_steps // 10}
+    return [*command, *(f"--{flag}={value}" for flag, value in sizes.items())]
+
+
 def stand_in(flag: str, path: str, tiny: bool, *more: str) -> list[str]:
     return ["benchmarks/stand_ins.py", flag, path, *["--tiny"] * tiny, *more]
 
 
-def run_on(model: str, tiny: bool) -> list[str]:
+def run_on(model: str, work: Path, tiny: bool) -> list[str]:
     """run.py on 21 autoencoders, as in gpu.md's measurements."""
     command = [
         "run.py",

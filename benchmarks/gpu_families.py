@@ -98,7 +98,7 @@ class Config:
     families: tuple[str, ...] = KINDS
     seconds: float = 0.4  # of a measurement
     limit_s: float = 25.0  # of one line: what it prepares, compiles and measures
-    at_a_time: int = 8  # steps
+    at_a_time: int = 16  # steps
     dense: bool = True  # dense steps of torch beside ours
     peers: bool = True
     compile_peers: bool = True  # try torch.compile on them, too
@@ -199,8 +199,8 @@ def measure_ours(bench: Bench, shape: Shape, arch: str, copies: int, l0: float) 
     n_dicts = shape.n_dicts * copies
     # k is a whole number of codes; at the start nothing is asked for
     asked = [(arch, n, max(1.0, float(round(l0 * n))) if l0 else START) for n in n_dicts]
+    ensemble = still_ensemble(specs_of(asked), xs[0])
     with peak_memory(bench.device) as peak:
-        ensemble = still_ensemble(specs_of(asked), xs[0])
         seconds = seconds_per_step(ensemble, xs, cfg.seconds)
         peak_gb = peak()
     dense = ""

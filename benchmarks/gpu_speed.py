@@ -3,9 +3,9 @@
     python benchmarks/gpu_speed.py --full --output results/DATE_gpu_speed.txt
 
 In this order: kernels against dense steps in float64; the GPU's measured limits (a copy, a GEMM of
-the precision at hand); time per step of a row of the figure at each size, with kernels at its start
-and after --warm-steps, and dense; the loop of 2023 at each size; the whole grid at once, its data
-included: with --full to the end, else --warm-steps, and the rest at the speed of the last of them.
+the precision at hand); the whole grid at once, its data included: with --full to the end, else
+--warm-steps, and the rest at the speed of the last of them; time per step of a row of the figure at
+each size, with kernels at its start and after --warm-steps, and dense; the loop of 2023 there.
 
 Ten minutes with --full. Exit code 2 without a GPU, 1 where numbers disagree.
 """
@@ -242,10 +242,10 @@ def main(argv: list[str]) -> int:
     if not check(cfg, device, precision, say):
         return 1
     peak = limits(cfg, device, say)
-    theirs = rows(cfg, device, say)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     ours = grid(cfg, device, say, peak)
+    theirs = rows(cfg, device, say)
     say(f"{theirs / ours:,.0f} times as fast as the loop of 2023")
     if cfg.tune:
         tune(cfg, device, say)

@@ -155,6 +155,7 @@ def still_ensemble(specs: list[SAESpec], x: Tensor) -> Ensemble:
     for stack in ensemble.stacks:
         if not stack.family.has_k and stack.specs[0].target_l0:
             set_biases_(stack, x)
+    ensemble.scratch.flat.clear()  # what setting biases took is no part of a step
     return ensemble
 
 

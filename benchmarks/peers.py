@@ -4,6 +4,8 @@ for world_speed.py."""
 
 import importlib
 import os
+import sys
+import types
 from collections.abc import Callable, Iterator
 
 import torch
@@ -86,6 +88,7 @@ OTHERS = {"loop of 2023": loop_2023, "dictionary_learning": dictionary_learning,
 
 
 CPU = torch.device("cpu")
+PREFIXES = (1 / 32, 1 / 8, 1 / 2, 1)  # of Matryoshka's features
 FAULTS = (
     ImportError,
     RuntimeError,
@@ -107,8 +110,10 @@ def _lens_family(arch: str, **settings: object) -> Callable:
         from sae_lens.saes.sae import TrainStepInput
 
         cls, config = (getattr(sae_lens, f"{arch}TrainingSAE{end}") for end in ("", "Config"))
-        of_k = {"k": k} if "TopK" in arch else {}
-        sae = cls(config(d_in=width, d_sae=n_dict, device=str(device), **of_k, **settings))
+        of_family = {"k": k} if "TopK" in arch else {}
+        if "Matryoshka" in arch:
+            of_family["matryoshka_widths"] = [int(share * n_dict) for share in PREFIXES]
+        sae = cls(config(d_in=width, d_sae=n_dict, device=str(device), **of_family, **settings))
         adam = torch.optim.Adam(sae.parameters(), lr=3e-4)
         dead = torch.arange(n_dict, device=device) < n_dead
         forward = sae.training_forward_pass
@@ -142,6 +147,8 @@ def _dl_family(module: str, cls: str, **settings: object) -> Callable:
         width: int, n_dict: int, k: int, n_dead: int, device: torch.device = CPU, *,
         compiled: bool = False,
     ) -> Callable[[int, Tensor], None]:  # fmt: skip
+        # it reads language models, which no trainer does; and it replaces what torch.compile needs
+        sys.modules.setdefault("nnsight", types.SimpleNamespace(LanguageModel=None))
         found = importlib.import_module(f"dictionary_learning.trainers.{module}")
         options = dict(steps=10**6, activation_dim=width, dict_size=n_dict, layer=0, lm_name="none")
         options |= {} if module == "standard" else {"k": k}
@@ -186,7 +193,6 @@ def _sparsify(
     return step
 
 
-PREFIXES = [128, 512, 2048]  # of 4096
 # package -> family -> function of (width, n_dict, k, dead features, device, compiled=...)
 FAMILIES_OF = {
     "sae_lens": {
@@ -194,9 +200,7 @@ FAMILIES_OF = {
         "topk": _lens_family("TopK"),
         "batchtopk": _lens_family("BatchTopK"),
         "jumprelu": _lens_family("JumpReLU"),
-        "matryoshka": _lens_family(
-            "MatryoshkaBatchTopK", matryoshka_widths=PREFIXES, use_matryoshka_aux_loss=True
-        ),
+        "matryoshka": _lens_family("MatryoshkaBatchTopK", use_matryoshka_aux_loss=True),
     },
     "dictionary_learning": {
         "relu": _dl_family("standard", "StandardTrainer"),

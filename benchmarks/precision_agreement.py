@@ -53,7 +53,7 @@ class Config:
     precisions: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()  # two run folders, in the place of training
     n_seeds: int = 3
-    n_steps: int = 800  # at run.py's sizes
+    n_steps: int = 500  # at run.py's sizes
     toy_steps: int = 3000
     batch_size: int = 2048
     width: int = 1536
