@@ -40,18 +40,25 @@ LAUNCH = {
     "normalise": (8, 1),
     "update_b_dec": (4, 1),
 }
+OLDEST_TRITON = (3, 4)  # 3.3 knows no fields of a constexpr tuple, 3.2 no tuples as arguments
 TRIAL_ERROR = 0.1  # of a movement, relative; factors cut to tf32 give 0.02, to bf16 0.04 (LOG.md)
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is there; says so, once, if it isn't."""
+    """Whether a Triton is there that can compile the kernels; says so, once, if it isn't."""
     try:
+        import triton
+
         from sparse_coding.sae.engines import gpu_kernels  # noqa: F401
     except ImportError as error:
         _say_dense(str(error))
         return False
-    return True
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < OLDEST_TRITON:  # it ends in errors of any type
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        _say_dense(f"Triton {triton.__version__} is older than {oldest}, which torch 2.8 brings")
+    return version >= OLDEST_TRITON
 
 
 def _say_dense(reason: str) -> None:

@@ -473,6 +473,19 @@ def test_without_triton_a_line_says_that_a_gpu_trains_densely():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("version", "usable"), [("3.2.0", False), ("3.3.1", False), ("3.4.0", True), ("3.10.0", True)]
+)
+def test_a_triton_that_is_too_old_is_left_and_named(monkeypatch, capsys, version, usable):
+    """As torch 2.6 brings: its errors are of types that would end the run."""
+    monkeypatch.setattr("triton.__version__", version)
+    gpu.has_triton.cache_clear()
+    assert gpu.has_triton() == usable
+    gpu.has_triton.cache_clear()
+    said = capsys.readouterr().out
+    assert (f"trains densely, slower: Triton {version} is older than 3.4" in said) != usable
+
+
 def test_a_graph_that_cannot_be_captured_is_said_and_steps_are_launched(xs, capsys):
     if ON_GPU:
         pytest.skip("it can be captured")
