@@ -268,20 +268,12 @@ def run_on(model: str, work: Path, tiny: bool) -> list[str]:
 
 
 def harvest_of(model: str, tiny: bool) -> list[str]:
-    """The layer in the middle, as run.py has it."""
-    command = ["benchmarks/activation_speed.py", "--model", model, "--dataset", "stdlib"]
-    command += ["--layer", str(middle_layer(model, tiny)), "--n-repeats", "1" if tiny else "2"]
-    size = ("64", "2000", "2") if tiny else ("256", "1000000", "10")
-    flags = ("--context-length", "--n-tokens", "--n-steps")
-    return [*command, *(word for pair in zip(flags, size, strict=True) for word in pair)]
-
-
-def middle_layer(model: str, tiny: bool) -> int:
-    """As run.py takes it; of stand_ins.py where the model is still to be made."""
-    if not (Path(model) / "config.json").exists():
-        return 1 if tiny else 15
-    config = json.loads((Path(model) / "config.json").read_text())
-    return (config.get("num_hidden_layers") or config["n_layer"]) // 2
+    """Of the layer in the middle, to disk and into memory; the sweep is another part's."""
+    flags = {"model": model, "n-tokens": 1_000_000, "n-repeats": 3, "seconds": 30}
+    if tiny:
+        flags |= {"context-length": 64, "n-tokens": 2000, "n-repeats": 1, "seconds": 2}
+    command = ["benchmarks/activation_speed.py", "--no-training", *on_cpu(tiny)]
+    return [*command, *(f"--{flag}={value}" for flag, value in flags.items())]
 
 
 # --- running them ---
