@@ -8,6 +8,7 @@ figures, report.html and features.html, a page of what the features of the best 
     python run.py --preset full                gpt2-small on Pile10k
     python run.py --model ID --dataset ID --layer 3 --target-l0 16 32 64
     python run.py --evaluate FOLDER            a saved autoencoder, ours or SAELens's
+    python run.py --export hub --push OWNER/NAME  also uploads what others load with sae_lens
     python run.py --help                       all constants
 
 Any constant below is a flag, and wins over the preset. The same command resumes or merges.
@@ -25,6 +26,7 @@ from sparse_coding.config import UserError, parse_flags, pick, require, require_
 from sparse_coding.lm import recipe as recipes
 from sparse_coding.lm import show
 from sparse_coding.lm import target as targets
+from sparse_coding.lm.hub.push import PushChoice
 from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, Reading
 from sparse_coding.lm.target import ModelChoice, Target, TextChoice
 from sparse_coding.sae.families import PREFIXES, Arch
@@ -107,7 +109,10 @@ class Config:
     output_dir: str = ""  # default: outputs/run-<preset>-<hash of the constants>
     fresh: bool = False  # delete what runs wrote into --output-dir and start again
     page_l0: float = 32.0  # features.html shows the autoencoder of lowest fvu with at most this l0
-    export: Literal["none", "dictionary_learning", "sparsify"] = "none"  # write each like this too
+    # each like this too; hub: a folder for the Hugging Face Hub, as sae_lens finds it there
+    export: Literal["none", "dictionary_learning", "sparsify", "hub"] = "none"
+    push: str = ""  # OWNER/NAME on the Hub, where the user is logged in: upload that folder there
+    public: bool = False  # of --push: for everybody to see; else private
     evaluate: str = ""  # only evaluate this saved autoencoder, on --model and --dataset
     log_every: int = 100  # steps between records in metrics.jsonl
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key
@@ -121,7 +126,9 @@ PRESETS = {
 # change no number beyond rounding, so a run folder is the same with other values of these
 NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb", "shard", "fresh",
                 "output_dir", "activations_dir", "log_every", "wandb_mode", "page_l0", "export",
-                "n_page_tokens", "lm_batch_size"}  # fmt: skip
+                "push", "public", "n_page_tokens", "lm_batch_size"}  # fmt: skip
+# what checks its own constants
+PARTS = RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice, PushChoice
 
 
 def main(argv: list[str]) -> int:
@@ -145,11 +152,12 @@ def main(argv: list[str]) -> int:
         device=describe(device),
         suffix=shard.suffix,
     )
-    is_shown = not cfg.fresh and show.is_shown(planned.folder, pick(show.ShowChoice, cfg))
+    choice, upload = pick(show.ShowChoice, cfg), pick(PushChoice, cfg)
+    is_shown = not cfg.fresh and show.is_shown(planned.folder, choice)
     if is_shown and (width := planned.saved_width):
         with planned.opened(grid_of(cfg).cells(width), shard):  # refuses other constants
             if rows := planned.finished_rows():
-                return last_lines(cfg, rows, planned.folder)
+                return show.last_lines(rows, planned.folder, choice, upload)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     target, recipe = open_target_of(cfg, device)
     target.require_same_files(files)
@@ -169,26 +177,20 @@ def run(
 ) -> int:  # fmt: skip
     """Trains what is missing of this shard; merges if nothing is missing of the others."""
     config, options = dataclasses.asdict(cfg), pick(RunOptions, cfg)
+    choice, upload = pick(show.ShowChoice, cfg), pick(PushChoice, cfg)
     present = partial(
         show.show,
         planned.folder,
         cells=cells,
         recipe=recipe,
         target=target,
-        choice=pick(show.ShowChoice, cfg),
+        choice=choice,
         context=planned.origin | {"config": config, "activations": recipe.metadata},
     )
     rows = train_planned(
         recipe, cells, planned, shard=shard, options=options, config=config, present=present
     )
-    return last_lines(cfg, rows, planned.folder) if rows else 0
-
-
-def last_lines(cfg: Config, rows: list[dict], folder: Path) -> int:
-    """Prints what came out and where it is; the exit code."""
-    verdict = show.verdict(rows, most_l0=cfg.page_l0)
-    print(f"{verdict}\ndone: {folder}: report.html, features.html (--fresh starts again)")
-    return 0
+    return show.last_lines(rows, planned.folder, choice, upload) if rows else 0
 
 
 def evaluate_saved(cfg: Config, device: torch.device) -> int:
@@ -229,7 +231,7 @@ def grid_of(cfg: Config) -> Grid:
 def check(cfg: Config, argv: list[str]) -> None:
     """Raises UserError for a constant out of its range or a flag of argv that changes nothing."""
     grid_of(cfg).families.require_used(argv)
-    for part in (RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice):
+    for part in PARTS:
         pick(part, cfg)
     require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
 

@@ -24,6 +24,8 @@ from sparse_coding.files import Damaged, read_record, write_record
 from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.features.collected import FeatureCollector, logit_effects, nearest_features
 from sparse_coding.lm.features.page import write_feature_page
+from sparse_coding.lm.hub.folder import CARD, HUB, write_hub_folder
+from sparse_coding.lm.hub.push import PushChoice, push
 from sparse_coding.lm.model import direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density
 from sparse_coding.lm.target import Target
@@ -118,6 +120,8 @@ def show(
         n_tokens=recipe.held_out.n_kept - n_left_out,
         l1_note=f"L1 term of the loss: {L1_TERMS[recipe.optimisation.l1_normalisation]}",
     )
+    if choice.export == HUB:
+        write_hub_folder(folder, sound, [figures[spec.name] for spec in FRONTIERS])
     write_report(
         folder,
         title=TITLE,
@@ -151,10 +155,11 @@ def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
 def require_exportable(cells: list[Cell], export: str) -> None:
     """Raises UserError if --export names a library that lacks the family of a cell."""
     refined = sorted({c.arch for c in cells if FAMILIES[c.arch].refined})
+    library = "sae_lens" if export == HUB else "it"
     require(
         export == "none" or not refined,
-        f"--export {export}: it has no class that refines its codes, as {', '.join(refined)} "
-        "does: drop the flag",
+        f"--export {export}: {library} has no class that refines its codes, as "
+        f"{', '.join(refined)} does: drop the flag",
     )
     others = sorted({c.arch for c in cells if FAMILIES[c.arch].selection != "topk"})
     require(
@@ -167,7 +172,7 @@ def require_exportable(cells: list[Cell], export: str) -> None:
 def _export(folder: Path, cells: list[Cell], export: str) -> None:
     """Each autoencoder once more, for the library of this name: <library>/<cell>/."""
     require_exportable(cells, export)
-    for cell in cells if export != "none" else ():
+    for cell in cells if export in EXPORTERS else ():
         sae = load_sae(sae_folder(folder, cell))
         EXPORTERS[export](folder / export / cell.name, sae, metadata=sae.metadata)
 
@@ -250,11 +255,23 @@ def _heatmaps(cells: list[Cell]) -> tuple[HeatmapSpec, ...]:
 
 def is_shown(folder: Path, choice: ShowChoice) -> bool:
     """Whether the folder shows what is chosen."""
+    if choice.export == HUB and not os.path.exists(folder / HUB / CARD):
+        return False
     try:
         return os.path.exists(folder / SHOWN) and read_record(folder / SHOWN) == asdict(choice)
     except Damaged as error:
         error.warn("shown anew")
         return False
+
+
+def last_lines(rows: list[dict], folder: Path, choice: ShowChoice, upload: PushChoice) -> int:
+    """Prints what came out and where it is, and uploads it, if that is chosen; the exit code."""
+    print(verdict(rows, most_l0=choice.page_l0))
+    files = "report.html, features.html" + f", {HUB}/" * (choice.export == HUB)
+    print(f"done: {folder}: {files} (--fresh starts again)", flush=True)
+    if upload.push:
+        push(folder, upload)
+    return 0
 
 
 def check_fit(sae: SparseAutoencoder, target: Target) -> None:

@@ -48,7 +48,10 @@ WRITTEN = (
     "metrics.jsonl", "metrics-shard-*.jsonl", "wandb_run-*.json", "figures/*.png", "figures/*.csv",
     "cells/seed*.json", "saes/seed*/*.safetensors", "saes/seed*/cfg.json",
     "dictionaries/seed*.safetensors", "dictionary_learning/seed*/ae.pt",
-    "dictionary_learning/seed*/config.json", "checkpoints/*/step-*.safetensors",
+    "dictionary_learning/seed*/config.json", "sparsify/seed*/sae.safetensors",
+    "sparsify/seed*/cfg.json", "hub/README.md", "hub/results.csv", "hub/figures/*.png",
+    "hub/*/seed*/README.md", "hub/*/seed*/*.safetensors", "hub/*/seed*/cfg.json",
+    "checkpoints/*/step-*.safetensors",
 )  # fmt: skip
 # constants that matter while something is trained
 MACHINE = {"device_type", "precision", "stdlib_files"}
