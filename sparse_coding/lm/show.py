@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,14 +102,13 @@ def show(
     choice: ShowChoice,
     context: dict,
 ) -> dict[str, Path]:
-    """Writes exports, features.html, figures and report.html; returns the png of each figure.
+    """Writes features.html, figures, exports and report.html; returns the png of each figure.
 
     Args:
         cells: in the order of the rows
         context: what was run, for the report
     """
     sound = [c for c, row in zip(cells, rows, strict=True) if math.isfinite(row["fvu"])]
-    _export(folder, sound, choice.export)
     if sound:
         best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
         write_page(folder, best, recipe=recipe, target=target, n_tokens=choice.n_page_tokens)
@@ -120,8 +120,7 @@ def show(
         n_tokens=recipe.held_out.n_kept - n_left_out,
         l1_note=f"L1 term of the loss: {L1_TERMS[recipe.optimisation.l1_normalisation]}",
     )
-    if choice.export == HUB:
-        write_hub_folder(folder, sound, [figures[spec.name] for spec in FRONTIERS])
+    _export(folder, sound, choice.export, frontiers=[figures[spec.name] for spec in FRONTIERS])
     write_report(
         folder,
         title=TITLE,
@@ -169,9 +168,14 @@ def require_exportable(cells: list[Cell], export: str) -> None:
     )
 
 
-def _export(folder: Path, cells: list[Cell], export: str) -> None:
-    """Each autoencoder once more, for the library of this name: <library>/<cell>/."""
+def _export(
+    folder: Path, cells: list[Cell], export: str, *, frontiers: Sequence[Path] = ()
+) -> None:
+    """Each autoencoder once more, for the library of this name: <library>/<cell>/; or, with the
+    figures, for the Hub."""
     require_exportable(cells, export)
+    if export == HUB and cells:
+        write_hub_folder(folder, cells, frontiers)
     for cell in cells if export in EXPORTERS else ():
         sae = load_sae(sae_folder(folder, cell))
         EXPORTERS[export](folder / export / cell.name, sae, metadata=sae.metadata)

@@ -70,6 +70,11 @@ class Hub(ThreadingHTTPServer):
         self.seen_in_argv = False
         self.lock = threading.Lock()
 
+    def log_in(self, home: Path, token: str = TOKEN) -> None:
+        """As `hf auth login` leaves it."""
+        home.mkdir(exist_ok=True)
+        (home / "token").write_text(token)
+
     def environment(self, home: Path, *, xet: bool = True) -> dict[str, str]:
         """For a client that knows this hub alone, and keeps its caches and login below home."""
         known = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
@@ -206,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Nothing on stderr."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer()
 
     do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815

@@ -277,11 +277,16 @@ def test_every_autoencoder_is_exported_with_the_same_output(shown):
         assert torch.allclose(x_hat, sae.decode(sae.encode(x)), atol=1e-4)
 
 
-def test_sparsify_gets_topk_cells_and_no_others(tmp_path):
+def test_a_library_gets_the_families_that_it_has_and_no_others(tmp_path):
     relu = sweep()[0]
     topk = [replace(relu, arch="topk", target_l0=k) for k in (2, 3)]
     for cell in (relu, *topk):
         save_sae(sae_folder(tmp_path, cell), sae_of(16).tensors, metadata={}, top_k=cell.target_l0)
+    refined = replace(relu, arch="matryoshka_refined", target_l0=2)
+    with pytest.raises(UserError, match="--export hub: sae_lens has no class that refines"):
+        show_module._export(tmp_path, [*topk, refined], "hub")
+    show_module._export(tmp_path, [], "hub")  # all diverged: nothing to publish
+    assert not (tmp_path / "hub").exists()
     with pytest.raises(UserError, match="--export sparsify: it has topk alone, not relu: choose"):
         show_module._export(tmp_path, [*topk, relu], "sparsify")
     assert not (tmp_path / "sparsify").exists()

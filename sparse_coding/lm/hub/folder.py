@@ -117,6 +117,7 @@ def write_cards(folder: Path, repository: str = ANY_REPOSITORY) -> None:
         rows[name] = read_record(folder / "cells" / f"{path.parent.name}.json")
         known = read_record(path)["metadata"]
         write_atomic(path.with_name(CARD), _card({name: rows[name]}, known, **of_all))
+    rows = dict(sorted(rows.items(), key=lambda row: [row[1].get(c) for c in ("n_dict", "l0")]))
     figures = sorted((to / FIGURES).glob("*.png"))
     write_atomic(to / CARD, _card(rows, known, figures=figures, **of_all))
 

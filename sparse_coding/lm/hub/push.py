@@ -62,8 +62,9 @@ def push(folder: Path, choice: PushChoice) -> None:
 
     Raises:
         UserError: the Hub refuses it, or is out of reach; the repository is public, which was not
-            asked for.
+            asked for; there is nothing to upload.
     """
+    require((folder / HUB / CARD).exists(), "nothing to push: all autoencoders diverged")
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 
