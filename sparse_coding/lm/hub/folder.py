@@ -114,10 +114,11 @@ def write_cards(folder: Path, repository: str = ANY_REPOSITORY) -> None:
     rows, known = {}, {}
     for path in sorted(to.glob(f"*/*/{CONFIG}")):
         name = path.parent.relative_to(to).as_posix()
-        rows[name] = read_record(folder / "cells" / f"{path.parent.name}.json")
+        row = read_record(folder / "cells" / f"{path.parent.name}.json")
+        rows[name] = {"arch": "relu"} | row  # older versions did not say
         known = read_record(path)["metadata"]
         write_atomic(path.with_name(CARD), _card({name: rows[name]}, known, **of_all))
-    rows = dict(sorted(rows.items(), key=lambda row: [row[1].get(c) for c in ("n_dict", "l0")]))
+    rows = dict(sorted(rows.items(), key=lambda row: [row[1][c] for c in ("n_dict", "arch", "l0")]))
     figures = sorted((to / FIGURES).glob("*.png"))
     write_atomic(to / CARD, _card(rows, known, figures=figures, **of_all))
 
@@ -186,6 +187,6 @@ def _front_matter(ours: dict) -> str:
 
 def _table(rows: dict[str, dict]) -> str:
     """What each autoencoder reached, by its sae_id."""
-    lines = [("sae_id", *COLUMNS), ("---", *["---:"] * len(COLUMNS))]
-    lines += [(f"`{name}`", *(short(row.get(c)) for c in COLUMNS)) for name, row in rows.items()]
+    lines = [("sae_id", *COLUMNS), ("---", "---", *["---:"] * (len(COLUMNS) - 1))]
+    lines += [(f"`{name}`", *(short(row[c]) for c in COLUMNS)) for name, row in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
