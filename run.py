@@ -2,7 +2,7 @@
 
 One command harvests the activations of a text once, trains a grid of autoencoders (l1_alpha x
 expansion_factor x seed) on them at a time, evaluates each on held-out documents, and writes
-figures, report.html and features.html, a page of what the features of the best one respond to.
+figures, report.html and features.html, pages of what the features of each respond to.
 
     python run.py                              demo on a CPU (needs no network), full on a GPU
     python run.py --preset full                gpt2-small on Pile10k
@@ -106,7 +106,9 @@ class Config:
     # output
     output_dir: str = ""  # default: outputs/run-<preset>-<hash of the constants>
     fresh: bool = False  # delete what runs wrote into --output-dir and start again
-    page_l0: float = 32.0  # features.html shows the autoencoder of lowest fvu with at most this l0
+    page_l0: float = 32.0  # features.html opens on the autoencoder of lowest fvu up to this l0
+    pages: Literal["all", "best"] = "all"  # autoencoders that get a page of features, or that alone
+    names: tuple[str, ...] = ()  # files with names of features, see docs/language_models.md#names
     export: Literal["none", "dictionary_learning", "sparsify"] = "none"  # write each like this too
     evaluate: str = ""  # only evaluate this saved autoencoder, on --model and --dataset
     log_every: int = 100  # steps between records in metrics.jsonl
@@ -121,7 +123,7 @@ PRESETS = {
 # change no number beyond rounding, so a run folder is the same with other values of these
 NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb", "shard", "fresh",
                 "output_dir", "activations_dir", "log_every", "wandb_mode", "page_l0", "export",
-                "n_page_tokens", "lm_batch_size"}  # fmt: skip
+                "n_page_tokens", "lm_batch_size", "pages", "names"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -129,6 +131,7 @@ def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     shard = find_shard(cfg.shard)
     require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
+    require(not (cfg.names and cfg.fresh), "--names are of what --fresh deletes: drop one of them")
     device = pick_device(cfg.device)
     precision = set_precision(cfg.precision, device)
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
@@ -145,10 +148,12 @@ def main(argv: list[str]) -> int:
         device=describe(device),
         suffix=shard.suffix,
     )
-    is_shown = not cfg.fresh and show.is_shown(planned.folder, pick(show.ShowChoice, cfg))
+    choice = pick(show.ShowChoice, cfg)
+    show.names_of(planned.folder, choice)  # refuses those of another run
+    is_shown = not cfg.fresh and show.is_shown(planned.folder, choice)
     if is_shown and (width := planned.saved_width):
         with planned.opened(grid_of(cfg).cells(width), shard):  # refuses other constants
-            if rows := planned.finished_rows():
+            if (rows := planned.finished_rows()) and show.rename(planned.folder, choice):
                 return last_lines(cfg, rows, planned.folder)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     target, recipe = open_target_of(cfg, device)
@@ -169,15 +174,9 @@ def run(
 ) -> int:  # fmt: skip
     """Trains what is missing of this shard; merges if nothing is missing of the others."""
     config, options = dataclasses.asdict(cfg), pick(RunOptions, cfg)
-    present = partial(
-        show.show,
-        planned.folder,
-        cells=cells,
-        recipe=recipe,
-        target=target,
-        choice=pick(show.ShowChoice, cfg),
-        context=planned.origin | {"config": config, "activations": recipe.metadata},
-    )
+    of_run = dict(cells=cells, recipe=recipe, target=target, choice=pick(show.ShowChoice, cfg))
+    context = planned.origin | {"config": config, "activations": recipe.metadata}
+    present = partial(show.show, planned.folder, **of_run, context=context)
     rows = train_planned(
         recipe, cells, planned, shard=shard, options=options, config=config, present=present
     )

@@ -422,7 +422,7 @@ def wandb_id(folder: Path) -> object:
     return tracker_of(folder)._run_id()
 
 
-CHOICE = show.ShowChoice(page_l0=32.0, n_page_tokens=100, export="none")
+CHOICE = show.ShowChoice(page_l0=32.0, n_page_tokens=100, pages="all", names=(), export="none")
 
 
 # --- rented machines ---

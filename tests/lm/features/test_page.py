@@ -3,13 +3,7 @@
 import base64
 import dataclasses
 import json
-import os
 import re
-import select
-import shutil
-import subprocess
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.browser import Browser, Page
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.features.collected import (
@@ -25,11 +20,7 @@ from sparse_coding.lm.features.collected import (
     logit_effects,
     nearest_features,
 )
-from sparse_coding.lm.features.page import visible, write_feature_page
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+from sparse_coding.lm.features.page import PageLink, Place, visible, write_feature_page
 
 N_DICT, LENGTH = 40, 16
 DEAD, PLANTED, NUMBERS = 13, 7, 8
@@ -71,23 +62,33 @@ def make_data() -> FeatureData:
     )
 
 
+def place(names: dict[int, str] | None = None, cells: tuple[str, ...] = ("a",)) -> Place:
+    """Of the first of the cells, in a run whose pages lie side by side."""
+    links = tuple(PageLink(cell, f"autoencoder {cell}", f"{cell}.html") for cell in cells)
+    return Place(cells[0], "0f" * 32, links, {cells[0]: names} if names else {})
+
+
 def write(path: Path, data: FeatureData | None = None, **changes) -> Path:
     arguments = {"token_texts": TEXTS, "title": "Features of a test", "facts": FACTS}
+    arguments["place"] = place()
     write_feature_page(path, data or make_data(), **(arguments | changes))
     return path
 
 
 def unpack(html: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """(header, arrays) of the page's data, read as the module's docstring says."""
-    packed = re.search(r'<script type="application/octet-stream" id="data">([^<]*)</script>', html)
-    raw = zlib.decompress(base64.b64decode(packed[1], validate=True))
-    start = 4 + int.from_bytes(raw[:4], "little")
-    header = json.loads(raw[4:start])
-    arrays = {
-        name: np.frombuffer(raw, f"<{kind}", count, start + offset)
-        for name, (kind, offset, count) in header["arrays"].items()
-    }
-    return header, arrays
+    """(header of the summary, arrays of all packs) of the page, read as the module's docstring
+    says."""
+    packs = re.findall(r'<script type="application/octet-stream"[^>]*>([^<]*)</script>', html)
+    header, parts = {}, {}
+    for packed in packs:
+        raw = zlib.decompress(base64.b64decode(packed, validate=True))
+        start = 4 + int.from_bytes(raw[:4], "little")
+        head = json.loads(raw[4:start])
+        header = header or head
+        for name, (kind, offset, count) in head["arrays"].items():
+            part = np.frombuffer(raw, f"<{kind}", count, start + offset)
+            parts.setdefault(name, []).append(part)
+    return header, {name: np.concatenate(of_blocks) for name, of_blocks in parts.items()}
 
 
 # ---- the file
@@ -132,7 +133,7 @@ def test_text_from_outside_is_escaped(tmp_path):
     assert "<script>document" not in html
     assert html.count("&lt;script&gt;document.title=&#39;attacked&#39;") == 4
     assert "\u202e" not in html
-    assert html.count("<script") == 2  # the data and ours
+    assert html.count("<script") == 4  # names, two packs and ours
 
 
 def test_texts_of_unused_tokens_are_left_out(tmp_path):
@@ -163,172 +164,6 @@ def test_what_cannot_be_seen_gets_a_sign(text, shown):
 
 
 # ---- the browser
-
-
-# Chromium wants its pipe at file descriptors 3 and 4.
-LAUNCHER = """
-import fcntl, os, sys
-pipe = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
-os.dup2(pipe[0], 3), os.dup2(pipe[1], 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-FLAGS = (
-    "headless",
-    "no-sandbox",  # it has none as root, in a container
-    "disable-gpu",
-    "disable-dev-shm-usage",
-    "no-first-run",
-    "disable-background-networking",
-    "remote-debugging-pipe",
-)
-
-
-class Browser:
-    """Headless Chromium, steered through its debugging pipe: JSON messages that end in a zero."""
-
-    def __init__(self, profile: Path):
-        (read_there, self.write_here), (self.read_here, write_there) = os.pipe(), os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(read_there), str(write_there), CHROMIUM]
-            + [f"--{flag}" for flag in FLAGS]
-            + [f"--user-data-dir={profile}"],
-            pass_fds=(read_there, write_there),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(read_there)
-        os.close(write_there)
-        self.buffer, self.n_sent, self.events, self.session = b"", 0, [], None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = attached["sessionId"]
-        for domain in ("Runtime", "Log", "Network", "Page"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters) -> dict:
-        self.n_sent += 1
-        message = {"id": self.n_sent, "method": method, "params": parameters}
-        message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.write_here, json.dumps(message).encode() + b"\0")
-        while (answer := self._read()).get("id") != self.n_sent:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def _read(self, timeout_s: float = 60) -> dict:
-        end = time.monotonic() + timeout_s
-        while b"\0" not in self.buffer:
-            ready = select.select([self.read_here], [], [], max(0, end - time.monotonic()))[0]
-            assert ready, "no answer from chromium"
-            data = os.read(self.read_here, 1 << 20)
-            assert data, "chromium has ended"
-            self.buffer += data
-        message, self.buffer = self.buffer.split(b"\0", 1)
-        return json.loads(message)
-
-    def run(self, script: str) -> object:
-        """The value of a JavaScript expression, awaited."""
-        answer = self.call(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-        )
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def open(self, path: Path, address: str = "", *, width: int = 1200, height: int = 900) -> None:
-        """Opens the page afresh and waits until it is unpacked or says that it cannot be."""
-        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Page.navigate", url="about:blank")
-        self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.events.clear()
-        self.call("Page.navigate", url=path.as_uri() + address)
-        self.wait("document.readyState === 'complete' && "
-                  "!document.getElementById('status').textContent.startsWith('Unpacking')"
-                  " || document.querySelector('main')?.hidden === false")  # fmt: skip
-
-    def wait(self, condition: str) -> None:
-        end = time.monotonic() + 20
-        while not self.run(f"Boolean({condition})"):
-            assert time.monotonic() < end, condition
-            time.sleep(0.01)
-
-    def frame(self) -> None:
-        """Waits for the next frame: what was scrolled has told the page so by then."""
-        self.run("new Promise(requestAnimationFrame)")
-
-    def key(self, name: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
-
-    def mouse(self, selector: str, *, click: bool = False) -> None:
-        """Moves the mouse to the middle of the element, and clicks."""
-        element = f"document.querySelector({json.dumps(selector)})"
-        self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
-        self.frame()
-        x, y = self.run(f"""(() => {{ const box = {element}.getClientRects()[0];
-            return [box.x + box.width / 2, box.y + box.height / 2]; }})()""")
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        for kind in ("mousePressed", "mouseReleased") if click else ():
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def complaints(self) -> list[dict]:
-        """Exceptions and console messages since the page was opened, and what it asked for."""
-        self.run("new Promise(resolve => setTimeout(resolve, 20))")
-        bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        asked = [
-            event for event in self.events if event.get("method") == "Network.requestWillBeSent"
-        ]
-        return [event for event in self.events if event.get("method") in bad] + asked[1:]
-
-    def close(self) -> None:
-        self.session = None
-        self.call("Browser.close")
-        self.process.wait(20)
-        os.close(self.write_here)
-        os.close(self.read_here)
-
-
-class Page:
-    """What the tests do with an open features.html."""
-
-    def __init__(self, browser: Browser):
-        self.browser = browser
-
-    def text(self, selector: str) -> str:
-        return self.browser.run(f"document.querySelector({json.dumps(selector)}).textContent")
-
-    def texts(self, selector: str) -> list[str]:
-        elements = f"document.querySelectorAll({json.dumps(selector)})"
-        return self.browser.run(f"Array.from({elements}, element => element.textContent)")
-
-    def features(self) -> list[int]:
-        """The list's features, in its order: all of them, not only the rows in view."""
-        return self.browser.run("shown")
-
-    def filter(self, query: str) -> list[int]:
-        self.browser.run("filter.focus(); filter.select()")
-        self.browser.call("Input.insertText", text=query or " ")
-        return self.features()
-
-    def sort(self, order: str) -> list[int]:
-        self.browser.run(f"""(() => {{ const sort = document.getElementById("sort");
-            sort.value = {json.dumps(order)}; sort.dispatchEvent(new Event("input")); }})()""")
-        return self.features()
-
-    def selected(self) -> int:
-        name = self.text("#name").removeprefix("Feature ")
-        rows = self.texts(".option[aria-selected=true] > :first-child")
-        assert rows in ([], [name])
-        return int(name)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -561,7 +396,7 @@ def test_a_page_without_optional_parts_opens(browser, tmp_path):
 def test_a_damaged_page_says_so(browser, tmp_path, path):
     html = path.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
-    broken.write_text(re.sub(r'(id="data">.{500})[^<]*', r"\1", html), encoding="utf-8")
+    broken.write_text(re.sub(r'(id="summary">.{500})[^<]*', r"\1", html), encoding="utf-8")
     browser.open(broken)
     assert Page(browser).text("#status").startswith("The page cannot be shown: ")
     assert browser.run("document.querySelector('main').hidden")
