@@ -55,14 +55,18 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters) -> dict:
+        answer = self._ask(method, parameters)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _ask(self, method: str, parameters: dict) -> dict:
         self.n_sent += 1
         message = {"id": self.n_sent, "method": method, "params": parameters}
         message |= {"sessionId": self.session} if self.session else {}
         os.write(self.write_here, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self.n_sent:
             self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
+        return answer
 
     def _read(self, timeout_s: float = 60) -> dict:
         end = time.monotonic() + timeout_s
@@ -95,8 +99,13 @@ class Browser:
                   " || document.querySelector('main')?.hidden === false")  # fmt: skip
 
     def wait(self, condition: str) -> None:
+        """Until it holds, on this page or the one that it is turning to."""
         end = time.monotonic() + 20
-        while not self.run(f"Boolean({condition})"):
+        asked = {"expression": f"Boolean({condition})", "returnByValue": True}
+        while True:
+            answer = self._ask("Runtime.evaluate", asked)
+            if answer.get("result", {}).get("result", {}).get("value") is True:
+                return
             assert time.monotonic() < end, condition
             time.sleep(0.01)
 
@@ -105,8 +114,14 @@ class Browser:
         self.run("new Promise(requestAnimationFrame)")
 
     def key(self, name: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
+        """A character is written where text is, as by a keyboard."""
+        text = {"Enter": "\r"}.get(name, name if len(name) == 1 else "")
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=name, code=name, text=text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=name, code=name)
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self.call("Input.insertText", text=text)
 
     def mouse(self, selector: str, *, click: bool = False) -> None:
         """Moves the mouse to the middle of the element, and clicks."""
@@ -120,13 +135,18 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def complaints(self) -> list[dict]:
-        """Exceptions and console messages since the page was opened, and what it asked for."""
+        """Exceptions and console messages since the page was opened, and what it asked for other
+        than pages of this machine."""
         self.run("new Promise(resolve => setTimeout(resolve, 20))")
         bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        asked = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
         asked = [
-            event for event in self.events if event.get("method") == "Network.requestWillBeSent"
+            e
+            for e in asked
+            if e["params"].get("type") != "Document"
+            or not e["params"]["request"]["url"].startswith(("file:", "about:"))
         ]
-        return [event for event in self.events if event.get("method") in bad] + asked[1:]
+        return [event for event in self.events if event.get("method") in bad] + asked
 
     def close(self) -> None:
         self.session = None

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,20 @@ from builders.browser import Browser, Page
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.features.collected import (
+    Contexts,
     FeatureCollector,
     FeatureData,
+    Ranked,
     logit_effects,
     nearest_features,
 )
-from sparse_coding.lm.features.page import PageLink, Place, visible, write_feature_page
+from sparse_coding.lm.features.page import (
+    PageLink,
+    Place,
+    visible,
+    write_feature_page,
+    write_names,
+)
 
 N_DICT, LENGTH = 40, 16
 DEAD, PLANTED, NUMBERS = 13, 7, 8
@@ -272,7 +281,7 @@ def test_keys_move_through_the_list_and_the_address_follows(page):
     for key, feature in [("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1), ("End", 39)]:
         page.browser.key(key)
         assert page.selected() == feature
-        page.browser.wait(f"location.hash === '#f={feature}'")
+        page.browser.wait(f"location.hash === '#cell=a&f={feature}'")
     page.browser.key("ArrowDown")
     assert page.selected() == 39  # the end
     row = "document.querySelector('.option[aria-selected=true]')"
@@ -308,6 +317,182 @@ def test_an_address_opens_its_feature(browser, path):
     browser.key("ArrowDown")
     assert page.selected() == 0
     assert browser.complaints() == []
+
+
+# ---- names, other autoencoders, keys
+
+
+NAMES = {3: "a name", 7: ATTACKS[0], 12: "Zebra \u202e", DEAD: "nothing"}
+CELLS = ("a", "seed0_dict000040_l1exp+01", "c")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the first of three autoencoders; beside it are those of the others."""
+    folder = tmp_path_factory.mktemp("run")
+    here = place(NAMES, CELLS)
+    for cell in CELLS:
+        path = folder / f"{cell}.html"
+        write(path, place=dataclasses.replace(here, cell=cell), facts=FACTS | {"cell": cell})
+    return folder / "a.html"
+
+
+@pytest.fixture
+def named(browser: Browser, run: Path) -> Iterator[Page]:
+    browser.open(run)
+    yield Page(browser)
+    assert browser.complaints() == []
+    assert browser.run("document.title") == "Features of a test"
+
+
+def test_a_feature_has_its_name_in_the_list_the_search_the_view_and_beside_others(named):
+    browser, data = named.browser, make_data()
+    assert browser.run("optionOf('a').textContent").endswith(", 4 named")
+    assert named.texts(".option .given") == ["a name", ATTACKS[0], "Zebra ⟨202E⟩", "nothing"]
+    assert browser.run("getComputedStyle(document.querySelector('.given')).display") != "none"
+    assert named.filter("NAME") == [3]
+    assert named.filter('"NAME"') == []
+    assert 12 in named.filter('"Zebra"')
+    browser.key("ArrowDown")
+    assert named.text("#given") == "Zebra ⟨202E⟩"
+    assert set(NAMES) <= set(named.filter("o")) | {12}
+    named.filter("")
+    assert named.sort("name 1")[:5] == [7, 3, DEAD, 12, 0]
+    named.browser.mouse("#named-only", click=True)
+    assert named.features() == [7, 3, DEAD, 12]
+    near = next(f for f in range(N_DICT) if 3 in data.nearest.index[f])
+    browser.run(f"select({near})")
+    i = data.nearest.index[near].tolist().index(3)
+    assert named.texts(".items li")[i].startswith("3 a name")
+    assert named.text("#given") == NAMES.get(near, "")
+
+
+def test_hostile_names_are_text(browser, tmp_path):
+    names = dict(enumerate((*ATTACKS, "</script><!--<script>", "&lt;b&gt;&amp;")))
+    path = write(tmp_path / "a.html", place=place(names))
+    assert path.read_text().count("</script>") == 4
+    browser.open(path)
+    page = Page(browser)
+    shown = page.texts(".option .given")
+    assert shown[:3] == list(ATTACKS[:3])
+    assert shown[-2:] == ["</script><!--<script>", "&lt;b&gt;&amp;"]
+    assert shown[3] == "⟨202E⟩abc⟨2066⟩"
+    for _ in names:
+        browser.key("j")
+    assert browser.run("document.title") == "Features of a test"
+    assert browser.complaints() == []
+
+
+def test_keys_lead_to_the_next_feature_the_search_and_other_autoencoders(named):
+    browser = named.browser
+    browser.mouse("#name", click=True)  # no control has the focus
+    browser.run("document.activeElement.blur()")
+    for key, feature in [("j", 1), ("j", 2), ("k", 1)]:
+        browser.key(key)
+        assert named.selected() == feature
+    browser.key("/")
+    assert browser.run("document.activeElement === filter")
+    browser.type("j[word")
+    assert (browser.run("filter.value"), named.selected()) == ("j[word", 1)
+    named.filter("word2")
+    browser.key("Escape")
+    assert browser.run("document.activeElement === list && filter.value") == "word2"
+    browser.key("j")
+    browser.key("]")
+    browser.wait("named?.cell === 'seed0_dict000040_l1exp+01'")
+    browser.wait("selected >= 0")
+    assert browser.run("filter.value") == "word2"  # the search goes along
+    assert named.features() == with_top_token(make_data(), lambda text: "word2" in text)
+    assert browser.run("byId('cell').selectedOptions[0].dataset.cell") == CELLS[1]
+    browser.key("[")
+    browser.wait("named?.cell === 'a' && selected >= 0")
+    browser.key("[")  # round
+    browser.wait("named?.cell === 'c' && selected >= 0")
+    hint = browser.run("Array.from(document.querySelectorAll('kbd'), k => k.textContent).join('')")
+    assert sorted(hint) == sorted("[]/kjn")
+
+
+def test_the_list_of_autoencoders_leads_to_their_pages(named):
+    browser = named.browser
+    assert named.texts("#cell option")[1:] == [f"autoencoder {cell}" for cell in CELLS[1:]]
+    browser.run("byId('cell').focus()")
+    browser.key("ArrowDown")
+    browser.wait("named?.cell === 'seed0_dict000040_l1exp+01'")
+    browser.wait("document.querySelector('main').hidden === false")
+    assert named.texts(".facts dd")[-1] == CELLS[1]
+
+
+def test_the_link_of_a_feature_finds_its_autoencoder_from_any_page(named, run):
+    browser = named.browser
+    browser.key("]")
+    browser.wait("named?.cell === 'seed0_dict000040_l1exp+01'")
+    browser.wait("selected >= 0")
+    browser.run("select(17)")
+    link = browser.run("byId('link').href")
+    browser.wait(f"location.href === {json.dumps(link)}")
+    fragment = link.partition("#")[2]
+    assert fragment == "cell=seed0_dict000040_l1exp%2B01&f=17"
+    for written in (fragment, fragment.replace("%2B", "+")):
+        browser.open(run, f"#{written}")  # the page of another
+        browser.wait("named?.cell !== 'a' && selected === 17")
+        assert named.texts(".facts dd")[-1] == CELLS[1]
+        assert named.selected() == 17
+    browser.open(run, "#cell=gone&f=17")
+    assert named.text("#message") == "There is no page of gone here: this is that of a."
+    assert named.selected() == 0
+    browser.open(run, "#f=17")  # of older pages
+    assert named.selected() == 17
+    assert browser.run("byId('message').hidden")
+
+
+def test_names_given_in_the_page_are_saved_as_the_file_that_is_read(named, tmp_path):
+    browser = named.browser
+    browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    browser.key("j")
+    browser.key("n")
+    assert browser.run("document.activeElement.id") == "own-name"
+    browser.type(" <b>mine</b> ")
+    browser.key("Enter")
+    assert named.text("#given") == "<b>mine</b>"
+    assert browser.run("document.activeElement === list")
+    browser.key("n")
+    browser.type("lost")
+    browser.key("Escape")
+    assert named.text("#given") == "<b>mine</b>"
+    for name in ("", "renamed"):  # 3 loses its name, 4 gets one, while others are chosen
+        browser.run("select(selected < 3 ? 3 : 4)")
+        browser.key("n")
+        browser.run("byId('own-name').value = ''")
+        browser.type(name)
+    browser.mouse("#next", click=True)
+    assert named.texts(".option .given")[:2] == ["<b>mine</b>", "renamed"]
+    assert not browser.run("byId('unsaved').hidden")
+    browser.mouse("#save", click=True)
+    saved = tmp_path / "named_features-a.json"
+    end = time.monotonic() + 10
+    while not saved.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    content = json.loads(saved.read_text())
+    assert content.keys() == {"cell", "checksum", "names"}
+    assert (content["cell"], content["checksum"]) == ("a", "0f" * 32)
+    expected = {"1": "<b>mine</b>", "4": "renamed", "7": ATTACKS[0], "12": "Zebra ⟨202E⟩"}
+    assert content["names"] == expected | {str(DEAD): "nothing"}
+    assert browser.run("byId('unsaved').hidden && window.onbeforeunload === null")
+
+
+def test_names_are_written_into_a_page_that_is_there(tmp_path):
+    bare, named = (write(tmp_path / f"{i}.html", place=place(n)) for i, n in enumerate([{}, NAMES]))
+    assert write_names(bare, {"a": NAMES})
+    assert bare.read_bytes() == named.read_bytes()
+    for damaged in (b"", b"\xff", b"<html>", named.read_bytes()[:-1],
+                    named.read_bytes().replace(b'{"cell"', b'{"sell"', 1)):  # fmt: skip
+        named.write_bytes(damaged)
+        assert not write_names(named, {})
+        assert named.read_bytes() == damaged
+    assert not write_names(tmp_path / "none.html", {})
+
+
+# ---- the rest of a feature
 
 
 def test_the_cards_and_the_histogram_show_the_numbers(page):
@@ -417,12 +602,17 @@ def make_large(n_dict: int) -> FeatureData:
 
 
 def test_of_16000_features_only_the_rows_in_view_are_in_the_document(browser, tmp_path):
-    browser.open(write(tmp_path / "large.html", make_large(16000)))
+    data = make_large(16000)
+    browser.open(write(tmp_path / "large.html", data))
     page = Page(browser)
     assert page.text("#count") == "16\u202f000 of 16\u202f000"
     assert 10 < len(page.texts(".option")) < 60
+    assert browser.run("blocks.size") == 1  # the others are unpacked when they are looked at
     browser.key("End")
+    browser.wait("blocks.size === 2 && !detail.hasAttribute('aria-busy')")
     assert page.selected() == 15999
+    strengths = [f"{value:#.3g}" for value in data.top.codes[15999, :, 6]]
+    assert page.texts(".contexts .strength")[:8] == strengths
     page.filter("max>2.4")
     browser.run("list.scrollTop = 50000")
     browser.frame()
@@ -430,4 +620,71 @@ def test_of_16000_features_only_the_rows_in_view_are_in_the_document(browser, tm
     browser.mouse(f"#option-{middle}", click=True)
     assert page.selected() == int(middle)
     assert len(page.texts(".option")) < 60
+    assert browser.complaints() == []
+
+
+def make_realistic(n_dict: int, n_tokens: int = 200_000) -> tuple[FeatureData, list[str]]:
+    """(data, texts) as large as those of a real run: codes of 32 features on every token, frequent
+    and rare, 49152 tokens of which few are frequent."""
+    rng, length, vocabulary = np.random.default_rng(0), 128, 49152
+    shares = 1 / np.arange(1, vocabulary + 1)
+    tokens = rng.choice(vocabulary, (n_tokens // length, length), p=shares / shares.sum())
+    n_rows, n_window = len(tokens), 33
+
+    def contexts() -> Contexts:
+        row, position = rng.integers(0, n_rows, (n_dict, 8)), rng.integers(0, length, (n_dict, 8))
+        codes = rng.random((n_dict, 8, n_window), np.float32)
+        codes *= rng.random(codes.shape, np.float32) < 0.15
+        codes[:, :, 24] = 1 - np.arange(8) / 10
+        return Contexts(np.full(n_dict, 8), row, position, codes)
+
+    def ranked(n: int, size: int) -> Ranked:
+        values = -np.sort(-rng.random((n_dict, n), np.float32), axis=1)
+        return Ranked(rng.integers(0, size, (n_dict, n)), values)
+
+    data = FeatureData(
+        n_tokens=n_tokens,
+        n_active=rng.integers(10, 1000, n_dict),
+        max_activation=np.full(n_dict, 1.0, np.float32),
+        histogram=rng.poisson(200 * 0.93 ** np.arange(64), (n_dict, 64)),
+        bin_width=np.full(n_dict, 1 / 32),
+        tokens=tokens,
+        n_before=24,
+        top=contexts(),
+        sampled=contexts(),
+        nearest=ranked(5, n_dict),
+        promoted=ranked(8, vocabulary),
+        suppressed=ranked(8, vocabulary),
+    )
+    return data, [f" word{i}" for i in range(vocabulary)]
+
+
+@pytest.mark.long
+def test_three_autoencoders_of_24576_features_open_in_three_seconds_each(browser, tmp_path):
+    data, texts = make_realistic(24576)
+    cells = ("a", "b", "c")
+    names = {f: f"what feature {f} is about" for f in range(0, 24576, 3)}
+    for i in range(3):
+        here = place(names, cells[i:] + cells[:i])
+        path = write(tmp_path / f"{cells[i]}.html", data, token_texts=texts, place=here)
+        assert path.stat().st_size < 20e6
+    page = Page(browser)
+    for cell in cells:
+        seconds = []
+        for _ in range(3):  # the machine may be busy for one
+            start = time.monotonic()
+            browser.open(tmp_path / f"{cell}.html", f"#cell={cell}&f=24576"[:-1])
+            assert page.text("#name") == "Feature 2457"
+            assert len(page.texts(".contexts li")) == 16
+            seconds.append(time.monotonic() - start)
+            assert browser.complaints() == []
+        assert min(seconds) < 3, seconds
+    assert page.filter("what feature 24") == sorted(
+        f for f in names if re.search("what feature 24", names[f])
+    )
+    for _ in range(3):
+        browser.run("list.focus()")
+        browser.key("]")
+        browser.wait("document.querySelector('main')?.hidden === false && selected >= 0")
+    assert browser.run("named.cell") == "c"
     assert browser.complaints() == []
