@@ -1,6 +1,7 @@
 """What a sweep on a language model shows: figures, report, page of features, exports."""
 
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,23 +98,10 @@ def show(
         cells: in the order of the rows
         context: what was run, for the report
     """
-    (folder / SHOWN).unlink(missing_ok=True)  # what follows is of this choice
-    names = names_of(folder, choice)
     sound = [c for c, row in zip(cells, rows, strict=True) if math.isfinite(row["fvu"])]
     _export(folder, sound, choice.export)
-    pages: dict[Cell, str] = {}
-    if sound:
-        best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
-        paged = [best] if choice.pages == "best" else sound
-        pages = write_pages(
-            folder,
-            {cell: rows[cells.index(cell)] for cell in paged},
-            best=best,
-            recipe=recipe,
-            target=target,
-            n_tokens=choice.n_page_tokens,
-            names=names,
-        )
+    of_cells = dict(zip(cells, rows, strict=True))
+    pages = _write_pages(folder, of_cells, recipe=recipe, target=target, choice=choice)
     n_left_out, text = say_left_out(folder, sound)
     figures = draw_figures(
         folder,
@@ -132,8 +120,35 @@ def show(
         filter_example="expansion_factor>=2 l0<32",
         pages=[pages.get(cell) for cell in cells],
     )
-    write_record(folder / SHOWN, _without_names(choice) | {"names": _as_json(names)})
+    _note_shown(folder, _without_names(choice), names_of(folder, choice))
     return figures
+
+
+def _write_pages(
+    folder: Path,
+    rows: dict[Cell, dict],
+    *,
+    recipe: LanguageRecipe,
+    target: Target,
+    choice: ShowChoice,
+) -> dict[Cell, str]:
+    """The pages of features that are chosen; where each is. Of a diverged cell there is none."""
+    (folder / SHOWN).unlink(missing_ok=True)  # no earlier choice is shown whole from here on
+    names = names_of(folder, choice)
+    sound = {cell: row for cell, row in rows.items() if math.isfinite(row["fvu"])}
+    if not sound:
+        return {}
+    row = best_row(list(sound.values()), most_l0=choice.page_l0)
+    best = next(cell for cell in sound if sound[cell] is row)
+    return write_pages(
+        folder,
+        {best: row} if choice.pages == "best" else sound,
+        best=best,
+        recipe=recipe,
+        target=target,
+        n_tokens=choice.n_page_tokens,
+        names=names,
+    )
 
 
 def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
@@ -238,19 +253,21 @@ def rename(folder: Path, choice: ShowChoice) -> bool:
         write_record(folder / SHOWN, record | {"names": None})  # until all pages have them
         if not rename_features(folder, names):
             return False
-        write_record(folder / SHOWN, record | {"names": _as_json(names)})
+        _note_shown(folder, record, names)
     return True
 
 
 def _shown(folder: Path) -> dict:
     """The choice behind what the folder shows; empty if it shows nothing."""
     try:
-        return read_record(folder / SHOWN)
-    except FileNotFoundError:
-        return {}
+        return read_record(folder / SHOWN) if os.path.exists(folder / SHOWN) else {}
     except Damaged as error:
         error.warn("shown anew")
         return {}
+
+
+def _note_shown(folder: Path, record: dict, names: Names) -> None:
+    write_record(folder / SHOWN, record | {"names": _as_json(names)})
 
 
 def _without_names(choice: ShowChoice) -> dict:

@@ -7,6 +7,7 @@
 Other keys are ignored, so that a tool may say what it is. A page of features saves such a file.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def read_names(paths: Sequence[str], saes: Path) -> Names:
 
 def _n_dict_of(path: Path, saes: Path, cell: str, checksum: object) -> int:
     """Raises UserError unless the run has this very autoencoder."""
-    trained = sorted(sae.name for sae in saes.glob("seed*") if (sae / WEIGHTS).is_file())
+    is_there = os.path.isdir(saes)  # False for a name that is too long
+    found = saes.glob(f"seed*/{WEIGHTS}") if is_there else ()
+    trained = sorted(weights.parent.name for weights in found)
     require(
         cell in trained,
         f"--names {path}: it is of {cell}, which is not in {saes}: give the names of one of "

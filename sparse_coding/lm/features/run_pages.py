@@ -58,20 +58,15 @@ def write_pages(
         saes = [load_sae(sae_folder(folder, cell)).to(recipe.device) for cell in group]
         collected = _collected(saes, recipe, n_tokens)
         for cell, sae in passing_bar(list(zip(group, saes, strict=True)), desc="pages"):
-            place = Place(
-                cell=cell.name,
-                checksum=tensors_checksum(sae_folder(folder, cell) / WEIGHTS) or "",
-                pages=tuple(_links(rows, paths, of=cell)),
-                names=names,
-            )
+            known = sae.metadata
+            checksum = tensors_checksum(sae_folder(folder, cell) / WEIGHTS) or ""
             write_feature_page(
                 folder / paths[cell],
                 _with_decoder(collected.pop(0), sae, target),
                 token_texts=texts,
-                title=f"Features of {sae.metadata['model']}, layer {sae.metadata['layer']} "
-                f"{sae.metadata['site']}",
-                facts=_facts(cell, rows[cell], sae.metadata),
-                place=place,
+                title=f"Features of {known['model']}, layer {known['layer']} {known['site']}",
+                facts=_facts(cell, rows[cell], known),
+                place=Place(cell.name, checksum, tuple(_links(rows, paths, of=cell)), names),
             )
     for path in set(folder.glob(f"{OTHERS}/seed*.html")) - {folder / p for p in paths.values()}:
         path.unlink()  # of an earlier choice
