@@ -114,7 +114,7 @@ def write_names(path: Path, names: dict[str, dict[int, str]]) -> bool:
         parts = NAMED.split(html)
         known = json.loads(parts[2])
         parts[2] = _named(known["cell"], known["checksum"], names)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
     if len(parts) != 5 or not html.endswith("</html>\n"):
         return False
