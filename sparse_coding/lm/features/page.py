@@ -32,6 +32,7 @@ from sparse_coding.lm.features.collected import FeatureData
 from sparse_coding.lm.features.names import LONGEST
 
 BLOCK = 256  # features that are unpacked at a time: some 90 KB of the page
+LEVEL = 7  # of compression: 9 saves 2 % more in eight times the time
 STEPS = 65535  # a code is embedded as a whole number of max_activation / STEPS
 MAX_SHOWN = 60  # characters of one token; a run of 500 dashes is one token somewhere
 OF_SUMMARY = ("n_active", "max", "tokens", "top_filled", "top_row", "top_position")
@@ -61,12 +62,14 @@ class Place:
 
     checksum: of its weights
     pages: of all autoencoders of the run that have one, this one too, in the order of the list
+    report: address of the run's report, relative to this page
     names: cell -> feature -> name
     """
 
     cell: str
     checksum: str
     pages: tuple[PageLink, ...]
+    report: str
     names: dict[str, dict[int, str]]
 
 
@@ -182,7 +185,7 @@ def _packed(arrays: dict[str, np.ndarray], **header: object) -> str:
     head = json.dumps(header | {"arrays": entries}, separators=(",", ":")).encode()
     head += b" " * (-(len(head) + 4) % 8)
     size = len(head).to_bytes(4, "little")
-    return base64.b64encode(zlib.compress(b"".join([size, head, *blobs]), 9)).decode("ascii")
+    return base64.b64encode(zlib.compress(b"".join([size, head, *blobs]), LEVEL)).decode("ascii")
 
 
 def _arrays(data: FeatureData) -> dict[str, np.ndarray]:

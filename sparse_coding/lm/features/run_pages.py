@@ -66,7 +66,7 @@ def write_pages(
                 token_texts=texts,
                 title=f"Features of {known['model']}, layer {known['layer']} {known['site']}",
                 facts=_facts(cell, rows[cell], known),
-                place=Place(cell.name, checksum, tuple(_links(rows, paths, of=cell)), names),
+                place=_place(cell, checksum, rows=rows, paths=paths, names=names),
             )
     for path in set(folder.glob(f"{OTHERS}/seed*.html")) - {folder / p for p in paths.values()}:
         path.unlink()  # of an earlier choice
@@ -111,14 +111,18 @@ def _with_decoder(data: FeatureData, sae: SparseAutoencoder, target: Target) -> 
     return replace(data, promoted=effects[0], suppressed=effects[1]) if effects else data
 
 
-def _links(rows: dict[Cell, dict], paths: dict[Cell, str], *, of: Cell) -> Iterator[PageLink]:
-    """All pages of the run, as that of one cell refers to them."""
-    up = "" if paths[of] == FIRST else "../"
-    several_seeds = len({cell.seed for cell in rows}) > 1
-    for cell, row in rows.items():
-        seed = f", seed {cell.seed}" * several_seeds
-        text = f"{asked_of(row)}, n_dict {cell.n_dict}{seed}: {_measured(row)}"
-        yield PageLink(cell.name, text, up + paths[cell])
+def _place(
+    cell: Cell, checksum: str, *, rows: dict[Cell, dict], paths: dict[Cell, str], names: Names
+) -> Place:
+    """The other pages of the run, as that of one cell refers to them."""
+    up = "" if paths[cell] == FIRST else "../"
+    several_seeds = len({c.seed for c in rows}) > 1
+    links = []
+    for c, row in rows.items():
+        seed = f", seed {c.seed}" * several_seeds
+        text = f"{asked_of(row)}, n_dict {c.n_dict}{seed}: {_measured(row)}"
+        links.append(PageLink(c.name, text, up + paths[c]))
+    return Place(cell.name, checksum, tuple(links), f"{up}report.html", names)
 
 
 def _facts(cell: Cell, row: dict, known: dict) -> dict[str, str]:

@@ -74,7 +74,8 @@ def make_data() -> FeatureData:
 def place(names: dict[int, str] | None = None, cells: tuple[str, ...] = ("a",)) -> Place:
     """Of the first of the cells, in a run whose pages lie side by side."""
     links = tuple(PageLink(cell, f"autoencoder {cell}", f"{cell}.html") for cell in cells)
-    return Place(cells[0], "0f" * 32, links, {cells[0]: names} if names else {})
+    names = {cells[0]: names} if names else {}
+    return Place(cells[0], "0f" * 32, links, "report.html", names)
 
 
 def write(path: Path, data: FeatureData | None = None, **changes) -> Path:
@@ -634,7 +635,7 @@ def make_realistic(n_dict: int, n_tokens: int = 200_000) -> tuple[FeatureData, l
     def contexts() -> Contexts:
         row, position = rng.integers(0, n_rows, (n_dict, 8)), rng.integers(0, length, (n_dict, 8))
         codes = rng.random((n_dict, 8, n_window), np.float32)
-        codes *= rng.random(codes.shape, np.float32) < 0.15
+        codes *= rng.random(codes.shape, np.float32) < 0.1  # as on the demo
         codes[:, :, 24] = 1 - np.arange(8) / 10
         return Contexts(np.full(n_dict, 8), row, position, codes)
 
@@ -660,31 +661,33 @@ def make_realistic(n_dict: int, n_tokens: int = 200_000) -> tuple[FeatureData, l
 
 
 @pytest.mark.long
-def test_three_autoencoders_of_24576_features_open_in_three_seconds_each(browser, tmp_path):
+def test_three_autoencoders_of_24576_features_open_in_three_seconds_each(browser, tmp_path, capsys):
     data, texts = make_realistic(24576)
     cells = ("a", "b", "c")
     names = {f: f"what feature {f} is about" for f in range(0, 24576, 3)}
     for i in range(3):
         here = place(names, cells[i:] + cells[:i])
         path = write(tmp_path / f"{cells[i]}.html", data, token_texts=texts, place=here)
-        assert path.stat().st_size < 20e6
+        assert path.stat().st_size < 16e6
     page = Page(browser)
     for cell in cells:
         seconds = []
-        for _ in range(3):  # the machine may be busy for one
-            start = time.monotonic()
-            browser.open(tmp_path / f"{cell}.html", f"#cell={cell}&f=24576"[:-1])
-            assert page.text("#name") == "Feature 2457"
+        for _ in range(3):
+            clock, cpu = time.monotonic(), browser.cpu_seconds()
+            browser.open(tmp_path / f"{cell}.html", f"#cell={cell}&f=21000")
+            assert page.text("#name") == "Feature 21000"
             assert len(page.texts(".contexts li")) == 16
-            seconds.append(time.monotonic() - start)
+            # the machine may be busy with something else
+            seconds.append(min(time.monotonic() - clock, browser.cpu_seconds() - cpu))
             assert browser.complaints() == []
         assert min(seconds) < 3, seconds
-    assert page.filter("what feature 24") == sorted(
-        f for f in names if re.search("what feature 24", names[f])
-    )
-    for _ in range(3):
-        browser.run("list.focus()")
-        browser.key("]")
-        browser.wait("document.querySelector('main')?.hidden === false && selected >= 0")
-    assert browser.run("named.cell") == "c"
+        with capsys.disabled():
+            print(f"\n{path.stat().st_size / 1e6:.1f} MB open in {min(seconds):.2f} s")
+    browser.open(tmp_path / "a.html")
+    assert page.text("#count") == "24\u202f576 of 24\u202f576"
+    assert page.text("#given") == "what feature 0 is about"
+    assert page.filter('"feature 2457"') == [f for f in names if str(f).startswith("2457")]
+    browser.key("Escape")
+    browser.key("]")
+    browser.wait("named?.cell === 'b' && selected >= 0")
     assert browser.complaints() == []
