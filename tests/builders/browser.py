@@ -31,6 +31,9 @@ FLAGS = (
 )
 
 
+WAIT_S = 90  # a crowded machine opens 16 MB in 10 s or more
+
+
 class Browser:
     """Headless Chromium, steered through its debugging pipe: JSON messages that end in a zero."""
 
@@ -68,7 +71,7 @@ class Browser:
             self.events.append(answer)
         return answer
 
-    def _read(self, timeout_s: float = 60) -> dict:
+    def _read(self, timeout_s: float = WAIT_S) -> dict:
         end = time.monotonic() + timeout_s
         while b"\0" not in self.buffer:
             ready = select.select([self.read_here], [], [], max(0, end - time.monotonic()))[0]
@@ -111,7 +114,7 @@ class Browser:
 
     def wait(self, condition: str) -> None:
         """Until it holds, on this page or the one that it is turning to."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + WAIT_S
         asked = {"expression": f"Boolean({condition})", "returnByValue": True}
         while True:
             answer = self._ask("Runtime.evaluate", asked)
