@@ -2,7 +2,7 @@
 
 One command harvests the activations of a text once, trains a grid of autoencoders (families x l0 x
 expansion_factor x seed) on them at a time, evaluates each on held-out documents, and writes
-figures, report.html and features.html, a page of what the features of the best one respond to.
+figures, report.html and features.html, pages of what the features of each respond to.
 
     python run.py                              demo on a CPU (needs no network), full on a GPU
     python run.py --preset full                gpt2-small on Pile10k
@@ -108,7 +108,9 @@ class Config:
     # output
     output_dir: str = ""  # default: outputs/run-<preset>-<hash of the constants>
     fresh: bool = False  # delete what runs wrote into --output-dir and start again
-    page_l0: float = 32.0  # features.html shows the autoencoder of lowest fvu with at most this l0
+    page_l0: float = 32.0  # features.html opens on the autoencoder of lowest fvu up to this l0
+    pages: Literal["all", "best"] = "all"  # autoencoders that get a page of features, or that alone
+    names: tuple[str, ...] = ()  # files with names of features, see docs/language_models.md#names
     # each like this too; hub: a folder for the Hugging Face Hub, as sae_lens finds it there
     export: Literal["none", "dictionary_learning", "sparsify", "hub"] = "none"
     push: str = ""  # OWNER/NAME on the Hub, where the user is logged in: upload that folder there
@@ -125,8 +127,8 @@ PRESETS = {
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these
 NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb", "shard", "fresh",
-                "output_dir", "activations_dir", "log_every", "wandb_mode", "page_l0", "export",
-                "push", "public", "n_page_tokens", "lm_batch_size"}  # fmt: skip
+                "output_dir", "activations_dir", "log_every", "wandb_mode", "page_l0", "pages",
+                "names", "export", "push", "public", "n_page_tokens", "lm_batch_size"}  # fmt: skip
 # what checks its own constants
 PARTS = RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice, PushChoice
 
@@ -136,6 +138,7 @@ def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     shard = find_shard(cfg.shard)
     require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
+    require(not (cfg.names and cfg.fresh), "--names are of what --fresh deletes: drop one of them")
     device = pick_device(cfg.device)
     precision = set_precision(cfg.precision, device)
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
@@ -153,10 +156,11 @@ def main(argv: list[str]) -> int:
         suffix=shard.suffix,
     )
     choice, upload = pick(show.ShowChoice, cfg), pick(PushChoice, cfg)
+    show.names_of(planned.folder, choice)  # refuses those of another run
     is_shown = not cfg.fresh and show.is_shown(planned.folder, choice)
     if is_shown and (width := planned.saved_width):
         with planned.opened(grid_of(cfg).cells(width), shard):  # refuses other constants
-            if rows := planned.finished_rows():
+            if (rows := planned.finished_rows()) and show.rename(planned.folder, choice):
                 return show.last_lines(rows, planned.folder, choice, upload)
     print(f"{cfg.preset}: {cfg.model}, on {describe(device)}")
     target, recipe = open_target_of(cfg, device)
@@ -178,15 +182,9 @@ def run(
     """Trains what is missing of this shard; merges if nothing is missing of the others."""
     config, options = dataclasses.asdict(cfg), pick(RunOptions, cfg)
     choice, upload = pick(show.ShowChoice, cfg), pick(PushChoice, cfg)
-    present = partial(
-        show.show,
-        planned.folder,
-        cells=cells,
-        recipe=recipe,
-        target=target,
-        choice=choice,
-        context=planned.origin | {"config": config, "activations": recipe.metadata},
-    )
+    of_run = dict(cells=cells, recipe=recipe, target=target, choice=choice)
+    context = planned.origin | {"config": config, "activations": recipe.metadata}
+    present = partial(show.show, planned.folder, **of_run, context=context)
     rows = train_planned(
         recipe, cells, planned, shard=shard, options=options, config=config, present=present
     )

@@ -86,20 +86,27 @@ def litter(cwd: Path) -> list[str]:
     return [p.name for p in cwd.rglob("*") if p.name.endswith(".tmp")]
 
 
+def page_of(path: Path) -> dict:
+    """What a page says of its autoencoder and its names."""
+    (named,) = re.findall('<script type="application/json" id="named">([^<]*)<', path.read_text())
+    return json.loads(named)
+
+
 # --- what a run leaves -------------------------------------------------------------------------
 
 
 def assert_whole(run: Path, cells: list[str], figures: list[str]) -> None:
     """The run folder has exactly the promised files, and its pages need no network."""
+    best = page_of(run / "features.html")["cell"]
     expected = {"config.json", "metrics.jsonl", "results.csv", "report.html", "features.html"}
-    expected |= {"shown.json"}
+    expected |= {"shown.json"} | {f"features/{cell}.html" for cell in cells if cell != best}
     saved = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
     expected |= {"DONE"} | {f"saes/{cell}/{name}" for cell in cells for name in saved}
     expected |= {f"figures/{name}.{end}" for name in figures for end in ("png", "csv")}
     assert set(bytes_under(run)) - {f"cells/{cell}.json" for cell in cells} == expected
     report = (run / "report.html").read_text()
     assert report.count("data:image/png;base64,") == len(figures)
-    for page in (report, (run / "features.html").read_text()):
+    for page in (path.read_text() for path in run.rglob("*.html")):
         assert re.findall(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", page) == []
 
 
@@ -871,7 +878,43 @@ def test_a_finished_run_is_still_exported_and_shown_anew_when_asked(finished, wo
     world.finish(*more, cwd=tmp_path)
     exported = {p.parent.name for p in (tmp_path / "run").glob("dictionary_learning/*/ae.pt")}
     assert exported == set(CELLS)
-    assert CELLS[l0.index(min(l0))] in (tmp_path / "run/features.html").read_text()
+    assert page_of(tmp_path / "run/features.html")["cell"] == CELLS[l0.index(min(l0))]
+    world.finish(*more, "--pages", "best", cwd=tmp_path)
+    assert list((tmp_path / "run/features").iterdir()) == []
+
+
+def test_names_come_later_without_the_model_and_are_refused_for_another_autoencoder(
+    finished, world, tmp_path
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before, pages = bytes_under(tmp_path / "run"), page_of(tmp_path / "run/features.html")
+    names = tmp_path / "named_features.json"
+    names.write_text(json.dumps(pages | {"names": {"7": "<i>seven</i>"}}))
+    needs_no_model = {"sparse_coding.lm.target.open_target": None}
+    world.finish("--names", names, cwd=tmp_path, patch=SMALL | needs_no_model)
+    assert page_of(tmp_path / "run/features.html")["names"] == {"7": "<i>seven</i>"}
+    assert page_of(tmp_path / "run/features.html")["n_named"] == {pages["cell"]: 1}
+    named = bytes_under(tmp_path / "run")
+    changed = {name for name in before if before[name] != named[name]}
+    assert changed == {"shown.json", *(name for name in before if name.startswith("features"))}
+
+    for wrong, said in [
+        (pages | {"names": {"7": "x"}, "checksum": "0" * 64}, "names of another autoencoder"),
+        (pages | {"names": {"7": "x"}, "cell": "seed9"}, CELLS[0]),
+        (pages | {"names": {"64": "x"}}, "there is no feature '64'"),
+        ({"7": "seven"}, "no file of names"),
+    ]:
+        names.write_text(json.dumps(wrong))
+        assert_refused(world.run("--names", names, cwd=tmp_path), said)
+    names.write_text(json.dumps(pages | {"names": {"7": "x"}}))
+    assert_refused(world.run("--names", names, "--fresh", cwd=tmp_path), "--fresh")
+    elsewhere = ["--names", names, "--output-dir", "elsewhere"]
+    assert_refused(world.run(*elsewhere, cwd=tmp_path), "run it first without --names")
+    assert not (tmp_path / "elsewhere").exists()
+    assert bytes_under(tmp_path / "run") == named
+    world.finish(cwd=tmp_path, patch=SMALL | needs_no_model)
+    after = bytes_under(tmp_path / "run")
+    assert {name for name in before if before[name] != after[name]} <= {"shown.json"}
 
 
 def test_a_fresh_interpreter_imports_no_wandb_and_asks_no_hub(world, tmp_path):

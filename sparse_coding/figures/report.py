@@ -10,6 +10,7 @@ inline. Its table is results.csv, shown with four significant digits.
 import base64
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -88,9 +89,11 @@ def write_report(
     specs: Sequence[Shown],
     context: dict,
     filter_example: str = "dict_ratio>=1 mmcs>0.9",
+    pages: Sequence[str | None] = (),
 ) -> Path:
     """Writes report.html from the rows and the figures that are in `folder` already.
 
+    `pages` are what rows are linked to, below the folder: one each, None without.
     `context` says what was run. "command" is shown as code, every dict ("config", "versions") as a
     table of its own, anything else ("git commit", "device", "seconds") as a line; in this order.
     """
@@ -101,7 +104,8 @@ def write_report(
         figures=[_figure(folder, spec) for spec in specs],
         filter_example=filter_example,
         columns=list(rows[0]) if rows else [],
-        rows=rows,
+        rows=list(zip_longest(rows, pages)),
+        has_pages=any(pages),
         command=context.get("command"),
         facts={k: v for k, v in context.items() if k != "command" and not isinstance(v, dict)},
         tables={k: v for k, v in context.items() if isinstance(v, dict)},

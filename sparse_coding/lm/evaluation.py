@@ -77,18 +77,19 @@ class HeldOut:
         yield waiting
 
     def codes(
-        self, sae: SparseAutoencoder, *, max_norm: float = math.inf
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(ids, keep, codes (rows, context_length, n_dict)), the codes of dropped tokens being 0.
+        self, saes: list[SparseAutoencoder], *, max_norm: float = math.inf
+    ) -> Iterator[tuple[Tensor, Tensor, Iterator[Tensor]]]:
+        """(ids, keep, codes (rows, context_length, n_dict) of one autoencoder after another), the
+        codes of dropped tokens being 0.
 
         Args:
-            sae: on the model's device, in float32
+            saes: on the model's device, in float32
             max_norm: tokens whose activations are beyond it are dropped, too
         """
         for ids, keep in self.batches("features"):
             x = activations(self.lm, self.site, ids).float()
             keep = keep & is_kept(x, max_norm)
-            yield ids, keep, sae.encode(x) * keep.unsqueeze(2)
+            yield ids, keep, (sae.encode(x) * keep.unsqueeze(2) for sae in saes)
 
 
 @dataclass(frozen=True)

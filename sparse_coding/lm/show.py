@@ -4,8 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,10 @@ from sparse_coding.figures.heatmap import HeatmapSpec
 from sparse_coding.figures.report import write_figure, write_figures, write_report
 from sparse_coding.files import Damaged, read_record, write_record
 from sparse_coding.lm.evaluation import evaluate
-from sparse_coding.lm.features.collected import FeatureCollector, logit_effects, nearest_features
-from sparse_coding.lm.features.page import write_feature_page
+from sparse_coding.lm.features.names import Names, read_names
+from sparse_coding.lm.features.run_pages import recovered, rename_features, write_pages
 from sparse_coding.lm.hub.folder import CARD, HUB, write_hub_folder
 from sparse_coding.lm.hub.push import PushChoice, push
-from sparse_coding.lm.model import direct_logits
 from sparse_coding.lm.recipe import LanguageRecipe, feature_density
 from sparse_coding.lm.target import Target
 from sparse_coding.sae.exported import EXPORTERS
@@ -49,6 +47,8 @@ class ShowChoice:
 
     page_l0: float
     n_page_tokens: int
+    pages: str
+    names: tuple[str, ...]
     export: str
 
     def __post_init__(self) -> None:
@@ -76,20 +76,13 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
     text = f"{n_diverged} cells diverged and are left out of this line. " if n_diverged else ""
     return text + (
         f"{lead}: fvu {best['fvu']:.3f} at l0 {best['l0']:.1f}, ce_recovered "
-        f"{_or_none(best['ce_recovered'])} ({asked_of(best)}, n_dict {best['n_dict']}, "
+        f"{recovered(best['ce_recovered'])} ({asked_of(best)}, n_dict {best['n_dict']}, "
         f"{best['dead_fraction']:.1%} dead), on held-out documents. "
         f"Cross-entropy {best['ce_clean']:.3f} nats; ablation by zeros costs "
         f"{best['ce_zero'] - best['ce_clean']:.2f}, by the mean "
         f"{best['ce_mean'] - best['ce_clean']:.2f}, this autoencoder "
         f"{best['ce_spliced'] - best['ce_clean']:.3f}. {gap(rows)}".rstrip()
     )
-
-
-def _or_none(ce_recovered: float | None) -> str:
-    """It has no value where the ablation costs nothing."""
-    if ce_recovered is None or not math.isfinite(ce_recovered):
-        return "none (ablation costs nothing)"
-    return f"{ce_recovered:.3f}"
 
 
 def show(
@@ -102,16 +95,15 @@ def show(
     choice: ShowChoice,
     context: dict,
 ) -> dict[str, Path]:
-    """Writes features.html, figures, exports and report.html; returns the png of each figure.
+    """Writes pages of features, figures, exports and report.html; returns the png of each figure.
 
     Args:
         cells: in the order of the rows
         context: what was run, for the report
     """
     sound = [c for c, row in zip(cells, rows, strict=True) if math.isfinite(row["fvu"])]
-    if sound:
-        best = cells[rows.index(best_row(rows, most_l0=choice.page_l0))]
-        write_page(folder, best, recipe=recipe, target=target, n_tokens=choice.n_page_tokens)
+    of_cells = dict(zip(cells, rows, strict=True))
+    pages = _write_pages(folder, of_cells, recipe=recipe, target=target, choice=choice)
     n_left_out, text = say_left_out(folder, sound)
     figures = draw_figures(
         folder,
@@ -129,9 +121,37 @@ def show(
         specs=(*FRONTIERS, *_heatmaps(cells), DENSITIES),
         context=context | {"left_out": text},
         filter_example="expansion_factor>=2 l0<32",
+        pages=[pages.get(cell) for cell in cells],
     )
-    write_record(folder / SHOWN, asdict(choice))
+    _note_shown(folder, _without_names(choice), names_of(folder, choice))
     return figures
+
+
+def _write_pages(
+    folder: Path,
+    rows: dict[Cell, dict],
+    *,
+    recipe: LanguageRecipe,
+    target: Target,
+    choice: ShowChoice,
+) -> dict[Cell, str]:
+    """The pages of features that are chosen; where each is. Of a diverged cell there is none."""
+    (folder / SHOWN).unlink(missing_ok=True)  # no earlier choice is shown whole from here on
+    names = names_of(folder, choice)
+    sound = {cell: row for cell, row in rows.items() if math.isfinite(row["fvu"])}
+    if not sound:
+        return {}
+    row = best_row(list(sound.values()), most_l0=choice.page_l0)
+    best = next(cell for cell in sound if sound[cell] is row)
+    return write_pages(
+        folder,
+        {best: row} if choice.pages == "best" else sound,
+        best=best,
+        recipe=recipe,
+        target=target,
+        n_tokens=choice.n_page_tokens,
+        names=names,
+    )
 
 
 def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
@@ -181,40 +201,6 @@ def _export(
         EXPORTERS[export](folder / export / cell.name, sae, metadata=sae.metadata)
 
 
-def write_page(
-    folder: Path, cell: Cell, *, recipe: LanguageRecipe, target: Target, n_tokens: int
-) -> None:
-    """features.html of one cell.
-
-    n_tokens: held-out tokens looked at
-    """
-    sae = load_sae(sae_folder(folder, cell)).to(recipe.device)
-    held_out = replace(recipe.held_out, n_tokens=n_tokens)
-    max_norm = sae.metadata.get("max_norm") or math.inf
-    collector = FeatureCollector(sae.n_dict, held_out.text.context_length)
-    for ids, keep, codes in held_out.codes(sae, max_norm=max_norm):
-        collector.add(ids, codes, keep)
-    data = replace(collector.result(), nearest=nearest_features(sae.W_dec))
-    effects = logit_effects(sae.W_dec, partial(direct_logits, target.lm, target.site))
-    if effects is not None:
-        data = replace(data, promoted=effects[0], suppressed=effects[1])
-    known = sae.metadata
-    write_feature_page(
-        folder / "features.html",
-        data,
-        token_texts=target.tokenizer.token_texts(),
-        title=f"Features of {known['model']}, layer {known['layer']} {known['site']}",
-        facts={
-            "model": known["model"],
-            "site": f"layer {known['layer']}, {known['site']}",
-            "autoencoder": f"{cell.name}: {asked_of(known)}, n_dict {sae.n_dict}, "
-            f"l0 {known['l0']:.1f}, fvu {known['fvu']:.3f}, ce_recovered "
-            f"{_or_none(known['ce_recovered'])}",
-            "text": f"{known['dataset']} {known['dataset_revision'] or ''}, held-out documents",
-        },
-    )
-
-
 def draw_figures(
     folder: Path,
     rows: list[dict],
@@ -257,15 +243,51 @@ def _heatmaps(cells: list[Cell]) -> tuple[HeatmapSpec, ...]:
     return FIGURES if any(not cell.target_l0 for cell in cells) else ()
 
 
+def names_of(folder: Path, choice: ShowChoice) -> Names:
+    """The names that are chosen for features of the run. Raises UserError: see read_names."""
+    return read_names(choice.names, folder / "saes")
+
+
 def is_shown(folder: Path, choice: ShowChoice) -> bool:
-    """Whether the folder shows what is chosen."""
-    if choice.export == HUB and not os.path.exists(folder / HUB / CARD):
+    """Whether the folder shows what is chosen, names aside."""
+    if choice.export == HUB and not (folder / HUB / CARD).exists():
         return False
+    record = _shown(folder)
+    return bool(record) and record | _without_names(choice) == record
+
+
+def rename(folder: Path, choice: ShowChoice) -> bool:
+    """Gives the pages of a folder that is_shown the names that are chosen; False if one has to be
+    drawn anew."""
+    record, names = _shown(folder), names_of(folder, choice)
+    if record.get("names") != _as_json(names):
+        write_record(folder / SHOWN, record | {"names": None})  # until all pages have them
+        if not rename_features(folder, names):
+            return False
+        _note_shown(folder, record, names)
+    return True
+
+
+def _shown(folder: Path) -> dict:
+    """The choice behind what the folder shows; empty if it shows nothing."""
     try:
-        return os.path.exists(folder / SHOWN) and read_record(folder / SHOWN) == asdict(choice)
+        return read_record(folder / SHOWN) if os.path.exists(folder / SHOWN) else {}
     except Damaged as error:
         error.warn("shown anew")
-        return False
+        return {}
+
+
+def _note_shown(folder: Path, record: dict, names: Names) -> None:
+    write_record(folder / SHOWN, record | {"names": _as_json(names)})
+
+
+def _without_names(choice: ShowChoice) -> dict:
+    """They are known by what the files hold, not by where these are."""
+    return {name: value for name, value in asdict(choice).items() if name != "names"}
+
+
+def _as_json(names: Names) -> dict[str, dict[str, str]]:
+    return {cell: {str(f): name for f, name in of.items()} for cell, of in names.items()}
 
 
 def last_lines(rows: list[dict], folder: Path, choice: ShowChoice, upload: PushChoice) -> int:

@@ -44,7 +44,7 @@ TEXTS = ("arch",)  # columns of it that are no numbers
 # the folder of W&B: what --fresh deletes
 WRITTEN = (
     "DONE", TABLE, "report.html", "features.html", "shown.json", "world.safetensors", "world.npz",
-    "world[0-9]*.npz",
+    "world[0-9]*.npz", "features/seed*.html",
     "metrics.jsonl", "metrics-shard-*.jsonl", "wandb_run-*.json", "figures/*.png", "figures/*.csv",
     "cells/seed*.json", "saes/seed*/*.safetensors", "saes/seed*/cfg.json",
     "dictionaries/seed*.safetensors", "dictionary_learning/seed*/ae.pt",

@@ -163,3 +163,11 @@ def metrics_by_hand(
         "ce_recovered": (zero - spliced) / (zero - clean) if zero > clean else math.nan,
         "density": (codes > 0).double().mean(dim=0),
     }
+
+
+def codes_of(
+    held_out: HeldOut, sae: SparseAutoencoder, *, max_norm: float = math.inf
+) -> tuple[torch.Tensor, ...]:
+    """(ids, keep, codes) of all rows."""
+    parts = [(ids, keep, codes) for ids, keep, (codes,) in held_out.codes([sae], max_norm=max_norm)]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))

@@ -46,6 +46,7 @@ from sparse_coding.files import (
     read_record,
     read_tensors,
     sha256,
+    tensors_checksum,
     write_csv,
     write_record,
     write_tensors,
@@ -54,6 +55,7 @@ from sparse_coding.lm import show
 from sparse_coding.lm.activations import open_store
 from sparse_coding.lm.corpus import build_corpus, open_bin
 from sparse_coding.lm.documents import Documents, open_documents
+from sparse_coding.lm.features.names import read_names
 from sparse_coding.lm.model import SITES, activations, find_site, load_language_model, logits
 from sparse_coding.lm.nanogpt import load_nanogpt
 from sparse_coding.lm.target import flags_of
@@ -328,6 +330,19 @@ def make_sae(folder: Path, **metadata: object) -> None:
     save_sae(folder, tensors, metadata=about)
 
 
+def make_names(folder: Path) -> None:
+    make_sae(folder / "saes" / "seed0_a")
+    checksum = tensors_checksum(folder / "saes" / "seed0_a" / "sae_weights.safetensors")
+    content = {"cell": "seed0_a", "checksum": checksum, "names": {"0": "a name", "5": "another"}}
+    (folder / "named_features.json").write_text(json.dumps(content))
+
+
+def names_of(folder: Path) -> object:
+    names = read_names([str(folder / "named_features.json")], folder / "saes")
+    assert all(0 < len(name) <= 200 for name in names["seed0_a"].values())
+    return None
+
+
 def make_foreign_sae(folder: Path) -> None:
     make_sae(folder)
     path = folder / "cfg.json"
@@ -422,7 +437,7 @@ def wandb_id(folder: Path) -> object:
     return tracker_of(folder)._run_id()
 
 
-CHOICE = show.ShowChoice(page_l0=32.0, n_page_tokens=100, export="none")
+CHOICE = show.ShowChoice(page_l0=32.0, n_page_tokens=100, pages="all", names=(), export="none")
 
 
 # --- rented machines ---
@@ -688,6 +703,7 @@ READERS = {
     "metrics.jsonl": Reader(make_series, "metrics.jsonl", rewound, "lines"),
     "shown.json": Reader(lambda f: write_record(f / "shown.json", {"page_l0": 32.0}), "shown.json",
                          lambda f: show.is_shown(f, CHOICE) and None, "json"),
+    "names": Reader(make_names, "named_features.json", names_of, "json"),
     "wandb_run.json": Reader(lambda f: write_record(f / "wandb_run-metrics.json", {"id": "a"}),
                              "wandb_run-metrics.json", lambda f: wandb_id(f) and None, "json"),
     "SHA256SUMS": Reader(make_snapshot, "there/SHA256SUMS", fetched, names=False),

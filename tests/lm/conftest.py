@@ -1,8 +1,10 @@
 """Fixtures of the tests of language models."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from builders.browser import CHROMIUM, Browser
 
 from sparse_coding.lm.tokenizer import Tokenizer, load_tokenizer
 
@@ -25,3 +27,13 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

@@ -11,6 +11,7 @@ from builders.lm import (
     CONTEXT,
     KINDS,
     SEPARATOR,
+    codes_of,
     demo_target,
     held_out_of,
     massive_,
@@ -75,8 +76,7 @@ def test_massive_activations_are_left_out_and_left_alone(root):
     assert all_of_them.values["ce_zero"] != pytest.approx(ours.values["ce_zero"], rel=1e-3)
 
     beyond = norms > max_norm
-    parts = zip(*held_out.codes(sae, max_norm=max_norm), strict=True)
-    _, counted, codes = (torch.cat(part) for part in parts)
+    _, counted, codes = codes_of(held_out, sae, max_norm=max_norm)
     assert torch.equal(counted, keep & ~beyond)
     assert not codes[beyond].any()
 
@@ -126,7 +126,7 @@ def test_what_takes_long_shows_how_long_it_takes(root, shown_after_s, shown, mon
     monkeypatch.setattr("sparse_coding.config.PASSING_S", shown_after_s)
     evaluate(held_out, [sae], mean=torch.ones(40))
     assert ("evaluation:   0%" in screen.getvalue()) is shown
-    for _ in held_out.codes(sae):
+    for _ in held_out.codes([sae]):
         pass
     assert ("features:   0%" in screen.getvalue()) is shown
     assert screen.getvalue().count("0/7 [") == 2 * shown
@@ -135,7 +135,7 @@ def test_what_takes_long_shows_how_long_it_takes(root, shown_after_s, shown, mon
 def test_codes_are_those_of_the_activations_and_zero_on_dropped_tokens(root):
     held_out = held_out_of(tiny_target(root), n_tokens=N_TOKENS, lm_batch_size=6)
     sae = random_sae(40)
-    ids, keep, codes = (torch.cat(parts) for parts in zip(*held_out.codes(sae), strict=True))
+    ids, keep, codes = codes_of(held_out, sae)
     x, _ = hooked(held_out.lm.model, "gpt2", 1, "mlp_act", ids)
     by_hand = torch.clamp((x - sae.b_dec) @ sae.W_enc + sae.b_enc, min=0)
     assert by_hand[~keep].any()

@@ -3,17 +3,22 @@
 import csv
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
-from builders.lm import demo_target, held_out_of, massive_, recipe_of, tiny_target
+from builders.lm import codes_of, demo_target, held_out_of, massive_, recipe_of, tiny_target
 
 from sparse_coding.config import UserError
-from sparse_coding.files import write_json
+from sparse_coding.files import tensors_checksum, write_json
 from sparse_coding.lm import activations
 from sparse_coding.lm import show as show_module
+from sparse_coding.lm.features import run_pages
+from sparse_coding.lm.features.run_pages import page_paths, write_pages
 from sparse_coding.lm.recipe import COLUMNS, feature_density, sae_folder, with_activations
 from sparse_coding.lm.show import (
     DENSITIES,
@@ -25,10 +30,10 @@ from sparse_coding.lm.show import (
     draw_figures,
     evaluate_one,
     is_shown,
+    rename,
     say_left_out,
     show,
     verdict,
-    write_page,
 )
 from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae
 from sparse_coding.sweep.cells import row_path
@@ -97,7 +102,7 @@ def test_the_verdict_does_not_promise_an_l0_that_no_cell_has():
      ({"page_l0": NAN}, "--page-l0 nan")],
 )  # fmt: skip
 def test_constants_out_of_range_are_refused_by_their_flag(change, flag):
-    choice = ShowChoice(page_l0=32.0, n_page_tokens=100, export="none")
+    choice = ShowChoice(page_l0=32.0, n_page_tokens=100, pages="all", names=(), export="none")
     with pytest.raises(UserError, match=flag):
         replace(choice, **change)
 
@@ -169,7 +174,8 @@ def shown(root, tmp_path_factory):
             recipe.save(folder, cell, tensors, one | {"seconds": 1.0})
             write_json(folder / row_path(cell), one | {"seconds": 1.0})
         rows = recipe.merged(folder, cells)
-        choice = ShowChoice(page_l0=8.0, n_page_tokens=2000, export="dictionary_learning")
+        choice = ShowChoice(page_l0=8.0, n_page_tokens=2000, pages="all", names=(),
+                            export="dictionary_learning")  # fmt: skip
         figures = show(folder, rows, cells=cells, recipe=recipe, target=target, choice=choice,
                        context={"command": "python run.py --some-flag"})  # fmt: skip
     return folder, rows, cells, recipe, target, figures
@@ -194,30 +200,91 @@ def test_the_report_has_the_verdict_every_cell_and_what_was_run(shown):
     assert "http://" not in report.replace("http://www.w3.org", "")
 
 
-def test_the_page_of_features_is_of_the_best_cell(shown):
+def page_of(path) -> dict:
+    """What a page says of its autoencoder and its names."""
+    (named,) = re.findall('<script type="application/json" id="named">([^<]*)<', path.read_text())
+    return json.loads(named)
+
+
+def test_every_cell_has_a_page_the_best_features_html_and_each_lists_all(shown):
     folder, rows, cells, *_ = shown
     best = cells[rows.index(best_row(rows, most_l0=8.0))]
     assert len({r["l0"] for r in rows}) > 1
-    page = (folder / "features.html").read_text()
-    assert best.name in page
-    assert not any(cell.name in page for cell in cells if cell is not best)
-    assert f"l0 {best_row(rows, most_l0=8.0)['l0']:.1f}" in page
+    pages = page_paths(cells, best)
+    assert pages[best] == "features.html"
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*.html")}
+    assert there == {*pages.values(), "report.html"}
+    for cell, one in zip(cells, rows, strict=True):
+        path = folder / pages[cell]
+        page = path.read_text()
+        assert page_of(path)["cell"] == cell.name
+        checksum = tensors_checksum(sae_folder(folder, cell) / "sae_weights.safetensors")
+        assert page_of(path)["checksum"] == checksum
+        listed = re.findall(r'<option value="([^"]*)" data-cell="([^"]*)"', page)
+        assert [name for _, name in listed] == [c.name for c in cells]
+        assert {(path.parent / href).resolve() for href, _ in listed} == {
+            (folder / p).resolve() for p in pages.values()
+        }
+        assert f"l0 {one['l0']:.1f}, fvu {one['fvu']:.3f}" in page
+
+
+def test_the_rows_of_the_report_are_linked_to_the_pages(shown):
+    folder, rows, cells, *_ = shown
+    pages = page_paths(cells, cells[rows.index(best_row(rows, most_l0=8.0))])
+    report = (folder / "report.html").read_text()
+    assert re.findall('<a href="(features[^"]*)">page</a>', report) == [
+        quote(pages[cell]) for cell in cells
+    ]
+
+
+def test_names_are_given_to_pages_that_are_there_and_taken_away_again(shown, tmp_path):
+    folder, rows, cells, *_ = shown
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    pages = page_paths(cells, cells[rows.index(best_row(rows, most_l0=8.0))])
+    before = {name: (run / name).read_bytes() for name in pages.values()}
+    about = page_of(run / pages[cells[2]])
+    names = {"3": "a <b>name</b>\u202e", "0": "another"}
+    given = tmp_path / "named_features.json"
+    given.write_text(json.dumps({"cell": about["cell"], "checksum": about["checksum"],
+                                 "names": names, "by": "a test"}))  # fmt: skip
+    choice = ShowChoice(page_l0=8.0, n_page_tokens=2000, pages="all", names=(),
+                        export="dictionary_learning")  # fmt: skip
+    named = replace(choice, names=(str(given),))
+    assert is_shown(run, choice)
+    assert is_shown(run, named)
+    assert rename(run, named)
+    ours = page_of(run / pages[cells[2]])
+    assert ours["names"] == {"0": "another", "3": "a <b>name</b>⟨202E⟩"}
+    for cell in cells:
+        assert page_of(run / pages[cell])["n_named"] == {cells[2].name: 2}
+    report = (run / "report.html").stat().st_mtime_ns
+    assert rename(run, named)  # nothing to do
+    assert rename(run, choice)
+    assert {name: (run / name).read_bytes() for name in pages.values()} == before
+    assert (run / "report.html").stat().st_mtime_ns == report
+    (run / pages[cells[2]]).write_text("damaged")
+    assert not rename(run, named)
+    assert not rename(run, named)  # and is not taken for done
 
 
 def test_the_page_looks_at_held_out_text_by_the_raw_autoencoder(shown, tmp_path, monkeypatch):
-    folder, _, cells, recipe, target, _ = shown
+    folder, rows, cells, recipe, target, _ = shown
+    shutil.copytree(folder / "saes", tmp_path / "saes")
     seen = {}
 
     def keep(path, data, **more) -> None:
         seen.update(data=data, **more)
 
-    monkeypatch.setattr(show_module, "write_feature_page", keep)
-    write_page(folder, cells[4], recipe=recipe, target=target, n_tokens=2000)
+    monkeypatch.setattr(run_pages, "write_feature_page", keep)
+    write_pages(tmp_path, {cells[4]: rows[4]}, best=cells[4], recipe=recipe, target=target,
+                n_tokens=2000, names={})  # fmt: skip
     data = seen["data"]
     held_out = held_out_of(target, n_tokens=2000)
     assert data.n_tokens == held_out.n_kept
     sae = load_sae(sae_folder(folder, cells[4]))
-    codes = torch.cat([codes[keep] for _, keep, codes in held_out.codes(sae)])
+    _, kept, codes = codes_of(held_out, sae)
+    codes = codes[kept]
     assert data.n_active.tolist() == (codes > 0).sum(dim=0).tolist()
     assert data.max_activation.tolist() == pytest.approx(codes.amax(dim=0).tolist(), rel=1e-5)
     assert len(seen["token_texts"]) == target.lm.vocab_size
@@ -239,7 +306,9 @@ def test_a_page_can_be_made_where_ablation_costs_nothing(root, tmp_path):
     ((one, tensors),) = recipe.prepare([cell]).evaluate()
     assert math.isnan(one["ce_recovered"])
     recipe.save(tmp_path, cell, tensors, one)
-    write_page(tmp_path, cell, recipe=recipe, target=target, n_tokens=200)
+    write_pages(tmp_path, {cell: row(0.5, 3) | one}, best=cell, recipe=recipe, target=target,
+                n_tokens=200, names={})  # fmt: skip
+    assert "ce_recovered none (ablation costs nothing)" in (tmp_path / "features.html").read_text()
     assert cell.name in (tmp_path / "features.html").read_text()
 
 
@@ -257,8 +326,9 @@ def test_what_was_left_out_is_said_and_the_page_leaves_it_out_too(
     assert f"{known.n_left_out:,} of the first {known.n_rows:,} activations, {n:,} held-out" in text
     assert capsys.readouterr().out == text + "\n"
     pages = []
-    monkeypatch.setattr(show_module, "write_feature_page", lambda _, data, **__: pages.append(data))
-    write_page(tmp_path, cell, recipe=recipe, target=target, n_tokens=1000)
+    monkeypatch.setattr(run_pages, "write_feature_page", lambda _, data, **__: pages.append(data))
+    write_pages(tmp_path, {cell: row(0.5, 3)}, best=cell, recipe=recipe, target=target,
+                n_tokens=1000, names={})  # fmt: skip
     assert pages[0].n_tokens == recipe.held_out.n_kept - n
     evaluate_one(load_sae(sae_folder(tmp_path, cell)), recipe)
     said = capsys.readouterr().out
@@ -317,6 +387,8 @@ def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monke
     """And what was shown is on record, for a later choice."""
     monkeypatch.setattr("sparse_coding.figures.heatmap.DPI", 20)
     folder, rows, cells, recipe, target, _ = shown
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/seed0_of_an_earlier_choice.html").touch()
     best = rows.index(best_row(rows, most_l0=8.0))
     for k, cell in enumerate(cells):
         sae = load_sae(sae_folder(folder, cell))
@@ -326,13 +398,15 @@ def test_a_sweep_with_a_diverged_cell_is_shown_without_it(shown, tmp_path, monke
         recipe.save(tmp_path, cell, broken | more, rows[k])
     bad = dict.fromkeys(("fvu", "mse", "ce_spliced", "ce_recovered"), NAN)
     with_nan = [one | bad if k == best else one for k, one in enumerate(rows)]
-    choice = ShowChoice(page_l0=8.0, n_page_tokens=500, export="dictionary_learning")
+    choice = ShowChoice(page_l0=8.0, n_page_tokens=500, pages="best", names=(),
+                        export="dictionary_learning")  # fmt: skip
     show(tmp_path, with_nan, cells=cells, recipe=recipe, target=target, choice=choice,
          context={})  # fmt: skip
     exported = {path.name for path in (tmp_path / "dictionary_learning").iterdir()}
     assert exported == {cell.name for cell in cells} - {cells[best].name}
     next_best = cells[with_nan.index(best_row(with_nan, most_l0=8.0))]
-    assert next_best.name in (tmp_path / "features.html").read_text()
+    assert page_of(tmp_path / "features.html")["cell"] == next_best.name
+    assert list((tmp_path / "features").iterdir()) == []
     assert "1 cells diverged" in (tmp_path / "report.html").read_text()
     assert is_shown(tmp_path, choice)
     assert not is_shown(tmp_path, replace(choice, page_l0=9.0))

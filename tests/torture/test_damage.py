@@ -24,7 +24,8 @@ ENDED = ["run/DONE", "run/results.csv"]
 ACTIVATIONS = ["acts/manifest.json", "acts/chunk-*.safetensors", "acts/text/tokens.bin",
                "acts/text/documents.npy", "acts/text/corpus.json", "acts/.harvest.lock",
                "acts/text/.corpus.lock"]  # fmt: skip
-UNREAD = ["run/report.html", "run/features.html", "run/figures/*.png", "run/figures/*.csv"]
+UNREAD = ["run/report.html", "run/features.html", "run/features/*.html", "run/figures/*.png",
+          "run/figures/*.csv"]  # fmt: skip
 # state -> (where the run is killed, all kinds of files that it leaves until then)
 STATES = {
     "toy, training": ((TRAINING, 7), [*BEGUN, *CELLS, CHECKPOINT]),

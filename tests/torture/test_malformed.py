@@ -346,6 +346,14 @@ VOCABULARY = {
              {"a": 2**70}, {"a": 300}, {"a": 0, "b": 0}, {"ab": 0}, {"": 0}, {"a": DIGITS}),
 }  # fmt: skip
 
+NAMES = {
+    **values("cell", None, 3, [], "", "seed0_b", "../saes/seed0_a", "seed0_a/", "a\0b", LONG),
+    **values("checksum", None, 3, [], "", "0" * 64, LONG),
+    **values("names", None, 3, [], ["a"], {"6": "a"}, {"-1": "a"}, {"00": "a"}, {"1.0": "a"},
+             {"": "a"}, {LONG: "a"}, {"0": None}, {"0": 3}, {"0": []}, {"0": {}}, {"0": ""},
+             {"0": "\n"}, {"0": LONG}, {"0": DEEP}, {"0": DIGITS}),
+}  # fmt: skip
+
 LINES: dict[str, Damage] = {
     name: (lambda c, line=line: c + line + b"\n")
     for name, line in {
@@ -408,6 +416,7 @@ HAND: dict[str, dict[str, Damage]] = {
     "meta.pkl": ANY | META, "cfg.json": ANY | CFG, "cfg.json with flags": FLAGS,
     "sae_weights": ANY | SAFETENSORS, "checkpoint": ANY | SAFETENSORS, "config of a run": ANY,
     "row of a cell": ANY | OF_JSON, "metrics.jsonl": ANY, "shown.json": ANY | OF_JSON,
+    "names": ANY | OF_JSON | NAMES,
     "SHA256SUMS": ANY | OF_SUMS, "plan": ANY | PLAN, "shard": ANY | SHARD,
     "secrets": ANY | OF_JSON | SECRETS,
 }  # fmt: skip

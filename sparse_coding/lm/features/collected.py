@@ -63,6 +63,8 @@ class _Best:
     def __init__(self, n_dict: int, k: int, n_window: int):
         self.k = k
         self.limit = np.full(n_dict, np.inf)  # the rank that a newcomer must be below
+        self.waiting: list[tuple[np.ndarray, ...]] = []  # newcomers that are not sorted in yet
+        self.n_waiting = 0
         self.feature, self.token = np.zeros((2, 0), dtype=np.int64)  # token = row * length + pos
         self.rank = np.zeros(0)
         self.codes = np.zeros((0, n_window), dtype=np.float32)
@@ -74,12 +76,23 @@ class _Best:
         return new[_first(feature[new], rank[new], self.k)]
 
     def add(self, feature: np.ndarray, token: np.ndarray, rank: np.ndarray, codes: np.ndarray):
+        """Sorted in once they are a quarter of the places: each time costs as much as all of them.
+        Until then the limit is that of before, and lets more in."""
+        self.waiting.append((feature, token, rank, codes))
+        self.n_waiting += len(feature)
+        if self.n_waiting > len(self.feature) // 4:
+            self.settle()
+
+    def settle(self) -> None:
         """Old places come first, so that of equal ranks the earlier text stays."""
-        features, ranks = np.append(self.feature, feature), np.append(self.rank, rank)
+        of_now = self.feature, self.token, self.rank, self.codes
+        features, tokens, ranks, codes = map(
+            np.concatenate, zip(of_now, *self.waiting, strict=True)
+        )
+        self.waiting, self.n_waiting = [], 0
         keep = _first(features, ranks, self.k)
-        self.feature, self.rank = features[keep], ranks[keep]
-        self.token = np.append(self.token, token)[keep]
-        self.codes = np.concatenate([self.codes, codes])[keep]
+        self.feature, self.token, self.rank = features[keep], tokens[keep], ranks[keep]
+        self.codes = codes[keep]
         full = _slots(self.feature) == self.k - 1
         self.limit[self.feature[full]] = self.rank[full]
 
@@ -165,15 +178,16 @@ class FeatureCollector:
 
     def _around(self, codes: Tensor, place: np.ndarray, feature: np.ndarray) -> np.ndarray:
         """(n, window) codes of the feature on the tokens around the place, within its row."""
-        row, position = np.divmod(place, self.length)
-        position = position[:, None] + self.offsets
+        position = place[:, None] % self.length + self.offsets
         inside = (position >= 0) & (position < self.length)
-        index = (row[:, None], position.clip(0, self.length - 1), feature[:, None])
-        around = codes[tuple(torch.from_numpy(i).to(codes.device) for i in index)]
+        index = np.where(inside, place[:, None] + self.offsets, 0) * self.n_dict + feature[:, None]
+        around = codes.reshape(-1)[torch.from_numpy(index).to(codes.device)]
         return around.float().cpu().numpy() * inside
 
     def _prune(self) -> np.ndarray:
         """Forgets the rows without a context; returns the others' numbers, ascending."""
+        self.top.settle()
+        self.sampled.settle()
         needed = np.unique(np.append(self.top.token, self.sampled.token) // self.length)
         self.rows = {int(row): self.rows[int(row)] for row in needed}
         self.prune_at = 2 * len(self.rows) + 1024

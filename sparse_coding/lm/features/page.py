@@ -1,28 +1,42 @@
-"""features.html: one self-contained page that shows what each feature responds to.
+"""One self-contained page that shows what each feature of an autoencoder responds to.
 
-The page needs nothing beside it and no network. The text of the corpus is hostile: it reaches the
-page only as compressed data, is made visible here (`visible`) and becomes textContent there.
+The page needs nothing beside it and no network. The text of the corpus and the names of features
+are hostile: they reach the page only as data, are made visible here (`visible`) and become
+textContent there. What takes space is unpacked when a feature of it is looked at.
 
-    payload    base64 of zlib of: uint32 length of the header, header (JSON), arrays
-    header     "arrays": {name: [type, offset in bytes after the header, n_numbers]},
-               "sizes": the lengths of their axes, "texts": of the tokens by number
+    summary    a pack: what the list needs of all features
+    block i    a pack: the rest, of the features from i * BLOCK on
+    pack       base64 of zlib of: uint32 length of the header, header (JSON), arrays
+    header     "arrays": {name: [type, offset in bytes after the header, n_numbers]};
+               that of the summary: "sizes": the lengths of their axes, "texts": of the tokens by
+               number
+    named      JSON: "cell", "checksum" and "names" as names.py reads them from a file, and
+               "n_named": how many names each autoencoder of the run has
 """
 
 import base64
 import json
 import re
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
 from sparse_coding.config import require
 from sparse_coding.figures.report import environment
 from sparse_coding.files import write_atomic
 from sparse_coding.lm.features.collected import FeatureData
+from sparse_coding.lm.features.names import LONGEST
 
+BLOCK = 256  # features that are unpacked at a time: some 90 KB of the page
+LEVEL = 7  # of compression: 9 saves 2 % more in eight times the time
 STEPS = 65535  # a code is embedded as a whole number of max_activation / STEPS
 MAX_SHOWN = 60  # characters of one token; a run of 500 dashes is one token somewhere
+OF_SUMMARY = ("n_active", "max", "tokens", "top_filled", "top_row", "top_position")
+NAMED = re.compile('(<script type="application/json" id="named">)([^<]*)(</script>)')
 SIGNS = {"\n": "↵", "\t": "→"}
 # What is not seen, or changes how the rest is read: controls, soft hyphen, joiners, fillers, line
 # separators, directions, variation selectors, halves of surrogate pairs, tags.
@@ -33,6 +47,32 @@ UNSEEN = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class PageLink:
+    """One page of a run: cell, what stands in the list of them, address relative to this page."""
+
+    cell: str
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which autoencoder of which run a page is of.
+
+    checksum: of its weights
+    pages: of all autoencoders of the run that have one, this one too, in the order of the list
+    report: address of the run's report, relative to this page
+    names: cell -> feature -> name
+    """
+
+    cell: str
+    checksum: str
+    pages: tuple[PageLink, ...]
+    report: str
+    names: dict[str, dict[int, str]]
+
+
 def write_feature_page(
     path: Path,
     data: FeatureData,
@@ -40,6 +80,7 @@ def write_feature_page(
     token_texts: list[str],
     title: str,
     facts: dict[str, str | float],
+    place: Place,
 ) -> None:
     """Writes the page atomically.
 
@@ -49,15 +90,47 @@ def write_feature_page(
         UserError: a token of the data has no text.
     """
     templates = environment(Path(__file__).parent, short=_short, grouped=_grouped)
+    arrays = _arrays(data)
     html = templates.get_template("page_template.html").render(
         title=title,
         facts=facts,
         n_dict=len(data.n_active),
         n_dead=int((data.n_active == 0).sum()),
         n_tokens=data.n_tokens,
-        payload=base64.b64encode(_payload(data, token_texts)).decode("ascii"),
+        place=place,
+        longest_name=LONGEST,
+        named=_named(place.cell, place.checksum, place.names),
+        summary=_summary(data, arrays, token_texts),
+        blocks=_blocks(arrays, len(data.n_active)),
     )
     write_atomic(path, html)
+
+
+def write_names(path: Path, names: dict[str, dict[int, str]]) -> bool:
+    """Writes the page of write_feature_page again, with these names in place of its own; False if
+    it is none.
+
+    names: as in Place
+    """
+    try:
+        html = path.read_bytes().decode()
+        parts = NAMED.split(html)
+        known = json.loads(parts[2])
+        parts[2] = _named(known["cell"], known["checksum"], names)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    if len(parts) != 5 or not html.endswith("</html>\n"):
+        return False
+    write_atomic(path, "".join(parts))
+    return True
+
+
+def _named(cell: str, checksum: str, names: dict[str, dict[int, str]]) -> Markup:
+    """The JSON of a page's names, in which nothing ends the element that it stands in."""
+    own = {str(feature): visible(name) for feature, name in sorted(names.get(cell, {}).items())}
+    n_named = {name: len(of_cell) for name, of_cell in names.items()}
+    content = {"cell": cell, "checksum": checksum, "names": own, "n_named": n_named}
+    return htmlsafe_json_dumps(content, sort_keys=False)
 
 
 def visible(text: str) -> str:
@@ -74,9 +147,34 @@ def _token_text(text: str) -> str:
     return shown[:MAX_SHOWN] + "…" if len(shown) > MAX_SHOWN else shown
 
 
-def _payload(data: FeatureData, token_texts: list[str]) -> bytes:
-    """The data as the page's script reads it: see the module's docstring."""
-    arrays = _arrays(data)
+def _summary(data: FeatureData, arrays: dict[str, np.ndarray], token_texts: list[str]) -> str:
+    """What the page's list needs of all features."""
+    n_top, n_window = data.top.codes.shape[1:]
+    sizes = {
+        "features": len(data.n_active),
+        "block": BLOCK,
+        "tokens": data.n_tokens,
+        "length": data.tokens.shape[1],
+        "before": data.n_before,
+        "window": n_window,
+        "top": n_top,
+        "sampled": data.sampled.codes.shape[1],
+        "bins": data.histogram.shape[1],
+        "steps": STEPS,
+    }
+    of_all = {name: arrays[name] for name in OF_SUMMARY}
+    return _packed(of_all, sizes=sizes, texts=_texts(arrays, token_texts))
+
+
+def _blocks(arrays: dict[str, np.ndarray], n_dict: int) -> list[str]:
+    """What the page shows of one feature, BLOCK of them together."""
+    of_one = {name: array for name, array in arrays.items() if name not in OF_SUMMARY}
+    starts = range(0, n_dict, BLOCK)
+    return [_packed({k: v[i : i + BLOCK] for k, v in of_one.items()}) for i in starts]
+
+
+def _packed(arrays: dict[str, np.ndarray], **header: object) -> str:
+    """The arrays as the page's script reads them: see the module's docstring."""
     entries, blobs, offset = {}, [], 0
     for name, array in arrays.items():
         blob = array.tobytes()
@@ -84,25 +182,10 @@ def _payload(data: FeatureData, token_texts: list[str]) -> bytes:
         entries[name] = [array.dtype.str.lstrip("<|"), offset, array.size]
         blobs.append(blob)
         offset += len(blob)
-    n_top, n_window = data.top.codes.shape[1:]
-    header = {
-        "arrays": entries,
-        "texts": _texts(arrays, token_texts),
-        "sizes": {
-            "tokens": data.n_tokens,
-            "length": data.tokens.shape[1],
-            "before": data.n_before,
-            "window": n_window,
-            "top": n_top,
-            "sampled": data.sampled.codes.shape[1],
-            "bins": data.histogram.shape[1],
-            "steps": STEPS,
-        },
-    }
-    head = json.dumps(header, separators=(",", ":")).encode()  # ASCII: others are \\u escapes
+    head = json.dumps(header | {"arrays": entries}, separators=(",", ":")).encode()
     head += b" " * (-(len(head) + 4) % 8)
     size = len(head).to_bytes(4, "little")
-    return zlib.compress(b"".join([size, head, *blobs]), 9)
+    return base64.b64encode(zlib.compress(b"".join([size, head, *blobs]), LEVEL)).decode("ascii")
 
 
 def _arrays(data: FeatureData) -> dict[str, np.ndarray]:

@@ -3,12 +3,7 @@
 import base64
 import dataclasses
 import json
-import os
 import re
-import select
-import shutil
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -17,18 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.browser import Browser, Page
 
 from sparse_coding.config import UserError
 from sparse_coding.lm.features.collected import (
+    Contexts,
     FeatureCollector,
     FeatureData,
+    Ranked,
     logit_effects,
     nearest_features,
 )
-from sparse_coding.lm.features.page import visible, write_feature_page
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+from sparse_coding.lm.features.page import (
+    PageLink,
+    Place,
+    visible,
+    write_feature_page,
+    write_names,
 )
 
 N_DICT, LENGTH = 40, 16
@@ -71,23 +71,34 @@ def make_data() -> FeatureData:
     )
 
 
+def place(names: dict[int, str] | None = None, cells: tuple[str, ...] = ("a",)) -> Place:
+    """Of the first of the cells, in a run whose pages lie side by side."""
+    links = tuple(PageLink(cell, f"autoencoder {cell}", f"{cell}.html") for cell in cells)
+    names = {cells[0]: names} if names else {}
+    return Place(cells[0], "0f" * 32, links, "report.html", names)
+
+
 def write(path: Path, data: FeatureData | None = None, **changes) -> Path:
     arguments = {"token_texts": TEXTS, "title": "Features of a test", "facts": FACTS}
+    arguments["place"] = place()
     write_feature_page(path, data or make_data(), **(arguments | changes))
     return path
 
 
 def unpack(html: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """(header, arrays) of the page's data, read as the module's docstring says."""
-    packed = re.search(r'<script type="application/octet-stream" id="data">([^<]*)</script>', html)
-    raw = zlib.decompress(base64.b64decode(packed[1], validate=True))
-    start = 4 + int.from_bytes(raw[:4], "little")
-    header = json.loads(raw[4:start])
-    arrays = {
-        name: np.frombuffer(raw, f"<{kind}", count, start + offset)
-        for name, (kind, offset, count) in header["arrays"].items()
-    }
-    return header, arrays
+    """(header of the summary, arrays of all packs) of the page, read as the module's docstring
+    says."""
+    packs = re.findall(r'<script type="application/octet-stream"[^>]*>([^<]*)</script>', html)
+    header, parts = {}, {}
+    for packed in packs:
+        raw = zlib.decompress(base64.b64decode(packed, validate=True))
+        start = 4 + int.from_bytes(raw[:4], "little")
+        head = json.loads(raw[4:start])
+        header = header or head
+        for name, (kind, offset, count) in head["arrays"].items():
+            part = np.frombuffer(raw, f"<{kind}", count, start + offset)
+            parts.setdefault(name, []).append(part)
+    return header, {name: np.concatenate(of_blocks) for name, of_blocks in parts.items()}
 
 
 # ---- the file
@@ -132,7 +143,7 @@ def test_text_from_outside_is_escaped(tmp_path):
     assert "<script>document" not in html
     assert html.count("&lt;script&gt;document.title=&#39;attacked&#39;") == 4
     assert "\u202e" not in html
-    assert html.count("<script") == 2  # the data and ours
+    assert html.count("<script") == 4  # names, two packs and ours
 
 
 def test_texts_of_unused_tokens_are_left_out(tmp_path):
@@ -163,172 +174,6 @@ def test_what_cannot_be_seen_gets_a_sign(text, shown):
 
 
 # ---- the browser
-
-
-# Chromium wants its pipe at file descriptors 3 and 4.
-LAUNCHER = """
-import fcntl, os, sys
-pipe = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
-os.dup2(pipe[0], 3), os.dup2(pipe[1], 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-FLAGS = (
-    "headless",
-    "no-sandbox",  # it has none as root, in a container
-    "disable-gpu",
-    "disable-dev-shm-usage",
-    "no-first-run",
-    "disable-background-networking",
-    "remote-debugging-pipe",
-)
-
-
-class Browser:
-    """Headless Chromium, steered through its debugging pipe: JSON messages that end in a zero."""
-
-    def __init__(self, profile: Path):
-        (read_there, self.write_here), (self.read_here, write_there) = os.pipe(), os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(read_there), str(write_there), CHROMIUM]
-            + [f"--{flag}" for flag in FLAGS]
-            + [f"--user-data-dir={profile}"],
-            pass_fds=(read_there, write_there),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(read_there)
-        os.close(write_there)
-        self.buffer, self.n_sent, self.events, self.session = b"", 0, [], None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = attached["sessionId"]
-        for domain in ("Runtime", "Log", "Network", "Page"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters) -> dict:
-        self.n_sent += 1
-        message = {"id": self.n_sent, "method": method, "params": parameters}
-        message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.write_here, json.dumps(message).encode() + b"\0")
-        while (answer := self._read()).get("id") != self.n_sent:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def _read(self, timeout_s: float = 60) -> dict:
-        end = time.monotonic() + timeout_s
-        while b"\0" not in self.buffer:
-            ready = select.select([self.read_here], [], [], max(0, end - time.monotonic()))[0]
-            assert ready, "no answer from chromium"
-            data = os.read(self.read_here, 1 << 20)
-            assert data, "chromium has ended"
-            self.buffer += data
-        message, self.buffer = self.buffer.split(b"\0", 1)
-        return json.loads(message)
-
-    def run(self, script: str) -> object:
-        """The value of a JavaScript expression, awaited."""
-        answer = self.call(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-        )
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def open(self, path: Path, address: str = "", *, width: int = 1200, height: int = 900) -> None:
-        """Opens the page afresh and waits until it is unpacked or says that it cannot be."""
-        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Page.navigate", url="about:blank")
-        self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.events.clear()
-        self.call("Page.navigate", url=path.as_uri() + address)
-        self.wait("document.readyState === 'complete' && "
-                  "!document.getElementById('status').textContent.startsWith('Unpacking')"
-                  " || document.querySelector('main')?.hidden === false")  # fmt: skip
-
-    def wait(self, condition: str) -> None:
-        end = time.monotonic() + 20
-        while not self.run(f"Boolean({condition})"):
-            assert time.monotonic() < end, condition
-            time.sleep(0.01)
-
-    def frame(self) -> None:
-        """Waits for the next frame: what was scrolled has told the page so by then."""
-        self.run("new Promise(requestAnimationFrame)")
-
-    def key(self, name: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
-
-    def mouse(self, selector: str, *, click: bool = False) -> None:
-        """Moves the mouse to the middle of the element, and clicks."""
-        element = f"document.querySelector({json.dumps(selector)})"
-        self.run(f"{element}.scrollIntoView({{block: 'nearest'}})")
-        self.frame()
-        x, y = self.run(f"""(() => {{ const box = {element}.getClientRects()[0];
-            return [box.x + box.width / 2, box.y + box.height / 2]; }})()""")
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        for kind in ("mousePressed", "mouseReleased") if click else ():
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def complaints(self) -> list[dict]:
-        """Exceptions and console messages since the page was opened, and what it asked for."""
-        self.run("new Promise(resolve => setTimeout(resolve, 20))")
-        bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        asked = [
-            event for event in self.events if event.get("method") == "Network.requestWillBeSent"
-        ]
-        return [event for event in self.events if event.get("method") in bad] + asked[1:]
-
-    def close(self) -> None:
-        self.session = None
-        self.call("Browser.close")
-        self.process.wait(20)
-        os.close(self.write_here)
-        os.close(self.read_here)
-
-
-class Page:
-    """What the tests do with an open features.html."""
-
-    def __init__(self, browser: Browser):
-        self.browser = browser
-
-    def text(self, selector: str) -> str:
-        return self.browser.run(f"document.querySelector({json.dumps(selector)}).textContent")
-
-    def texts(self, selector: str) -> list[str]:
-        elements = f"document.querySelectorAll({json.dumps(selector)})"
-        return self.browser.run(f"Array.from({elements}, element => element.textContent)")
-
-    def features(self) -> list[int]:
-        """The list's features, in its order: all of them, not only the rows in view."""
-        return self.browser.run("shown")
-
-    def filter(self, query: str) -> list[int]:
-        self.browser.run("filter.focus(); filter.select()")
-        self.browser.call("Input.insertText", text=query or " ")
-        return self.features()
-
-    def sort(self, order: str) -> list[int]:
-        self.browser.run(f"""(() => {{ const sort = document.getElementById("sort");
-            sort.value = {json.dumps(order)}; sort.dispatchEvent(new Event("input")); }})()""")
-        return self.features()
-
-    def selected(self) -> int:
-        name = self.text("#name").removeprefix("Feature ")
-        rows = self.texts(".option[aria-selected=true] > :first-child")
-        assert rows in ([], [name])
-        return int(name)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +282,7 @@ def test_keys_move_through_the_list_and_the_address_follows(page):
     for key, feature in [("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1), ("End", 39)]:
         page.browser.key(key)
         assert page.selected() == feature
-        page.browser.wait(f"location.hash === '#f={feature}'")
+        page.browser.wait(f"location.hash === '#cell=a&f={feature}'")
     page.browser.key("ArrowDown")
     assert page.selected() == 39  # the end
     row = "document.querySelector('.option[aria-selected=true]')"
@@ -473,6 +318,182 @@ def test_an_address_opens_its_feature(browser, path):
     browser.key("ArrowDown")
     assert page.selected() == 0
     assert browser.complaints() == []
+
+
+# ---- names, other autoencoders, keys
+
+
+NAMES = {3: "a name", 7: ATTACKS[0], 12: "Zebra \u202e", DEAD: "nothing"}
+CELLS = ("a", "seed0_dict000040_l1exp+01", "c")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the first of three autoencoders; beside it are those of the others."""
+    folder = tmp_path_factory.mktemp("run")
+    here = place(NAMES, CELLS)
+    for cell in CELLS:
+        path = folder / f"{cell}.html"
+        write(path, place=dataclasses.replace(here, cell=cell), facts=FACTS | {"cell": cell})
+    return folder / "a.html"
+
+
+@pytest.fixture
+def named(browser: Browser, run: Path) -> Iterator[Page]:
+    browser.open(run)
+    yield Page(browser)
+    assert browser.complaints() == []
+    assert browser.run("document.title") == "Features of a test"
+
+
+def test_a_feature_has_its_name_in_the_list_the_search_the_view_and_beside_others(named):
+    browser, data = named.browser, make_data()
+    assert browser.run("optionOf('a').textContent").endswith(", 4 named")
+    assert named.texts(".option .given") == ["a name", ATTACKS[0], "Zebra ⟨202E⟩", "nothing"]
+    assert browser.run("getComputedStyle(document.querySelector('.given')).display") != "none"
+    assert named.filter("NAME") == [3]
+    assert named.filter('"NAME"') == []
+    assert 12 in named.filter('"Zebra"')
+    browser.key("ArrowDown")
+    assert named.text("#given") == "Zebra ⟨202E⟩"
+    assert set(NAMES) <= set(named.filter("o")) | {12}
+    named.filter("")
+    assert named.sort("name 1")[:5] == [7, 3, DEAD, 12, 0]
+    named.browser.mouse("#named-only", click=True)
+    assert named.features() == [7, 3, DEAD, 12]
+    near = next(f for f in range(N_DICT) if 3 in data.nearest.index[f])
+    browser.run(f"select({near})")
+    i = data.nearest.index[near].tolist().index(3)
+    assert named.texts(".items li")[i].startswith("3 a name")
+    assert named.text("#given") == NAMES.get(near, "")
+
+
+def test_hostile_names_are_text(browser, tmp_path):
+    names = dict(enumerate((*ATTACKS, "</script><!--<script>", "&lt;b&gt;&amp;")))
+    path = write(tmp_path / "a.html", place=place(names))
+    assert path.read_text().count("</script>") == 4
+    browser.open(path)
+    page = Page(browser)
+    shown = page.texts(".option .given")
+    assert shown[:3] == list(ATTACKS[:3])
+    assert shown[-2:] == ["</script><!--<script>", "&lt;b&gt;&amp;"]
+    assert shown[3] == "⟨202E⟩abc⟨2066⟩"
+    for _ in names:
+        browser.key("j")
+    assert browser.run("document.title") == "Features of a test"
+    assert browser.complaints() == []
+
+
+def test_keys_lead_to_the_next_feature_the_search_and_other_autoencoders(named):
+    browser = named.browser
+    browser.mouse("#name", click=True)  # no control has the focus
+    browser.run("document.activeElement.blur()")
+    for key, feature in [("j", 1), ("j", 2), ("k", 1)]:
+        browser.key(key)
+        assert named.selected() == feature
+    browser.key("/")
+    assert browser.run("document.activeElement === filter")
+    browser.type("j[word")
+    assert (browser.run("filter.value"), named.selected()) == ("j[word", 1)
+    named.filter("word2")
+    browser.key("Escape")
+    assert browser.run("document.activeElement === list && filter.value") == "word2"
+    browser.key("j")
+    browser.key("]")
+    browser.wait("named?.cell === 'seed0_dict000040_l1exp+01'")
+    browser.wait("selected >= 0")
+    assert browser.run("filter.value") == "word2"  # the search goes along
+    assert named.features() == with_top_token(make_data(), lambda text: "word2" in text)
+    assert browser.run("byId('cell').selectedOptions[0].dataset.cell") == CELLS[1]
+    browser.key("[")
+    browser.wait("named?.cell === 'a' && selected >= 0")
+    browser.key("[")  # round
+    browser.wait("named?.cell === 'c' && selected >= 0")
+    hint = browser.run("Array.from(document.querySelectorAll('kbd'), k => k.textContent).join('')")
+    assert sorted(hint) == sorted("[]/kjn")
+
+
+def test_the_list_of_autoencoders_leads_to_their_pages(named):
+    browser = named.browser
+    assert named.texts("#cell option")[1:] == [f"autoencoder {cell}" for cell in CELLS[1:]]
+    browser.run("byId('cell').focus()")
+    browser.key("ArrowDown")
+    browser.wait("named?.cell === 'seed0_dict000040_l1exp+01'")
+    browser.wait("document.querySelector('main').hidden === false")
+    assert named.texts(".facts dd")[-1] == CELLS[1]
+
+
+def test_the_link_of_a_feature_finds_its_autoencoder_from_any_page(named, run):
+    browser = named.browser
+    browser.key("]")
+    browser.wait("named?.cell === 'seed0_dict000040_l1exp+01'")
+    browser.wait("selected >= 0")
+    browser.run("select(17)")
+    link = browser.run("byId('link').href")
+    browser.wait(f"location.href === {json.dumps(link)}")
+    fragment = link.partition("#")[2]
+    assert fragment == "cell=seed0_dict000040_l1exp%2B01&f=17"
+    for written in (fragment, fragment.replace("%2B", "+")):
+        browser.open(run, f"#{written}")  # the page of another
+        browser.wait("named?.cell !== 'a' && selected === 17")
+        assert named.texts(".facts dd")[-1] == CELLS[1]
+        assert named.selected() == 17
+    browser.open(run, "#cell=gone&f=17")
+    assert named.text("#message") == "There is no page of gone here: this is that of a."
+    assert named.selected() == 0
+    browser.open(run, "#f=17")  # of older pages
+    assert named.selected() == 17
+    assert browser.run("byId('message').hidden")
+
+
+def test_names_given_in_the_page_are_saved_as_the_file_that_is_read(named, tmp_path):
+    browser = named.browser
+    browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    browser.key("j")
+    browser.key("n")
+    assert browser.run("document.activeElement.id") == "own-name"
+    browser.type(" <b>mine</b> ")
+    browser.key("Enter")
+    assert named.text("#given") == "<b>mine</b>"
+    assert browser.run("document.activeElement === list")
+    browser.key("n")
+    browser.type("lost")
+    browser.key("Escape")
+    assert named.text("#given") == "<b>mine</b>"
+    for name in ("", "renamed"):  # 3 loses its name, 4 gets one, while others are chosen
+        browser.run("select(selected < 3 ? 3 : 4)")
+        browser.key("n")
+        browser.run("byId('own-name').value = ''")
+        browser.type(name)
+    browser.mouse("#next", click=True)
+    assert named.texts(".option .given")[:2] == ["<b>mine</b>", "renamed"]
+    assert not browser.run("byId('unsaved').hidden")
+    browser.mouse("#save", click=True)
+    saved = tmp_path / "named_features-a.json"
+    end = time.monotonic() + 10
+    while not saved.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    content = json.loads(saved.read_text())
+    assert content.keys() == {"cell", "checksum", "names"}
+    assert (content["cell"], content["checksum"]) == ("a", "0f" * 32)
+    expected = {"1": "<b>mine</b>", "4": "renamed", "7": ATTACKS[0], "12": "Zebra ⟨202E⟩"}
+    assert content["names"] == expected | {str(DEAD): "nothing"}
+    assert browser.run("byId('unsaved').hidden && window.onbeforeunload === null")
+
+
+def test_names_are_written_into_a_page_that_is_there(tmp_path):
+    bare, named = (write(tmp_path / f"{i}.html", place=place(n)) for i, n in enumerate([{}, NAMES]))
+    assert write_names(bare, {"a": NAMES})
+    assert bare.read_bytes() == named.read_bytes()
+    for damaged in (b"", b"\xff", b"<html>", named.read_bytes()[:-1],
+                    named.read_bytes().replace(b'{"cell"', b'{"sell"', 1)):  # fmt: skip
+        named.write_bytes(damaged)
+        assert not write_names(named, {})
+        assert named.read_bytes() == damaged
+    assert not write_names(tmp_path / "none.html", {})
+
+
+# ---- the rest of a feature
 
 
 def test_the_cards_and_the_histogram_show_the_numbers(page):
@@ -561,7 +582,7 @@ def test_a_page_without_optional_parts_opens(browser, tmp_path):
 def test_a_damaged_page_says_so(browser, tmp_path, path):
     html = path.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
-    broken.write_text(re.sub(r'(id="data">.{500})[^<]*', r"\1", html), encoding="utf-8")
+    broken.write_text(re.sub(r'(id="summary">.{500})[^<]*', r"\1", html), encoding="utf-8")
     browser.open(broken)
     assert Page(browser).text("#status").startswith("The page cannot be shown: ")
     assert browser.run("document.querySelector('main').hidden")
@@ -582,12 +603,17 @@ def make_large(n_dict: int) -> FeatureData:
 
 
 def test_of_16000_features_only_the_rows_in_view_are_in_the_document(browser, tmp_path):
-    browser.open(write(tmp_path / "large.html", make_large(16000)))
+    data = make_large(16000)
+    browser.open(write(tmp_path / "large.html", data))
     page = Page(browser)
     assert page.text("#count") == "16\u202f000 of 16\u202f000"
     assert 10 < len(page.texts(".option")) < 60
+    assert browser.run("blocks.size") == 1  # the others are unpacked when they are looked at
     browser.key("End")
+    browser.wait("blocks.size === 2 && !detail.hasAttribute('aria-busy')")
     assert page.selected() == 15999
+    strengths = [f"{value:#.3g}" for value in data.top.codes[15999, :, 6]]
+    assert page.texts(".contexts .strength")[:8] == strengths
     page.filter("max>2.4")
     browser.run("list.scrollTop = 50000")
     browser.frame()
@@ -595,4 +621,73 @@ def test_of_16000_features_only_the_rows_in_view_are_in_the_document(browser, tm
     browser.mouse(f"#option-{middle}", click=True)
     assert page.selected() == int(middle)
     assert len(page.texts(".option")) < 60
+    assert browser.complaints() == []
+
+
+def make_realistic(n_dict: int, n_tokens: int = 200_000) -> tuple[FeatureData, list[str]]:
+    """(data, texts) as large as those of a real run: codes of 32 features on every token, frequent
+    and rare, 49152 tokens of which few are frequent."""
+    rng, length, vocabulary = np.random.default_rng(0), 128, 49152
+    shares = 1 / np.arange(1, vocabulary + 1)
+    tokens = rng.choice(vocabulary, (n_tokens // length, length), p=shares / shares.sum())
+    n_rows, n_window = len(tokens), 33
+
+    def contexts() -> Contexts:
+        row, position = rng.integers(0, n_rows, (n_dict, 8)), rng.integers(0, length, (n_dict, 8))
+        codes = rng.random((n_dict, 8, n_window), np.float32)
+        codes *= rng.random(codes.shape, np.float32) < 0.1  # as on the demo
+        codes[:, :, 24] = 1 - np.arange(8) / 10
+        return Contexts(np.full(n_dict, 8), row, position, codes)
+
+    def ranked(n: int, size: int) -> Ranked:
+        values = -np.sort(-rng.random((n_dict, n), np.float32), axis=1)
+        return Ranked(rng.integers(0, size, (n_dict, n)), values)
+
+    data = FeatureData(
+        n_tokens=n_tokens,
+        n_active=rng.integers(10, 1000, n_dict),
+        max_activation=np.full(n_dict, 1.0, np.float32),
+        histogram=rng.poisson(200 * 0.93 ** np.arange(64), (n_dict, 64)),
+        bin_width=np.full(n_dict, 1 / 32),
+        tokens=tokens,
+        n_before=24,
+        top=contexts(),
+        sampled=contexts(),
+        nearest=ranked(5, n_dict),
+        promoted=ranked(8, vocabulary),
+        suppressed=ranked(8, vocabulary),
+    )
+    return data, [f" word{i}" for i in range(vocabulary)]
+
+
+@pytest.mark.long
+def test_three_autoencoders_of_24576_features_open_in_three_seconds_each(browser, tmp_path, capsys):
+    data, texts = make_realistic(24576)
+    cells = ("a", "b", "c")
+    names = {f: f"what feature {f} is about" for f in range(0, 24576, 3)}
+    for i in range(3):
+        here = place(names, cells[i:] + cells[:i])
+        path = write(tmp_path / f"{cells[i]}.html", data, token_texts=texts, place=here)
+        assert path.stat().st_size < 17e6
+    page = Page(browser)
+    for cell in cells:
+        seconds = []
+        for _ in range(3):
+            clock, cpu = time.monotonic(), browser.cpu_seconds()
+            browser.open(tmp_path / f"{cell}.html", f"#cell={cell}&f=21000")
+            assert page.text("#name") == "Feature 21000"
+            assert len(page.texts(".contexts li")) == 16
+            # the machine may be busy with something else
+            seconds.append(min(time.monotonic() - clock, browser.cpu_seconds() - cpu))
+            assert browser.complaints() == []
+        assert min(seconds) < 3, seconds
+        with capsys.disabled():
+            print(f"\n{path.stat().st_size / 1e6:.1f} MB open in {min(seconds):.2f} s")
+    browser.open(tmp_path / "a.html")
+    assert page.text("#count") == "24\u202f576 of 24\u202f576"
+    assert page.text("#given") == "what feature 0 is about"
+    assert page.filter('"feature 2457"') == [f for f in names if str(f).startswith("2457")]
+    browser.key("Escape")
+    browser.key("]")
+    browser.wait("named?.cell === 'b' && selected >= 0")
     assert browser.complaints() == []
