@@ -48,7 +48,7 @@ SHAPES = {
                                     num_attention_heads=8, vocab_size=50_304)),
     "smollm2-135m": ("llama", dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                                    num_attention_heads=9, num_key_value_heads=3,
-                                   vocab_size=49_152)),
+                                   vocab_size=49_152, tie_word_embeddings=True)),
     "tiny": ("llama", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                            num_attention_heads=4, num_key_value_heads=2, vocab_size=2048)),
 }  # fmt: skip
