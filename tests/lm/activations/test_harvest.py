@@ -2,6 +2,7 @@
 that are slow, into memory or onto the disk. What goes wrong in a thread is said, and nothing hangs.
 """
 
+import contextlib
 import threading
 import time
 from dataclasses import replace
@@ -155,3 +156,50 @@ def test_rows_beyond_the_stores_dtype_are_refused_in_memory_as_on_disk(root, tmp
         with pytest.raises(UserError, match=r"layer 0 resid_post .*--store-dtype bfloat16"):
             make()
     assert not list(tmp_path.glob("chunk-*"))
+
+
+@pytest.mark.parametrize("lent", [True, False])
+def test_a_chunk_leaves_a_gpu_when_its_pass_is_done_and_its_buffer_is_free_when_it_has_left(
+    harvester, monkeypatch, lent
+):
+    """The order of calls alone, without a GPU: streams that note them, memory that isn't pinned."""
+    noted: list[object] = []
+
+    class Stream:
+        def __init__(self, device: torch.device):
+            noted.append("stream")
+
+        def wait_event(self, event: object) -> None:
+            noted.append(event)
+
+        def synchronize(self) -> None:
+            noted.append("synchronized")
+
+    taken_out, empty = Harvester.taken_out, torch.empty
+
+    def noting(*arguments):
+        noted.append("taken")
+        return taken_out(*arguments)
+
+    def unpinned(*shape, pin_memory: bool = False, **options):
+        noted.extend(["pinned"] * pin_memory)
+        return empty(*shape, **options)
+
+    taking = harvest_module._Taking(harvester, CPU, lent)
+    taking.from_gpu = taking.needs_room = True
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(Harvester, "taken_out", noting)
+    expected, found = all_of(harvester)[:2], []
+    noted.clear()
+    for k in range(2):
+        stretch = replace(harvester.read(k, harvester.buffer()), ready=f"pass {k} done")
+        monkeypatch.setattr(stretch.taken, "release", lambda: noted.append("free"))
+        rows, norms = taking.taken_out(k, stretch)
+        found.append(rows)
+        assert torch.equal(rows, expected[k])
+        assert torch.equal(norms, rows.float().norm(dim=1))
+    first = ["stream", "pass 0 done", "taken", "pinned", "synchronized", "free"]
+    assert noted == [*first, "pass 1 done", "taken", "synchronized", "free"]
+    assert (found[0].data_ptr() == found[1].data_ptr()) == lent
