@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import run
 from sparse_coding.config import parse_flags, run_as_script
 from sparse_coding.files import written_whole
-from sparse_coding.lm.activations.harvest import Harvester, sent
+from sparse_coding.lm.activations.harvest import THREADS, Harvester, sent
 from sparse_coding.lm.activations.places import InMemory
 from sparse_coding.lm.activations.store import open_store
 from sparse_coding.lm.model import activations
@@ -117,14 +118,17 @@ def harvest(harvester: Harvester, folder: Path) -> None:
         open_store(Path(new), harvester, metadata={})
 
 
-def write_only(harvester: Harvester, folder: Path) -> None:
-    """As many bytes as a store has, in files of the same sizes, each synced."""
+def write_only(harvester: Harvester, folder: Path, content: memoryview) -> None:
+    """As many bytes as a store has, in files of the same sizes, each synced, by as many threads."""
     width = harvester.site.width * harvester.store_dtype.itemsize
-    content = os.urandom(max(harvester.rows) * width)
-    with tempfile.TemporaryDirectory(dir=folder) as new:
-        for k, n_rows in enumerate(harvester.rows):
+    n_threads = THREADS[harvester.lm.device.type]
+    with tempfile.TemporaryDirectory(dir=folder) as new, ThreadPoolExecutor(n_threads) as pool:
+
+        def write(k: int) -> None:
             with written_whole(Path(new) / f"{k}") as path:
-                path.write_bytes(memoryview(content)[: n_rows * width])
+                path.write_bytes(content[: harvester.rows[k] * width])
+
+        list(pool.map(write, range(len(harvester.rows))))
 
 
 def train(recipe: LanguageRecipe, groups: list[list[Cell]], n_steps: int) -> float:
@@ -207,10 +211,12 @@ def compare_harvest(harvester: Harvester, cfg: Config, folder: Path) -> Harveste
     alone, disk = "the disk alone, files synced", f"harvest to disk, {n} rows of text"
     memory = f"harvest into memory ({device.type}), {n} rows of text"
     works = {name: partial(bare_forward, passes[size]) for size, name in bare.items()}
+    largest = max(harvester.rows) * harvester.n_bytes // sum(harvester.rows)
+    content = memoryview(os.urandom(largest))  # no file system makes it smaller
     works |= {
         disk: lambda: harvest(harvester, folder),
         memory: lambda: InMemory(harvester, device),
-        alone: lambda: write_only(harvester, folder),
+        alone: partial(write_only, harvester, folder, content),
     }
     harvest(harvester, folder)  # warm
     timed = {name: partial(seconds, work) for name, work in works.items()}

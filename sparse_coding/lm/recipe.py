@@ -392,6 +392,8 @@ def with_activations(
             max_bytes=place.max_disk_gb * 1e9,
             reserve=run_folder_bytes([cell.n_dict for cell in missing], recipe.width),
         )
+    if recipe.device.type == "cuda":
+        torch.cuda.empty_cache()  # what forward passes took counts as free again
     recipe = replace(recipe, chunks=chunks)
     if recipe.statistics.n_left_out:
         print(recipe.left_out(), flush=True)
