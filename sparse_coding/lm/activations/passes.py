@@ -5,11 +5,12 @@ import torch
 from sparse_coding.lm.model import LanguageModel
 from sparse_coding.sweep.hardware import free_memory
 
-ON_CPU = 16  # rows: 4 to 64 are within some per cent of each other (LOG.md)
+ON_CPU = 16  # rows: 4 to 64 are within a third of each other (LOG.md)
 # Of a GPU. An H200 needs 2^16 tokens at a time for all that it gives, 2^14 for four fifths of it,
 # 2^12 for a sixth (SmolLM2-135M: LOG.md).
 HARVEST = 2**16, 0.25  # tokens at most, and share of the free memory: training follows
 EVALUATION = 2**14, 0.125  # logits of all of them are in memory, and all codes
+CODES = 2**14  # for so large a dictionary; ours
 LIVE = (8, 4)  # tensors of d_model and of the widest layer that a block may hold at once; ours
 
 
@@ -20,8 +21,8 @@ def harvest_rows(lm: LanguageModel, context_length: int) -> int:
 
 def evaluation_rows(lm: LanguageModel, context_length: int) -> int:
     """Rows of text per forward pass whose logits are kept, beside codes of autoencoders."""
-    logits = 4 * 2 * lm.vocab_size  # see LanguageRecipe.memory
-    each = _block_bytes(lm, context_length) + 2 * logits  # codes may take as much again
+    kept = 4 * (2 * lm.vocab_size + 4 * CODES)  # see LanguageRecipe.memory
+    each = _block_bytes(lm, context_length) + kept
     return _rows(lm, context_length, each, *EVALUATION)
 
 

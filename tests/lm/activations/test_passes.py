@@ -55,7 +55,7 @@ def test_a_small_gpu_takes_what_a_quarter_of_it_holds(on_gpu):
         assert harvest_rows(on_gpu(gb * 1.001).lm, 256) == n_rows
         assert harvest_rows(on_gpu(gb * 1.9).lm, 256) == n_rows
     assert harvest_rows(on_gpu(1e-6).lm, 256) == 1
-    with_logits = token + 2 * 4 * 2 * 300
+    with_logits = token + 4 * (2 * 300 + 4 * 16384)  # and codes
     assert evaluation_rows(on_gpu(8 * 4 * 256 * with_logits / 1e9 * 1.001).lm, 256) == 4
     assert evaluation_rows(on_gpu(8 * 4 * 256 * with_logits / 1e9 * 0.999).lm, 256) == 2
 
