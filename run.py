@@ -22,12 +22,12 @@ from typing import Literal
 
 import torch
 
-from sparse_coding.config import UserError, parse_flags, pick, require, require_flag, run_as_script
+from sparse_coding.config import UserError, parse_flags, pick, require, run_as_script
 from sparse_coding.lm import recipe as recipes
 from sparse_coding.lm import show
 from sparse_coding.lm import target as targets
 from sparse_coding.lm.hub.push import PushChoice
-from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, Reading
+from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, Place, Reading
 from sparse_coding.lm.target import ModelChoice, Target, TextChoice
 from sparse_coding.sae.families import PREFIXES, Arch
 from sparse_coding.sae.saelens import wanted_of_model
@@ -97,8 +97,9 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
     # of factors in GEMMs, auto: tf32 on CUDA, float32 on a CPU, which may have bf16 and bf16x3, too
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16", "bf16x3"] = "auto"
-    lm_batch_size: int = 16  # rows of text per forward pass of the model
+    lm_batch_size: int = 0  # rows of text per forward pass of the model; 0: as suits the device
     store_dtype: Literal["float16", "bfloat16"] = "float16"  # of stored activations
+    activations_in: Literal["disk", "memory"] = "disk"  # memory, the GPU's or host's: see docs
     activations_dir: str = ""  # default: activations/<model>-layer<layer>-<site>-<hash>
     max_disk_gb: float = 20.0  # activations that need more are computed as they are read
     shuffle_gb: float = 0.5  # of activations that are mixed at a time; twice this is held in memory
@@ -127,10 +128,11 @@ PRESETS = {
 }  # fmt: skip
 # change no number beyond rounding, so a run folder is the same with other values of these
 NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb", "shard", "fresh",
-                "output_dir", "activations_dir", "log_every", "wandb_mode", "page_l0", "pages",
-                "names", "export", "push", "public", "n_page_tokens", "lm_batch_size"}  # fmt: skip
-# what checks its own constants
-PARTS = RunOptions, Optimisation, Reading, ModelChoice, TextChoice, show.ShowChoice, PushChoice
+                "output_dir", "activations_dir", "activations_in", "lm_batch_size", "log_every",
+                "wandb_mode", "page_l0", "pages", "names", "n_page_tokens", "export", "push",
+                "public"}  # fmt: skip
+CHECKED_BY = (RunOptions, Optimisation, Reading, Place, ModelChoice, TextChoice, show.ShowChoice,
+              PushChoice)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -169,26 +171,24 @@ def main(argv: list[str]) -> int:
     show.require_exportable(cells, cfg.export)
     planned.require_room(recipe, cells, fresh=cfg.fresh, max_memory_gb=cfg.max_memory_gb)
     planned = dataclasses.replace(planned, origin=planned.origin | {"activations": target.metadata})
+    place, of_run = pick(Place, cfg), dict(folder=planned.folder, cells=cells)
+    recipes.require_memory(recipe, place, **of_run, fresh=cfg.fresh)
     with planned.opened(cells, shard, fresh=cfg.fresh):
-        options = dict(folder=planned.folder, cells=cells, max_bytes=cfg.max_disk_gb * 1e9)
-        recipe = recipes.with_activations(recipe, target, **options)
-        return run(cfg, recipe, target, cells=cells, planned=planned, shard=shard)
+        recipe = recipes.with_activations(recipe, target, place, **of_run)
+        rows = run(cfg, recipe, target, cells=cells, planned=planned, shard=shard)
+        return show.last_lines(rows, planned.folder, choice, upload) if rows else 0
 
 
 def run(
     cfg: Config, recipe: LanguageRecipe, target: Target, *, cells: list[Cell], planned: PlannedRun,
     shard: Shard,
-) -> int:  # fmt: skip
-    """Trains what is missing of this shard; merges if nothing is missing of the others."""
-    config, options = dataclasses.asdict(cfg), pick(RunOptions, cfg)
-    choice, upload = pick(show.ShowChoice, cfg), pick(PushChoice, cfg)
-    of_run = dict(cells=cells, recipe=recipe, target=target, choice=choice)
+) -> list[dict]:  # fmt: skip
+    """Trains what is missing of this shard; all rows, merged, if nothing is missing of others."""
+    of_run = dict(cells=cells, recipe=recipe, target=target, choice=pick(show.ShowChoice, cfg))
+    options, config = dict(shard=shard, options=pick(RunOptions, cfg)), dataclasses.asdict(cfg)
     context = planned.origin | {"config": config, "activations": recipe.metadata}
     present = partial(show.show, planned.folder, **of_run, context=context)
-    rows = train_planned(
-        recipe, cells, planned, shard=shard, options=options, config=config, present=present
-    )
-    return show.last_lines(rows, planned.folder, choice, upload) if rows else 0
+    return train_planned(recipe, cells, planned, **options, config=config, present=present)
 
 
 def evaluate_saved(cfg: Config, device: torch.device) -> int:
@@ -229,9 +229,8 @@ def grid_of(cfg: Config) -> Grid:
 def check(cfg: Config, argv: list[str]) -> None:
     """Raises UserError for a constant out of its range or a flag of argv that changes nothing."""
     grid_of(cfg).families.require_used(argv)
-    for part in PARTS:
+    for part in CHECKED_BY:
         pick(part, cfg)
-    require_flag(cfg, "max_disk_gb", cfg.max_disk_gb >= 0, "at least 0")
 
 
 def open_target_of(

@@ -23,6 +23,7 @@ from builders.faults import KINDS as FAULTS
 from builders.language_sweep import (
     CONTEXT,
     HARVEST,
+    HARVEST_IN_MEMORY,
     N_STEPS,
     OFTEN,
     PLACES,
@@ -273,6 +274,38 @@ def test_streamed_activations_give_the_same_bits_and_only_the_text_is_on_disk(
     assert "over --max-disk-gb 0: computed as they are read" in done.out
     assert_same_numbers(tmp_path, finished, store=False)
     assert {name.split("/")[0] for name in bytes_under(tmp_path / "acts")} == {"text"}
+
+
+def test_activations_in_memory_give_the_same_bits_also_after_kills_and_only_the_text_is_on_disk(
+    finished, world, tmp_path
+):
+    flags = ("--activations-in", "memory")
+    for point in ((HARVEST_IN_MEMORY, 3), (TRAINING, 10)):
+        process = world.start(*flags, cwd=tmp_path, patch=OFTEN, pause_at=point)
+        process.wait_until_paused()
+        process.kill()
+        assert {name.split("/")[0] for name in bytes_under(tmp_path / "acts")} == {"text"}
+    assert 0 < step(tmp_path) < N_STEPS
+    done = world.finish(*flags, cwd=tmp_path)
+    assert "MB in the memory of the cpu" in done.out
+    assert_same_numbers(tmp_path, finished, store=False)
+    assert {name.split("/")[0] for name in bytes_under(tmp_path / "acts")} == {"text"}
+    assert litter(tmp_path) == []
+
+
+def test_activations_that_no_memory_holds_are_refused_and_go_onto_the_disk_if_asked(
+    world, tmp_path
+):
+    none_free = {"sparse_coding.sweep.hardware.MEMORY_SHARE": 1e-9}
+    flags = (*SMALLEST, "--max-memory-gb", "1")
+    in_memory = ("--activations-in", "memory")
+    refused = world.run(*flags, *in_memory, cwd=tmp_path, patch=SMALL | none_free)
+    assert_refused(refused, "--activations-in memory: ", " activations need 0.00 GB, ",
+                   "free beside training are 0.00 GB of the cpu", "--n-tokens")  # fmt: skip
+    assert not (tmp_path / "run").exists()
+    world.finish(*flags, cwd=tmp_path, patch=SMALL | none_free)
+    again = world.run(*flags, *in_memory, cwd=tmp_path, patch=SMALL | none_free)
+    assert again.code == 0  # the run is the same one, and finished
 
 
 def test_a_store_is_used_again_by_a_sweep_of_other_constants_and_grows_with_n_tokens(

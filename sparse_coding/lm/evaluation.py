@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import passing_bar
-from sparse_coding.lm.activations import is_kept
+from sparse_coding.lm.activations.chunks import is_kept
 from sparse_coding.lm.model import LanguageModel, Site, activations, logits, next_token_loss
 from sparse_coding.lm.packing import Packed
 from sparse_coding.sae.saved import SparseAutoencoder

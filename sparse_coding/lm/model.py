@@ -95,6 +95,11 @@ class LanguageModel:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def widest(self) -> int:
+        """Of what its layers' weights read or write."""
+        return max(max(weight.shape) for weight in _part(self.model, "layers").parameters())
+
 
 @dataclass(frozen=True)
 class Site:

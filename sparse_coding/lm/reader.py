@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import named_seed, require
-from sparse_coding.lm.activations import Chunks, is_kept
+from sparse_coding.lm.activations.chunks import Chunks, is_kept
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Reader:
         self.segments: list[Segment] = []
         self.epoch = 0
         self.loader = ThreadPoolExecutor(1)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.current: tuple[Segment, Tensor, Tensor] | None = None  # with rows and their order
         self.loaded: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
         self.waiting: tuple[tuple[int, ...], Future] | None = None
@@ -135,6 +136,16 @@ class Reader:
         return self.loaded[1]
 
     def _load(self, chunks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """See _read. On a GPU on a stream of its own, so that copies wait for no training, and done
+        when it returns, for whatever stream."""
+        if self.stream is None:
+            return self._read(chunks)
+        with torch.cuda.stream(self.stream):
+            found = self._read(chunks)
+            self.stream.synchronize()
+        return found
+
+    def _read(self, chunks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Rows of these chunks in one tensor, and which of them are not beyond max_norm, on the
         CPU. One chunk at a time is held twice."""
         rows, first = None, 0

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from sparse_coding.config import named_seed, require, require_flag
 from sparse_coding.files import read_record, read_tensors, write_tensors
-from sparse_coding.lm.activations import (
-    Chunks,
-    Harvester,
-    Statistics,
-    differences,
-    open_activations,
-    statistics,
-)
+from sparse_coding.lm.activations.chunks import Chunks, Statistics, statistics
+from sparse_coding.lm.activations.harvest import Harvester
+from sparse_coding.lm.activations.passes import evaluation_rows, harvest_rows
+from sparse_coding.lm.activations.places import Place, device_with_room, in_memory, on_disk
+from sparse_coding.lm.activations.store import differences
 from sparse_coding.lm.evaluation import HeldOut, evaluate
 from sparse_coding.lm.reader import Reader, require_a_batch
 from sparse_coding.lm.target import Target
@@ -166,7 +163,10 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the model reads its texts; the fields are flags of run.py."""
+    """How the model reads its texts; the fields are flags of run.py.
+
+    lm_batch_size: rows of text per forward pass; 0: as suits the device, see passes.py
+    """
 
     lm_batch_size: int
     n_eval_tokens: int
@@ -174,8 +174,9 @@ class Reading:
 
     def __post_init__(self) -> None:
         """Raises UserError for a flag out of its range."""
-        for name in ("lm_batch_size", "n_eval_tokens"):
-            require_flag(self, name, getattr(self, name) >= 1, "at least 1")
+        rule = "at least 1, or 0 for as many as suit the device"
+        require_flag(self, "lm_batch_size", self.lm_batch_size >= 0, rule)
+        require_flag(self, "n_eval_tokens", self.n_eval_tokens >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -345,38 +346,76 @@ class LanguageRecipe:
 
 def recipe_on(target: Target, reading: Reading, optimisation: Optimisation) -> LanguageRecipe:
     """How cells are trained on the target's activations, which are computed as they are read."""
-    of = dict(lm=target.lm, site=target.site, lm_batch_size=reading.lm_batch_size)
-    store_dtype = getattr(torch, reading.store_dtype)
-    n_tokens = optimisation.n_tokens
-    harvester = Harvester(**of, text=target.train, store_dtype=store_dtype, n_tokens=n_tokens)
-    held_out = HeldOut(**of, text=target.held_out, n_tokens=reading.n_eval_tokens)
+    of, length = dict(lm=target.lm, site=target.site), target.train.context_length
+    n_rows = reading.lm_batch_size or harvest_rows(target.lm, length)
+    harvester = Harvester(
+        **of,
+        text=target.train,
+        store_dtype=getattr(torch, reading.store_dtype),
+        lm_batch_size=n_rows,
+        n_tokens=optimisation.n_tokens,
+    )
+    if target.lm.device.type == "cuda":  # a CPU gains nothing by it
+        at_once = max(1, n_rows // harvester.texts_per_chunk)
+        harvester = replace(harvester, chunks_at_once=at_once)
+    held_out = HeldOut(
+        **of,
+        text=target.held_out,
+        n_tokens=reading.n_eval_tokens,
+        lm_batch_size=reading.lm_batch_size or evaluation_rows(target.lm, length),
+    )
     return LanguageRecipe(harvester, held_out, optimisation, target.provenance)
 
 
+def require_memory(
+    recipe: LanguageRecipe, place: Place, *, folder: Path, cells: list[Cell], fresh: bool
+) -> None:
+    """Raises UserError if activations are to be kept in memory for cells that the run in `folder`
+    lacks, and don't fit."""
+    missing = cells if fresh else missing_cells(folder, cells)
+    if missing and place.in_memory:
+        _device_beside(recipe, missing)
+
+
 def with_activations(
-    recipe: LanguageRecipe, target: Target, *, folder: Path, cells: list[Cell], max_bytes: float
+    recipe: LanguageRecipe, target: Target, place: Place, *, folder: Path, cells: list[Cell]
 ) -> LanguageRecipe:
-    """The recipe on activations in the target's folder, if they fit: harvested if need be, unless
-    the run in `folder` has all its cells.
+    """The recipe on activations in their place, if they fit: harvested if need be, unless the run
+    in `folder` has all its cells. On disk they are in the target's folder.
 
     Raises:
-        UserError: the run was begun on other activations; those of open_activations.
+        UserError: the run was begun on other activations; they don't fit into memory; those of
+            on_disk.
     """
     missing = missing_cells(folder, cells)
     _require_begun_on(target.metadata, folder, complete=not missing)
     if not missing:
         return recipe
-    chunks = open_activations(
-        recipe.chunks,
-        target.folder,
-        target.metadata,
-        max_bytes=max_bytes,
-        reserve=run_folder_bytes([cell.n_dict for cell in missing], recipe.width),
-    )
+    if place.in_memory:
+        chunks = in_memory(recipe.chunks, _device_beside(recipe, missing))
+    else:
+        chunks = on_disk(
+            recipe.chunks,
+            target.folder,
+            target.metadata,
+            max_bytes=place.max_disk_gb * 1e9,
+            reserve=run_folder_bytes([cell.n_dict for cell in missing], recipe.width),
+        )
+    if recipe.device.type == "cuda":
+        torch.cuda.empty_cache()  # what forward passes took counts as free again
     recipe = replace(recipe, chunks=chunks)
     if recipe.statistics.n_left_out:
         print(recipe.left_out(), flush=True)
     return recipe
+
+
+def _device_beside(recipe: LanguageRecipe, cells: list[Cell]) -> torch.device:
+    """See device_with_room. A GPU must hold the training of all cells too, since there is the host;
+    a CPU that of each."""
+    kinds = [cell.kind for cell in cells]
+    on_gpu = recipe.device.type == "cuda"
+    needs = [recipe.memory(kinds)] if on_gpu else [recipe.memory([kind]) for kind in kinds]
+    return device_with_room(recipe.chunks, training=max(needs))
 
 
 def _require_begun_on(metadata: dict, folder: Path, *, complete: bool) -> None:

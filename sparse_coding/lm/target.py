@@ -14,7 +14,7 @@ import torch
 
 from sparse_coding.config import fingerprint, given_flags, require, require_flag
 from sparse_coding.files import content_stamp
-from sparse_coding.lm.activations import TEXT, check_manifest, claim_folder
+from sparse_coding.lm.activations.store import TEXT, check_manifest, claim_folder
 from sparse_coding.lm.corpus import Corpus, build_corpus, open_bin
 from sparse_coding.lm.documents import (
     OF_PYTHON,

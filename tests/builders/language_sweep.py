@@ -30,7 +30,8 @@ TINY = (
 N_STEPS = 12000 // 64
 # one cell
 SMALLEST = ("--n-tokens", "4000", "--expansion-exp-high", "0", "--l1-exp-high", "-7")
-HARVEST = "sparse_coding.lm.activations._write_chunk"  # called for each of seven chunks
+HARVEST = "sparse_coding.lm.activations.store._write_chunk"  # called for each of seven chunks
+HARVEST_IN_MEMORY = "sparse_coding.lm.activations.places.InMemory._keep"  # so is this
 OFTEN = SMALL | EACH_STEP
 
 

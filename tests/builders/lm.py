@@ -13,7 +13,9 @@ from builders.models import byte_level_bpe, hooked, random_model, save_tokenizer
 from builders.scripts import ROOT
 
 from sparse_coding.config import fingerprint
-from sparse_coding.lm.activations import Chunks, Harvester
+from sparse_coding.lm.activations.chunks import Chunks
+from sparse_coding.lm.activations.harvest import Harvester
+from sparse_coding.lm.activations.places import Place
 from sparse_coding.lm.evaluation import HeldOut
 from sparse_coding.lm.recipe import LanguageRecipe, Optimisation
 from sparse_coding.lm.target import ModelChoice, Target, TextChoice, open_target
@@ -23,6 +25,7 @@ CPU = torch.device("cpu")
 VOCAB, CONTEXT = 300, 16
 SEPARATOR = 0  # <|endoftext|>, the only special token
 KINDS = ("gpt2", "gpt_neox", "llama")
+DISK = Place("disk", max_disk_gb=1.0)
 WORDS = ["the", "cat", "and", "hat", "on", "mat", "def", "f(x):", "return", "x", "\n", "", "", "",
          "#", "in", "a", "tree", "0x1f", "3.14", "naïve"]  # fmt: skip
 

@@ -52,7 +52,7 @@ from sparse_coding.files import (
     write_tensors,
 )
 from sparse_coding.lm import show
-from sparse_coding.lm.activations import open_store
+from sparse_coding.lm.activations.store import open_store
 from sparse_coding.lm.corpus import build_corpus, open_bin
 from sparse_coding.lm.documents import Documents, open_documents
 from sparse_coding.lm.features.names import read_names

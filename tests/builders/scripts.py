@@ -28,7 +28,7 @@ TIMEOUT_S = (
 TRAINING = "sparse_coding.sae.ensemble.Ensemble.steps_"  # a call takes up to 16 steps
 NO_FIGURES = {"sparse_coding.toy.replication.FIGURES": []}  # they take most of a tiny run
 SMALL = {  # for run.py: several chunks and checkpoints, no figure but small density histograms
-    "sparse_coding.lm.activations.CHUNK_BYTES": 2**18,
+    "sparse_coding.lm.activations.harvest.CHUNK_BYTES": 2**18,
     "sparse_coding.sweep.training.CHECKPOINT_SECONDS": 0.03,
     "sparse_coding.sweep.training.CHECKPOINT_SHARE": 1.0,
     "sparse_coding.lm.target.SANITY_TOKENS": 512,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from builders.lm import (
+    DISK,
     all_rows,
     harvester_of,
     massive_,
@@ -23,8 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_coding.config import UserError
 from sparse_coding.files import write_json
-from sparse_coding.lm import activations
-from sparse_coding.lm.activations import Harvester, Store
+from sparse_coding.lm.activations import chunks, harvest
+from sparse_coding.lm.activations.chunks import statistics
+from sparse_coding.lm.activations.harvest import Harvester
+from sparse_coding.lm.activations.places import Place
+from sparse_coding.lm.activations.store import Store
 from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.recipe import (
     COLUMNS,
@@ -121,7 +125,7 @@ def test_what_makes_no_grid_is_refused(flags, reason):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(activations, "CHUNK_BYTES", 100 * 16 * WIDTH * 2)
+    monkeypatch.setattr(harvest, "CHUNK_BYTES", 100 * 16 * WIDTH * 2)
 
 
 def on_disk(root: Path, **changes) -> LanguageRecipe:
@@ -129,7 +133,7 @@ def on_disk(root: Path, **changes) -> LanguageRecipe:
     target = tiny_target(root)
     recipe = recipe_of(target, **changes)
     everything = replace(recipe, chunks=replace(recipe.chunks, n_tokens=10**9))
-    return with_activations(everything, target, folder=root / "run", cells=cells(), max_bytes=1e9)
+    return with_activations(everything, target, folder=root / "run", cells=cells(), place=DISK)
 
 
 @pytest.fixture
@@ -320,11 +324,11 @@ def test_that_mean_is_of_the_first_chunks_with_as_many_rows_as_the_metrics_page_
     recipe, monkeypatch
 ):
     page = (ROOT / "docs/metrics.md").read_text()
-    assert f"mean of the first {activations.STATISTICS_ROWS:,}".replace(",", " ") in page
-    monkeypatch.setattr(activations, "STATISTICS_ROWS", recipe.chunks.rows[0] + 1)
+    assert f"mean of the first {chunks.STATISTICS_ROWS:,}".replace(",", " ") in page
+    monkeypatch.setattr(chunks, "STATISTICS_ROWS", recipe.chunks.rows[0] + 1)
     first_two = torch.cat([recipe.chunks.load(k).double() for k in (0, 1)])
     assert len(recipe.chunks.rows) > 2
-    mean = activations.statistics(recipe.chunks).mean
+    mean = statistics(recipe.chunks).mean
     torch.testing.assert_close(mean, first_two.mean(dim=0).float())
 
 
@@ -446,12 +450,14 @@ def test_activations_computed_as_they_are_read_give_the_same_bits_as_stored_ones
     target = tiny_target(root)
     streamed = recipe_of(target, shuffle_gb=0.0001)
     run = dict(folder=root / "run", cells=cells())
-    stored = with_activations(streamed, target, **run, max_bytes=1e9)
+    stored = with_activations(streamed, target, **run, place=DISK)
     assert isinstance(stored.chunks, Store)
     manifest = json.loads((target.folder / "manifest.json").read_text())
     assert manifest["metadata"] == target.metadata
     # what is there is used, whatever the limit is now
-    assert isinstance(with_activations(streamed, target, **run, max_bytes=1).chunks, Store)
+    assert isinstance(
+        with_activations(streamed, target, **run, place=Place("disk", 1e-9)).chunks, Store
+    )
     streamed = replace(streamed, chunks=Busy(streamed.chunks))
     tasks = [trained(r.prepare(cells()), range(30)) for r in (streamed, stored)]
     for name, tensor in tasks[0].ensemble.state().items():
@@ -475,7 +481,7 @@ def test_massive_activations_are_left_out_of_training_and_the_same_when_streamed
     assert known.max_norm == pytest.approx(max_norm)
     assert known.n_left_out == int((norms[: known.n_rows] > max_norm).sum()) > 0
     run = dict(folder=root / "run", cells=cells())
-    stored = with_activations(streamed, massive, **run, max_bytes=1e9)
+    stored = with_activations(streamed, massive, **run, place=DISK)
     tasks = [r.prepare(cells()) for r in (streamed, stored)]
     for step in range(200):  # two epochs
         x, same = (task.batch_at(step) for task in tasks)
@@ -492,7 +498,7 @@ def test_massive_activations_are_left_out_of_training_and_the_same_when_streamed
 def test_what_was_left_out_is_said_and_saved(massive, root, tmp_path, capsys):
     recipe = recipe_of(massive)
     known, group = recipe.statistics, cells()[:1]
-    recipe = with_activations(recipe, massive, folder=tmp_path, cells=group, max_bytes=1e9)
+    recipe = with_activations(recipe, massive, folder=tmp_path, cells=group, place=DISK)
     line = (
         f"left out: {known.n_left_out:,} of the first {known.n_rows:,} activations, of norms above"
     )
@@ -507,9 +513,7 @@ def test_what_was_left_out_is_said_and_saved(massive, root, tmp_path, capsys):
 
 def test_nothing_is_said_where_nothing_was_left_out(root, tmp_path, capsys):
     target = tiny_target(root)
-    recipe = with_activations(
-        recipe_of(target), target, folder=tmp_path, cells=cells(), max_bytes=1e9
-    )
+    recipe = with_activations(recipe_of(target), target, folder=tmp_path, cells=cells(), place=DISK)
     assert recipe.statistics.n_left_out == 0
     assert "left out" not in capsys.readouterr().out
 
@@ -518,7 +522,7 @@ def test_other_activations_than_a_run_was_begun_on_are_refused_and_to_merge_only
     root, tmp_path
 ):
     target, group = tiny_target(root), cells()
-    recipe, run = recipe_of(target), dict(folder=tmp_path, cells=group, max_bytes=1e9)
+    recipe, run = recipe_of(target), dict(folder=tmp_path, cells=group, place=DISK)
 
     def begin_on(**changes: str) -> None:
         activations = target.metadata | changes
@@ -544,7 +548,7 @@ def test_nothing_is_harvested_for_a_run_that_has_all_its_cells(root, tmp_path):
     recipe, group = recipe_of(target), cells()
     for cell in group:
         write_json(tmp_path / row_path(cell), {})
-    run = dict(folder=tmp_path, max_bytes=1e9)
+    run = dict(folder=tmp_path, place=DISK)
     assert with_activations(recipe, target, cells=group, **run) is recipe
     assert not list(target.folder.glob("chunk-*"))
     (tmp_path / row_path(group[2])).unlink()

@@ -11,12 +11,12 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
-from builders.lm import codes_of, demo_target, held_out_of, massive_, recipe_of, tiny_target
+from builders.lm import DISK, codes_of, demo_target, held_out_of, massive_, recipe_of, tiny_target
 
 from sparse_coding.config import UserError
 from sparse_coding.files import tensors_checksum, write_json
-from sparse_coding.lm import activations
 from sparse_coding.lm import show as show_module
+from sparse_coding.lm.activations import harvest
 from sparse_coding.lm.features import run_pages
 from sparse_coding.lm.features.run_pages import page_paths, write_pages
 from sparse_coding.lm.recipe import COLUMNS, feature_density, sae_folder, with_activations
@@ -162,11 +162,11 @@ def shown(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparse_coding.figures.heatmap.DPI", 20)
-        patch.setattr(activations, "CHUNK_BYTES", 20 * 128 * 256 * 2)
+        patch.setattr(harvest, "CHUNK_BYTES", 20 * 128 * 256 * 2)
         target = demo_target(root)  # where ce_recovered has values to draw
         cells = make_grid(256, seeds=range(1), l1_exps=range(-12, -9), size_exps=range(-2, 0))
         run = dict(folder=folder, cells=cells)
-        recipe = with_activations(recipe_of(target), target, **run, max_bytes=1e9)
+        recipe = with_activations(recipe_of(target), target, **run, place=DISK)
         task = recipe.prepare(cells)
         for step in range(60):
             task.ensemble.step_(task.batch_at(step))

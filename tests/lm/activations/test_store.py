@@ -5,11 +5,9 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,16 +31,16 @@ from sparse_coding.files import (
     tensors_checksum,
     write_tensors,
 )
-from sparse_coding.lm import activations
-from sparse_coding.lm.activations import (
-    Harvester,
+from sparse_coding.lm.activations import chunks, harvest, places
+from sparse_coding.lm.activations.chunks import statistics
+from sparse_coding.lm.activations.harvest import Harvester, Stretch
+from sparse_coding.lm.activations.places import on_disk
+from sparse_coding.lm.activations.store import (
     Store,
     check_manifest,
     chunk_path,
     claim_folder,
-    open_activations,
     open_store,
-    statistics,
 )
 from sparse_coding.lm.model import SITES
 
@@ -52,7 +50,7 @@ TEXTS_PER_CHUNK = 100  # rows of text: 8 chunks
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(activations, "CHUNK_BYTES", TEXTS_PER_CHUNK * CONTEXT * WIDTH * 2)
+    monkeypatch.setattr(harvest, "CHUNK_BYTES", TEXTS_PER_CHUNK * CONTEXT * WIDTH * 2)
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def by_hand(root: Path, kind: str, layer: int, site: str, *, batch: int) -> torc
 def test_rows_are_those_of_an_independent_hook_each_token_once(root, monkeypatch, kind, site):
     target = tiny_target(root, kind=kind, layer=2, site=site)
     row_bytes = CONTEXT * target.site.width * 2
-    monkeypatch.setattr(activations, "CHUNK_BYTES", TEXTS_PER_CHUNK * row_bytes)
+    monkeypatch.setattr(harvest, "CHUNK_BYTES", TEXTS_PER_CHUNK * row_bytes)
     harvester = harvester_of(target, lm_batch_size=20)
     expected = by_hand(root, kind, 2, site, batch=20)
     rows = all_rows(harvester)
@@ -124,7 +122,7 @@ def test_only_as_many_chunks_are_made_as_hold_the_tokens_asked_for(root, harvest
 
 
 def test_norms_are_those_of_the_stored_rows(harvester):
-    rows, norms = harvester.assembled(2, list(harvester.parts(2)))
+    rows, norms = harvester.computed(2)
     assert torch.equal(rows, harvester.load(2))
     assert torch.allclose(norms.double(), rows.double().square().sum(dim=1).sqrt(), rtol=1e-5)
 
@@ -165,7 +163,7 @@ def test_scaled_rows_have_mean_square_norm_one_and_the_mean_is_theirs(harvester)
 
 
 def test_statistics_are_of_the_first_whole_chunks(monkeypatch):
-    monkeypatch.setattr(activations, "STATISTICS_ROWS", 3)
+    monkeypatch.setattr(chunks, "STATISTICS_ROWS", 3)
     first, second = torch.tensor([[1.0, 0], [3, 0]]).half(), torch.tensor([[2.0, 6]]).half()
     of_two = statistics(InMemory(first, second, torch.full((9, 2), 100.0).half()))
     assert of_two.mean.tolist() == [2, 2]
@@ -224,20 +222,23 @@ def opened(folder: Path, harvester: Harvester, **metadata) -> Store:
     return open_store(folder, harvester, metadata=METADATA | metadata)
 
 
-def counting(harvester: Harvester, fails_at: int | None = None):
-    """The harvester, noting which chunks it computes; one can fail as a killed process would."""
-    computed: list[int] = []
+@dataclass(frozen=True)
+class Counting(Harvester):
+    """Notes which chunks it is asked to read; at one it can fail, as a killed process would."""
 
-    def parts(k: int) -> Iterator[torch.Tensor]:
-        if k == fails_at:
+    fails_at: int | None = None
+    computed_of: list[int] = field(default_factory=list)
+
+    def read(self, k: int, x: torch.Tensor) -> Stretch:
+        if k == self.fails_at:
             raise KeyboardInterrupt
-        computed.append(k)
-        return harvester.parts(k)
+        self.computed_of.append(k)
+        return super().read(k, x)
 
-    names = ("rows", "text", "span", "site", "store_dtype", "n_tokens", "n_bytes", "assembled")
-    return SimpleNamespace(
-        parts=parts, computed=computed, **{n: getattr(harvester, n) for n in names}
-    )
+
+def counting(harvester: Harvester, fails_at: int | None = None) -> Counting:
+    known = {f.name: getattr(harvester, f.name) for f in fields(Harvester)}
+    return Counting(**known, fails_at=fails_at)
 
 
 def test_the_store_gives_the_rows_of_the_harvester(tmp_path, harvester):
@@ -264,16 +265,16 @@ def test_the_manifest_has_rows_checksums_and_what_the_rows_depend_on(tmp_path, h
         assert info["n_documents"] == len(tensors["document_ids"])
 
 
-def test_rows_of_extreme_norm_are_counted(tmp_path, harvester):
+def test_rows_of_extreme_norm_are_counted(tmp_path, harvester, monkeypatch):
     planted = harvester.load(0)
     planted[3] *= 0.001
     median = planted.float().norm(dim=1).median()
     large = [(i, 9) for i in range(20, 220)]  # no change of the median, but of the mean
     for i, norm in ((5, 11), (9, 30), *large):  # x the median; above 10 is extreme
         planted[i] = (planted[i].float() * norm * median / planted[i].float().norm()).half()
-    one = counting(replace(harvester, n_tokens=1))
-    one.assembled = lambda k, parts: (planted, planted.float().norm(dim=1))
-    opened(tmp_path, one)
+    found = planted, planted.float().norm(dim=1)
+    monkeypatch.setattr(Harvester, "taken_out", lambda *arguments: found)
+    opened(tmp_path, replace(harvester, n_tokens=1))
     assert read_tensor_info(chunk_path(tmp_path, 0))["n_extreme"] == 2
     assert json.loads((tmp_path / "manifest.json").read_text())["n_extreme"] == 2
 
@@ -337,7 +338,7 @@ def test_a_chunk_that_cannot_be_read_is_harvested_again(tmp_path, harvester, cap
     path.write_bytes(harms.get(harm, path.read_bytes()))
     again = counting(harvester)
     assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
-    assert again.computed == [3]
+    assert again.computed_of == [3]
     assert capsys.readouterr().err.count(f"{path} is damaged") == 1
     assert path.read_bytes() == whole
 
@@ -351,7 +352,7 @@ def test_a_chunk_in_the_place_of_another_is_harvested_again(tmp_path, harvester,
     write_tensors(path, tensors, info=info | {"chunk": 2})
     again = counting(harvester)
     assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
-    assert again.computed == [3]
+    assert again.computed_of == [3]
     assert path.read_bytes() == whole
     assert f"{path} is damaged (it is chunk 2)" in capsys.readouterr().err
 
@@ -364,11 +365,11 @@ def test_a_chunk_of_before_checksums_is_read_and_its_rows_are_checked(tmp_path, 
     save_file(tensors, path, metadata={"info": json.dumps(info)})
     again = counting(harvester)
     assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
-    assert again.computed == []
+    assert again.computed_of == []
     tensors["activations"][0, 0] += 1
     save_file(tensors, path, metadata={"info": json.dumps(info)})
     assert torch.equal(all_rows(opened(tmp_path, again)), all_rows(harvester))
-    assert again.computed == [3]
+    assert again.computed_of == [3]
 
 
 def test_a_store_of_the_older_version_is_refused_and_stays_as_it_is(tmp_path, harvester):
@@ -398,14 +399,14 @@ def test_a_harvest_that_was_stopped_goes_on_with_the_missing_chunks(tmp_path, ha
     chunk_path(tmp_path, 1).unlink()
     again = counting(harvester)
     store = opened(tmp_path, again)
-    assert again.computed == [1, 5, 6, 7]
+    assert again.computed_of == [1, 5, 6, 7]
     whole = opened(tmp_path / "whole", harvester)
     for k in range(8):
         assert chunk_path(tmp_path, k).read_bytes() == chunk_path(whole.folder, k).read_bytes()
     assert bits(all_rows(store)) == bits(all_rows(harvester))
     finished = counting(harvester)
     opened(tmp_path, finished)
-    assert finished.computed == []
+    assert finished.computed_of == []
 
 
 def test_a_store_grows_and_keeps_its_chunks(tmp_path, harvester):
@@ -414,7 +415,7 @@ def test_a_store_grows_and_keeps_its_chunks(tmp_path, harvester):
     before = {k: chunk_path(tmp_path, k).read_bytes() for k in range(3)}
     more = counting(harvester)
     store = opened(tmp_path, more)
-    assert more.computed == [3, 4, 5, 6, 7]
+    assert more.computed_of == [3, 4, 5, 6, 7]
     assert {k: chunk_path(tmp_path, k).read_bytes() for k in range(3)} == before
     assert json.loads((tmp_path / "manifest.json").read_text())["n_rows"] == sum(store.rows)
     fewer = opened(tmp_path, replace(harvester, n_tokens=3000))
@@ -438,16 +439,16 @@ def test_what_exceeds_the_limit_or_the_free_space_is_computed_as_it_is_read(
 ):
     n_bytes = harvester.n_bytes
     open_any = dict(folder=tmp_path / "store", metadata=METADATA)
-    assert open_activations(harvester, **open_any, max_bytes=n_bytes - 1) is harvester
+    assert on_disk(harvester, **open_any, max_bytes=n_bytes - 1) is harvester
     assert "over --max-disk-gb" in capsys.readouterr().out
     usage = shutil.disk_usage(tmp_path)
-    nearly = usage._replace(free=n_bytes + activations.DISK_RESERVE - 1)
+    nearly = usage._replace(free=n_bytes + places.DISK_RESERVE - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly)
-    assert open_activations(harvester, **open_any, max_bytes=1e9) is harvester
+    assert on_disk(harvester, **open_any, max_bytes=1e9) is harvester
     assert "free: computed as they are read" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()
     claim_folder(tmp_path / "store")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    store = open_activations(harvester, **open_any, max_bytes=n_bytes)
+    store = on_disk(harvester, **open_any, max_bytes=n_bytes)
     assert isinstance(store, Store)
     assert torch.equal(all_rows(store), all_rows(harvester))
