@@ -34,9 +34,7 @@ def fvu(sae):
 found = {}
 for path in sorted(folder.glob("*/*/cfg.json")):
     name = path.parent.relative_to(folder).as_posix()
-    from_hub, cfg, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(repository, name)
-    assert sparsity.shape == (cfg["d_sae"],)
-    assert isinstance(SAE.from_pretrained(repository, name), type(from_hub))
+    from_hub = SAE.from_pretrained(repository, name)
     assert from_hub.cfg.metadata.hook_name == name.split("/")[0]
     found[name] = [fvu(from_hub), fvu(SAE.load_from_disk(path.parent))]
 print(json.dumps(found))
