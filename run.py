@@ -140,7 +140,6 @@ def main(argv: list[str]) -> int:
     cfg = parse_flags(Config(), argv, description=DESCRIPTION)
     shard = find_shard(cfg.shard)
     require(shard.count == 1 or not cfg.fresh, "--fresh with shards: remove the folder instead")
-    require(not (cfg.names and cfg.fresh), "--names are of what --fresh deletes: drop one of them")
     device = pick_device(cfg.device)
     precision = set_precision(cfg.precision, device)
     cfg = with_preset(cfg, argv, on_gpu=device.type == "cuda")
@@ -229,6 +228,7 @@ def grid_of(cfg: Config) -> Grid:
 def check(cfg: Config, argv: list[str]) -> None:
     """Raises UserError for a constant out of its range or a flag of argv that changes nothing."""
     grid_of(cfg).families.require_used(argv)
+    require(not (cfg.names and cfg.fresh), "--names are of what --fresh deletes: drop one of them")
     for part in CHECKED_BY:
         pick(part, cfg)
 
