@@ -158,8 +158,7 @@ def main(argv: list[str]) -> int:
     )
     choice, upload = pick(show.ShowChoice, cfg), pick(PushChoice, cfg)
     show.names_of(planned.folder, choice)  # refuses those of another run
-    is_shown = not cfg.fresh and show.is_shown(planned.folder, choice)
-    if is_shown and (width := planned.saved_width):
+    if not cfg.fresh and show.is_shown(planned.folder, choice) and (width := planned.saved_width):
         with planned.opened(grid_of(cfg).cells(width), shard):  # refuses other constants
             if (rows := planned.finished_rows()) and show.rename(planned.folder, choice):
                 return show.last_lines(rows, planned.folder, choice, upload)
