@@ -110,15 +110,25 @@ class Harvester:
         shape = (n_texts * self.text.context_length, self.site.width)
         return torch.empty(shape, dtype=self.store_dtype, device=self.lm.device)
 
-    def read(self, k: int, x: Tensor) -> Stretch:
-        """The stretch of text that has chunk k, read by forward passes that fill x."""
-        start, stop = self.span(k - k % self.chunks_at_once, self.chunks_at_once)
+    def stretch_of(self, k: int) -> range:
+        """The chunks that are read together with chunk k."""
+        first = k - k % self.chunks_at_once
+        return range(first, min(first + self.chunks_at_once, len(self.rows)))
+
+    def read(self, k: int, x: Tensor, passed: Callable[[int], object] | None = None) -> Stretch:
+        """The stretch of text that has chunk k, read by forward passes that fill x.
+
+        passed: is told of how many rows each pass was
+        """
+        start, stop = self.span(self.stretch_of(k).start, self.chunks_at_once)
         kept, first = [], 0
         for ids, keep in self.text.batches(start, stop, size=self.lm_batch_size):
             found = activations(self.lm, self.site, sent(ids, self.lm.device)).flatten(0, 1)
             x[first : first + len(found)].copy_(found)
             first += len(found)
             kept.append(keep)
+            if passed:
+                passed(int(keep.sum()))
         ready = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
         return Stretch(start, x, np.concatenate(kept), ready)
 
@@ -221,13 +231,11 @@ def harvest(
     """
     taking = _Taking(harvester, to, lent)
 
-    def work(k: int, stretch: Stretch) -> int:
-        rows, norms = taking.taken_out(k, stretch)
-        keep(k, rows, norms)
-        return len(rows)
+    def work(k: int, stretch: Stretch) -> None:
+        keep(k, *taking.taken_out(k, stretch))
 
-    n_rows = sum(harvester.rows[k] for k in chunks)
-    together = itertools.groupby(chunks, lambda k: k // harvester.chunks_at_once)
+    together = [list(ks) for _, ks in itertools.groupby(chunks, harvester.stretch_of)]
+    n_rows = sum(harvester.rows[k] for ks in together for k in harvester.stretch_of(ks[0]))
     spare = [harvester.buffer() for _ in range(BUFFERS)]
     in_use: deque[tuple[Stretch, int]] = deque()
     jobs: deque[Future] = deque()
@@ -238,15 +246,15 @@ def harvest(
         progress_bar(total=n_rows, unit="tok", unit_scale=True, desc="harvest") as bar,
     ):
         at_end.callback(pool.shutdown, cancel_futures=True)  # of those that wait, after an error
-        for ks in (list(group) for _, group in together):
+        for ks in together:
             x = spare.pop() if spare else _free_again(*in_use.popleft())
-            stretch = harvester.read(ks[0], x)
+            stretch = harvester.read(ks[0], x, bar.update)
             in_use.append((stretch, len(ks)))
             jobs.extend(pool.submit(work, k, stretch) for k in ks)
             while jobs and jobs[0].done():
-                bar.update(jobs.popleft().result())
+                jobs.popleft().result()
         for job in jobs:
-            bar.update(job.result())
+            job.result()
 
 
 def _free_again(stretch: Stretch, n_chunks: int) -> Tensor:

@@ -203,3 +203,29 @@ def test_a_chunk_leaves_a_gpu_when_its_pass_is_done_and_its_buffer_is_free_when_
     first = ["stream", "pass 0 done", "taken", "pinned", "synchronized", "free"]
     assert noted == [*first, "pass 1 done", "taken", "synchronized", "free"]
     assert (found[0].data_ptr() == found[1].data_ptr()) == lent
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_progress_is_shown_of_each_pass_of_the_model_and_ends_at_the_whole(
+    harvester, monkeypatch, at_once
+):
+    """A chunk of a large model takes minutes."""
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, total: int, **options: object):
+            super().__init__(self)
+            self.total, self.steps = total, []
+            self.update = self.steps.append
+            bars.append(self)
+
+    monkeypatch.setattr(harvest_module, "progress_bar", Bar)
+    several = replace(harvester, chunks_at_once=at_once)
+    harvest(several, [4], lambda *_: None, to=CPU)
+    (bar,) = bars
+    assert (
+        sum(bar.steps)
+        == bar.total
+        == sum(harvester.rows[3:6] if at_once == 3 else harvester.rows[4:5])
+    )
+    assert len(bar.steps) == at_once * TEXTS_PER_CHUNK // 20
