@@ -92,9 +92,9 @@ def test_no_buffer_is_written_to_before_its_chunks_are_taken(
         time.sleep(0.05)
         return taken_out(self, k, stretch, out)
 
-    def read(self, k, x, read=Harvester.read):
+    def read(self, k, x, passed=None, read=Harvester.read):
         n_read.append(k)
-        return read(self, k, x)
+        return read(self, k, x, passed)
 
     monkeypatch.setattr(Harvester, "taken_out", slowly)
     monkeypatch.setattr(Harvester, "read", read)

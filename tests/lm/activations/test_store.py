@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -229,11 +230,11 @@ class Counting(Harvester):
     fails_at: int | None = None
     computed_of: list[int] = field(default_factory=list)
 
-    def read(self, k: int, x: torch.Tensor) -> Stretch:
+    def read(self, k: int, x: torch.Tensor, *passed: Callable) -> Stretch:
         if k == self.fails_at:
             raise KeyboardInterrupt
         self.computed_of.append(k)
-        return super().read(k, x)
+        return super().read(k, x, *passed)
 
 
 def counting(harvester: Harvester, fails_at: int | None = None) -> Counting:
