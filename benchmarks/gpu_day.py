@@ -128,7 +128,8 @@ def of_run(output: str, folder: Path) -> str:
     if known := trained(folder):
         steps, seconds, rate = known
         shows.append(f"{steps:,} steps in {seconds:.1f} s, last {rate:,.0f} SAE-steps/s")
-    best = re.findall(r"^Best (mmcs [\d.]+|at l0 <= \S+ fvu [\d.]+ at l0 [\d.]+)", output, re.M)
+    best = re.findall(r"^Best mmcs [\d.]+|fvu [\d.]+ at l0 [\d.]+, ce", output, re.M)
+    best = [text.removesuffix(", ce") for text in best]
     return "; ".join([*shows, *best[:1]])
 
 

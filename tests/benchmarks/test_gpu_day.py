@@ -84,10 +84,12 @@ def test_runs_show_steps_time_and_what_is_best(script, tmp_path):
     folder = metrics(tmp_path / "run", (100, 200.0))
     best = "Best at l0 <= 32: fvu 0.303 at l0 29.1, ce_recovered 0.9 (relu, n_dict 6144)\n"
     assert script.of_run(best, folder) == (
-        "100 steps in 1.0 s, last 200 SAE-steps/s; at l0 <= 32: fvu 0.303 at l0 29.1"
+        "100 steps in 1.0 s, last 200 SAE-steps/s; fvu 0.303 at l0 29.1"
     )
+    dense = "No cell has l0 <= 32: ask for less; the sparsest: fvu 0.2 at l0 50.3, ce_recovered 1\n"
+    assert script.of_run(dense, tmp_path) == "fvu 0.2 at l0 50.3"
     toy = "Best mmcs 0.997 at relu, l1_alpha 1, dict_ratio 4 (n_dict 2048): 512 true features\n"
-    assert script.of_run(toy, tmp_path) == "mmcs 0.997"
+    assert script.of_run(toy, tmp_path) == "Best mmcs 0.997"
     (folder / "config.json").write_text(json.dumps({"constants": {"batch_size": 1000}}))
     found = "True features are found best by x (f1 0.600, mcc 0.700, explained variance 0.8)"
     assert script.of_synth(found, folder) == (
