@@ -236,36 +236,17 @@ def stand_in(flag: str, path: str, tiny: bool, *more: str) -> list[str]:
 
 
 def run_on(model: str, work: Path, tiny: bool) -> list[str]:
-    """run.py on 21 autoencoders, as in gpu.md's measurements."""
-    command = [
-        "run.py",
-        "--preset",
-        "full",
-        "--model",
-        model,
-        "--dataset",
-        "stdlib",
-        "--arch",
-        "relu",
-        "--wandb-mode",
-        "disabled",
-        "--activations-dir",
-        f"{model}-activations",
-    ]
-    if not tiny:
-        return [
-            *command,
-            "--n-tokens",
-            "2000000",
-            "--n-eval-tokens",
-            "20000",
-            "--n-page-tokens",
-            "50000",
-        ]
-    small = {"n-tokens": 2048, "batch-size": 64, "n-eval-tokens": 256, "n-page-tokens": 512,
-             "expansion-exp-high": 1, "context-length": 64, "log-every": 10,
-             "max-text-tokens": 20_000}  # fmt: skip
-    return [*command, "--device", "cpu", *(f"--{flag}={n}" for flag, n in small.items())]
+    """run.py on 21 autoencoders: 7 values of l1_alpha x 3 sizes."""
+    flags = {"preset": "full", "model": model, "dataset": "stdlib", "arch": "relu",
+             "l1-exp-low": -22, "l1-exp-high": -15, "wandb-mode": "disabled",
+             "activations-dir": f"{model}-activations", "output-dir": work / "run"}  # fmt: skip
+    if tiny:
+        flags |= {"n-tokens": 2048, "batch-size": 64, "n-eval-tokens": 256, "n-page-tokens": 512,
+                  "expansion-exp-high": 1, "context-length": 64, "log-every": 10,
+                  "max-text-tokens": 20_000, "device": "cpu"}  # fmt: skip
+    else:
+        flags |= {"n-tokens": 2_000_000, "n-eval-tokens": 20_000, "n-page-tokens": 50_000}
+    return ["run.py", *(f"--{flag}={value}" for flag, value in flags.items())]
 
 
 def harvest_of(model: str, tiny: bool) -> list[str]:

@@ -77,7 +77,7 @@ POINTS = {  # in the order in which a run comes to them, calls counted from each
         ("sparse_coding.sweep.training.mark_done", 1),
         (TRAINING, 2),
         ("sparse_coding.lm.recipe.merged_rows", 1),
-        ("sparse_coding.lm.show.write_page", 1),
+        ("sparse_coding.lm.show.write_pages", 1),
         ("sparse_coding.lm.show.draw_figures", 1),
         *END,
     ],
