@@ -177,7 +177,8 @@ def _front_matter(ours: dict) -> str:
         name: bool(COMMIT.fullmatch(str(ours.get(f"{name}_revision"))))
         for name in ("model", "dataset")
     }
-    model, dataset = ours["model"], re.split("[:@]", ours["dataset"])[0]  # without configuration and split
+    model = ours["model"]
+    dataset = re.split("[:@]", ours["dataset"])[0]  # without configuration and split
     return ModelCardData(
         library_name="saelens",
         base_model=HUB_ID if model == "smollm2" else model if on_hub["model"] else None,

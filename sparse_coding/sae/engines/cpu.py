@@ -39,7 +39,7 @@ from sparse_coding.sae.stack import Stack
 NO_END = 2**40  # of tiles
 MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 holds; not tuned
 MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then signals are seen
-# Share of codes above 0 up to which a step without the zeros is never slower, on any of the machines
+# Share of codes above 0 up to which a step without the zeros is never slower on any machine
 # measured (they cross from 0.21 to 0.45: LOG.md)
 DENSITY = 0.2
 OF_PARTS = {0: DENSITY, 1: 0.1, 2: 0.25}  # the same where factors have so many bf16 parts
