@@ -3,13 +3,14 @@
 The only place where these numbers are computed: for results.csv and for run.py --evaluate alike.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_coding.config import passing_bar
 from sparse_coding.lm.activations.chunks import is_kept
@@ -129,9 +130,11 @@ def evaluate(
     n_predictions = 0
     for ids, keep in held_out.batches():
         of_kept = partial(_replaced, keep=keep, max_norm=max_norm)
-        for i, replace in enumerate([None, *(partial(of_kept, new=new) for new in substitutes)]):
-            spliced = logits(lm, ids, site=site, replace=replace)
-            ce[i] += next_token_loss(spliced, ids).double().sum()
+        passes = [None, *(partial(of_kept, new=new) for new in substitutes)]
+        with computed_once(lm, site):
+            for i, replace in enumerate(passes):
+                spliced = logits(lm, ids, site=site, replace=replace)
+                ce[i] += next_token_loss(spliced, ids).double().sum()
         n_predictions += ids[:, 1:].numel()
     clean, zero, by_mean, *spliced = (ce / n_predictions).tolist()
     return [
@@ -142,6 +145,30 @@ def evaluate(
         )
         for total, ce_spliced in zip(sums, spliced, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def computed_once(lm: LanguageModel, site: Site) -> Iterator[None]:
+    """Inside, for passes over the same ids: the layers up to the site are computed by the first
+    forward pass alone, which the later ones go on from."""
+    n_same = site.layer + (site.name == "resid_post")
+    same, found = lm.layers[:n_same], []
+
+    def keep(_: nn.Module, args: tuple, out: object) -> None:
+        if not found:
+            found.append(out)
+            for layer in same:  # whatever it is given, the next one gets what the last one gave
+                layer.forward = lambda *_, **__: found[0]
+
+    # before hooks that replace a layer's output: what is kept is not replaced
+    handles = [layer.register_forward_hook(keep) for layer in same[-1:]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in same if found else ():
+            del layer.forward
 
 
 def _replaced(

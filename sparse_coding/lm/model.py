@@ -96,9 +96,14 @@ class LanguageModel:
     dtype: torch.dtype
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """From the first to the last; the output of each is what the next one takes."""
+        return _part(self.model, "layers")
+
+    @property
     def widest(self) -> int:
         """Of what its layers' weights read or write."""
-        return max(max(weight.shape) for weight in _part(self.model, "layers").parameters())
+        return max(max(weight.shape) for weight in self.layers.parameters())
 
 
 @dataclass(frozen=True)
@@ -338,7 +343,7 @@ def find_site(lm: LanguageModel, layer: int, site: str, *, centred: bool = False
         f"no such layer: {layer}: {lm.name} has layers 0 to {lm.n_layers - 1}",
     )
     family = FAMILIES[lm.model.config.model_type]
-    block = _part(lm.model, "layers")[layer]
+    block = lm.layers[layer]
     at_input = site in ("mlp_act", "attn_concat")
     path = {"mlp_act": family.down, "mlp_out": family.mlp, "attn_concat": family.heads}
     module = block.get_submodule(path.get(site, ""))

@@ -18,10 +18,10 @@ from builders.lm import (
     metrics_by_hand,
     tiny_target,
 )
-from builders.models import hooked
+from builders.models import CONFIGS, VOCAB, hooked, random_model
 
-from sparse_coding.lm.evaluation import HeldOut, evaluate
-from sparse_coding.lm.model import SITES
+from sparse_coding.lm.evaluation import HeldOut, computed_once, evaluate
+from sparse_coding.lm.model import SITES, find_site, load_language_model, logits
 from sparse_coding.sae.saved import SparseAutoencoder
 
 N_DICT, N_DEAD, N_TOKENS = 24, 5, 20 * CONTEXT
@@ -53,6 +53,23 @@ def test_metrics_equal_an_independent_computation_for_two_batch_sizes(root, kind
         assert list(ours.values) == METRICS
         assert ours.values == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
         assert torch.allclose(ours.density.double(), density, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_layers_up_to_the_site_are_computed_once_to_the_same_bits(kind, tmp_path):
+    random_model(kind).save_pretrained(tmp_path)
+    lm = load_language_model(str(tmp_path), device=torch.device("cpu"))
+    ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    ways = [None, torch.zeros_like, torch.clone, lambda x: 2 * x]
+    for site in (find_site(lm, i, name) for i in range(lm.n_layers) for name in SITES):
+        expected = [logits(lm, ids, site=site, replace=way) for way in ways]
+        with computed_once(lm, site):
+            got = [logits(lm, ids, site=site, replace=way) for way in ways]
+            n_same = site.layer + (site.name == "resid_post")
+            by_itself = ["forward" not in vars(layer) for layer in lm.layers]
+            assert by_itself == [i >= n_same for i in range(lm.n_layers)]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert torch.equal(logits(lm, ids), expected[0])  # nothing is left behind
 
 
 def test_massive_activations_are_left_out_and_left_alone(root):
