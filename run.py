@@ -29,6 +29,7 @@ from sparse_coding.lm import target as targets
 from sparse_coding.lm.hub.push import PushChoice
 from sparse_coding.lm.recipe import Grid, LanguageRecipe, Optimisation, Place, Reading
 from sparse_coding.lm.target import ModelChoice, Target, TextChoice
+from sparse_coding.lm.transcoding import SiteName, Transcoding
 from sparse_coding.sae.families import PREFIXES, Arch
 from sparse_coding.sae.saelens import wanted_of_model
 from sparse_coding.sae.saved import load_sae
@@ -52,9 +53,11 @@ class Config:
     model_revision: str = ""  # commit, tag or branch of a hub id
     tokenizer: str = "auto"  # auto: the model's own; gpt2, bytes, a file or folder, ids of a .bin
     layer: int | None = None  # from 0; None: the middle one, n_layers // 2
-    # mlp_act: input of the MLP's down projection; mlp_out: what the MLP adds; resid_post: residual
-    # stream after the layer; attn_concat: heads' outputs, input of the output projection
-    site: Literal["mlp_act", "mlp_out", "resid_post", "attn_concat"] = "mlp_act"
+    # mlp_in: what the MLP gets; mlp_act: input of its down projection; mlp_out: what it adds;
+    # resid_post: stream after the layer; attn_concat: heads' outputs, for the output projection
+    site: SiteName = "mlp_act"
+    target_site: SiteName | Literal[""] = ""  # to be predicted by transcoders from --site
+    skip: bool = False  # of transcoders: a linear connection as well, see docs/transcoders.md
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
 
     # hub id[:CONFIG][@SPLIT], .txt, .jsonl (also .gz, .zst), .parquet, folder, .bin, stdlib, pydoc
@@ -113,7 +116,7 @@ class Config:
     pages: Literal["all", "best"] = "all"  # autoencoders that get a page of features, or that alone
     names: tuple[str, ...] = ()  # files with names of features, see docs/language_models.md#names
     # each like this too; hub: a folder for the Hugging Face Hub, as sae_lens finds it there
-    export: Literal["none", "dictionary_learning", "sparsify", "hub"] = "none"
+    export: Literal["none", "dictionary_learning", "sparsify", "circuit_tracer", "hub"] = "none"
     push: str = ""  # OWNER/NAME on the Hub, where the user is logged in: upload that folder there
     public: bool = False  # of --push: for everybody to see; else private
     evaluate: str = ""  # only evaluate this saved autoencoder, on --model and --dataset
@@ -131,8 +134,8 @@ NOT_IDENTITY = {"preset", "device", "precision", "max_memory_gb", "max_disk_gb",
                 "output_dir", "activations_dir", "activations_in", "lm_batch_size", "log_every",
                 "wandb_mode", "page_l0", "pages", "names", "n_page_tokens", "export", "push",
                 "public"}  # fmt: skip
-CHECKED_BY = (RunOptions, Optimisation, Reading, Place, ModelChoice, TextChoice, show.ShowChoice,
-              PushChoice)  # fmt: skip
+CHECKED_BY = (RunOptions, Optimisation, Reading, Place, ModelChoice, TextChoice, Transcoding,
+              show.ShowChoice, PushChoice)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -6,14 +6,14 @@ The only place where these numbers are computed: for results.csv and for run.py 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sparse_coding.config import passing_bar
-from sparse_coding.lm.activations.chunks import is_kept
+from sparse_coding.lm.activations.chunks import PerSite, is_kept
 from sparse_coding.lm.model import LanguageModel, Site, activations, logits, next_token_loss
 from sparse_coding.lm.packing import Packed
 from sparse_coding.sae.saved import SparseAutoencoder
@@ -64,12 +64,12 @@ class HeldOut:
         """Tokens that autoencoders are for."""
         return int(self.text.keep(0, self.n_rows).sum())
 
-    def activations(self, size: int, *, max_norm: float = math.inf) -> Iterator[Tensor]:
-        """x of the kept tokens in float32, (size, width) at a time, fewer at the end.
+    def activations(self, size: int, *, max_norm: PerSite = math.inf) -> Iterator[Tensor]:
+        """x of the kept tokens in float32, (size, stored width) at a time, fewer at the end.
 
         max_norm: tokens whose activations are beyond it are dropped, too
         """
-        waiting = torch.empty(0, self.site.width, device=self.lm.device)
+        waiting = torch.empty(0, self.site.stored_width, device=self.lm.device)
         for ids, keep in self.batches():
             x = activations(self.lm, self.site, ids).float()
             waiting = torch.cat([waiting, x[keep & is_kept(x, max_norm)]])
@@ -78,7 +78,7 @@ class HeldOut:
         yield waiting
 
     def codes(
-        self, saes: list[SparseAutoencoder], *, max_norm: float = math.inf
+        self, saes: list[SparseAutoencoder], *, max_norm: PerSite = math.inf
     ) -> Iterator[tuple[Tensor, Tensor, Iterator[Tensor]]]:
         """(ids, keep, codes (rows, context_length, n_dict) of one autoencoder after another), the
         codes of dropped tokens being 0.
@@ -89,7 +89,7 @@ class HeldOut:
         """
         for ids, keep in self.batches("features"):
             x = activations(self.lm, self.site, ids).float()
-            keep = keep & is_kept(x, max_norm)
+            keep, x = keep & is_kept(x, max_norm), x[..., : self.site.width]
             yield ids, keep, (sae.encode(x) * keep.unsqueeze(2) for sae in saes)
 
 
@@ -106,7 +106,7 @@ class Evaluation:
 @full_float32()
 @torch.no_grad()
 def evaluate(
-    held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor, max_norm: float = math.inf
+    held_out: HeldOut, saes: list[SparseAutoencoder], *, mean: Tensor, max_norm: PerSite = math.inf
 ) -> list[Evaluation]:
     """Each autoencoder on the same held-out tokens.
 
@@ -116,24 +116,27 @@ def evaluate(
     activations of the kept tokens unchanged (clean), replaced by x_hat (spliced), by zeros (zero),
     by their mean over a sample of the training text (mean).
     ce_recovered = (ce_zero − ce_spliced) / (ce_zero − ce_clean), hence with zero ablation.
+    Of transcoders: fvu, mse and ce_* at the site's target, where x_hat of x takes the place of y.
 
     Args:
         saes: on the model's device, float32, raw activations in and out
-        mean: (width,) of the training text's activations, see activations.statistics
+        mean: (width,) of the training text's activations there, see activations.statistics
         max_norm: see activations.Statistics
     """
     lm, site, device = held_out.lm, held_out.site, held_out.lm.device
+    output, source = site.target or site, replace(site, target=None)
     sums = [ReconstructionSums(1, sae.n_dict, site.width, device) for sae in saes]
     by_saes = [partial(reconstructed, s, sums=total) for s, total in zip(saes, sums, strict=True)]
-    substitutes = [torch.zeros_like, lambda x: mean.to(x).expand_as(x), *by_saes]
+    substitutes = [lambda x, y: torch.zeros_like(y), lambda x, y: mean.to(y).expand_as(y), *by_saes]
     ce = torch.zeros(1 + len(substitutes), dtype=torch.float64, device=device)
     n_predictions = 0
     for ids, keep in held_out.batches():
-        of_kept = partial(_replaced, keep=keep, max_norm=max_norm)
-        passes = [None, *(partial(of_kept, new=new) for new in substitutes)]
-        with computed_once(lm, site):
-            for i, replace in enumerate(passes):
-                spliced = logits(lm, ids, site=site, replace=replace)
+        with computed_once(lm, output):
+            x = None if site.target is None else activations(lm, source, ids)
+            of_kept = partial(_replaced, x=x, keep=keep, max_norm=max_norm)
+            passes = [None, *(partial(of_kept, new=new) for new in substitutes)]
+            for i, change in enumerate(passes):
+                spliced = logits(lm, ids, site=output, replace=change)
                 ce[i] += next_token_loss(spliced, ids).double().sum()
         n_predictions += ids[:, 1:].numel()
     clean, zero, by_mean, *spliced = (ce / n_predictions).tolist()
@@ -172,11 +175,18 @@ def computed_once(lm: LanguageModel, site: Site) -> Iterator[None]:
 
 
 def _replaced(
-    x: Tensor, *, keep: Tensor, new: Callable[[Tensor], Tensor], max_norm: float
+    y: Tensor,
+    *,
+    x: Tensor | None,
+    keep: Tensor,
+    new: Callable[[Tensor, Tensor], Tensor],
+    max_norm: PerSite,
 ) -> Tensor:
-    """x (rows, context_length, width) with new() of its kept tokens (n, width) in their place."""
-    result, keep = x.clone(), keep & is_kept(x, max_norm)
-    result[keep] = new(x[keep].float()).to(x.dtype)
+    """y (rows, context_length, width) with new(x, y) of the kept tokens, each (n, width), in their
+    place. x: None: y itself, else as it was before in the same pass."""
+    rows, x = (y, y) if x is None else (torch.cat([x, y], dim=-1), x)
+    result, keep = y.clone(), keep & is_kept(rows, max_norm)
+    result[keep] = new(x[keep].float(), y[keep].float()).to(y.dtype)
     return result
 
 

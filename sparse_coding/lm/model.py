@@ -2,12 +2,13 @@
 
 Plain forward hooks on transformers models. A site is named by its layer and one of SITES:
 
+- attn_concat: the heads' outputs side by side, which the output projection gets
+- mlp_in: what the MLP gets, behind the norm and its gain, (..., d_model)
 - mlp_act: what the MLP's down projection gets (of a gated MLP: gate x up), (..., MLP width)
 - mlp_out: what the MLP adds to the residual stream, (..., d_model); where a norm comes between
   (Gemma 2), before it
 - resid_post: the residual stream after the layer, (..., d_model); of the last layer before the
   final norm
-- attn_concat: the heads' outputs side by side, which the output projection gets
 
 Models come from a local folder, the cache or the hub. Nothing of a model's own code is run and
 nothing is unpickled; weights that are missing or misshapen are an error, where transformers would
@@ -36,7 +37,7 @@ from sparse_coding.lm.nanogpt import load_nanogpt, require_stored
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-SITES = ("mlp_act", "mlp_out", "resid_post", "attn_concat")
+SITES = ("attn_concat", "mlp_in", "mlp_act", "mlp_out", "resid_post")  # as they are computed
 SIZES = {  # of a config.json, at most; ours, beyond every model of these families
     "num_hidden_layers": 500,
     "hidden_size": 2**17,
@@ -56,6 +57,7 @@ class Family:
     mlp: str
     heads: str  # the attention's output projection
     norm: str  # the final norm
+    up: str = ""  # what gets the MLP's input, if it is not the MLP
     gain_offset: float = 0.0  # the norm multiplies by weight + this
     post_norm: bool = False  # a norm stands between MLP or attention and the residual stream
 
@@ -69,14 +71,14 @@ FAMILIES = {  # by config.model_type
         "layers", "mlp.dense_4h_to_h", "mlp", "attention.dense", "final_layer_norm"
     ),
     "opt": Family(
-        "decoder.layers", "fc2", "fc2", "self_attn.out_proj", "decoder.final_layer_norm"
+        "decoder.layers", "fc2", "fc2", "self_attn.out_proj", "decoder.final_layer_norm", "fc1"
     ),
     "phi": Family("layers", "mlp.fc2", "mlp", "self_attn.dense", "final_layernorm"),
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "gemma2": Family(
-        "layers", "mlp.down_proj", "mlp", "self_attn.o_proj", "norm", 1.0, post_norm=True
+        "layers", "mlp.down_proj", "mlp", "self_attn.o_proj", "norm", "", 1.0, post_norm=True
     ),
 }  # fmt: skip
 
@@ -108,7 +110,10 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class Site:
-    """Where activations are read and replaced: the input or the output of a module."""
+    """Where activations are read and replaced: the input or the output of a module.
+
+    target: of transcoders, the later site whose activations are predicted, as wide
+    """
 
     layer: int
     name: str
@@ -116,6 +121,12 @@ class Site:
     module: nn.Module = field(repr=False, compare=False)
     at_input: bool
     centred: bool = False  # without x's mean over its width, which is put back where x is replaced
+    target: "Site | None" = None
+
+    @property
+    def stored_width(self) -> int:
+        """Of its activations and those of its target, side by side."""
+        return self.width * (2 if self.target else 1)
 
 
 def load_language_model(
@@ -344,10 +355,10 @@ def find_site(lm: LanguageModel, layer: int, site: str, *, centred: bool = False
     )
     family = FAMILIES[lm.model.config.model_type]
     block = lm.layers[layer]
-    at_input = site in ("mlp_act", "attn_concat")
+    at_input = site in ("mlp_in", "mlp_act", "attn_concat")
     path = {"mlp_act": family.down, "mlp_out": family.mlp, "attn_concat": family.heads}
-    module = block.get_submodule(path.get(site, ""))
-    width = len(_matrix(module)) if at_input else lm.d_model
+    module = block.get_submodule((path | {"mlp_in": family.up or family.mlp}).get(site, ""))
+    width = len(_matrix(module)) if at_input and site != "mlp_in" else lm.d_model
     centred = centred and not at_input and isinstance(_part(lm.model, "norm"), nn.LayerNorm)
     norm_first = getattr(lm.model.config, "do_layer_norm_before", True)  # OPT
     require(
@@ -397,22 +408,26 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def activations(lm: LanguageModel, site: Site, input_ids: Tensor) -> Tensor:
-    """The activations at the site; what comes after it in the model is not computed.
+    """The activations at the site, those at its target beside them, if it has one; what comes after
+    in the model is not computed.
 
     Args:
         input_ids: (batch, context) token ids, rows without padding
     Returns:
-        (batch, context, site.width) in the model's dtype and on its device
+        (batch, context, site.stored_width) in the model's dtype and on its device
     """
-    seen = []
+    seen, sites = [], [site, site.target] if site.target else [site]
 
-    def keep_and_stop(x: Tensor) -> None:
+    def keep(x: Tensor) -> None:
         seen.append(x)
-        raise _Stop
+        if len(seen) == len(sites):
+            raise _Stop
 
-    with _tapped(site, keep_and_stop, input_ids.shape), contextlib.suppress(_Stop):
+    with contextlib.suppress(_Stop), contextlib.ExitStack() as taps:
+        for one in sites:
+            taps.enter_context(_tapped(one, keep, input_ids.shape))
         lm.model.base_model(input_ids.to(lm.device), use_cache=False)
-    return seen[0]
+    return torch.cat(seen, dim=-1) if site.target else seen[0]
 
 
 @torch.no_grad()
@@ -468,14 +483,14 @@ def direct_logits(lm: LanguageModel, site: Site, directions: Tensor) -> Tensor |
         directions: (n, site.width), any dtype
     Returns:
         (n, vocab) float32 on the model's device; None where norms stand in the path (Gemma 2 but
-        for resid_post, OPT with norms after its layers)
+        for resid_post, OPT with norms after its layers), or the MLP (mlp_in)
     """
     config = lm.model.config
     family = FAMILIES[config.model_type]
     norm_first = getattr(config, "do_layer_norm_before", True)  # OPT
     embed_dim = getattr(config, "word_embed_proj_dim", lm.d_model)  # OPT
     through_norm = family.post_norm and site.name != "resid_post"
-    if through_norm or not norm_first or embed_dim != lm.d_model:
+    if through_norm or site.name == "mlp_in" or not norm_first or embed_dim != lm.d_model:
         return None
     effect = directions.to(lm.device, torch.float32)  # (n, width), then (n, d_model)
     if site.at_input:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_coding.config import named_seed, require
-from sparse_coding.lm.activations.chunks import Chunks, is_kept
+from sparse_coding.lm.activations.chunks import Chunks, PerSite, is_kept, scaled
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Segment:
 
 
 class Reader:
-    """x of a step: (batch_size, width) float32 on the device, multiplied by `scale`.
+    """x of a step: (batch_size, width) float32 on the device, multiplied by `scale`; of a site and
+    its target x and y, (2, batch_size, width), each by its own.
 
     Args:
         n_steps: beyond them nothing is loaded ahead
@@ -45,11 +46,11 @@ class Reader:
         *,
         batch_size: int,
         n_steps: int,
-        scale: float,
+        scale: PerSite,
         seed: int,
         device: torch.device,
         buffer_rows: int,
-        max_norm: float = math.inf,
+        max_norm: PerSite = math.inf,
     ):
         require_a_batch(chunks, batch_size)
         self.n_steps, self.closing = n_steps, False
@@ -74,7 +75,7 @@ class Reader:
             rows.record_stream(torch.cuda.current_stream())
         first = (step - segment.first) * self.batch_size
         chosen = order[first : first + self.batch_size]
-        return rows.index_select(0, chosen).float().mul_(self.scale)
+        return scaled(rows.index_select(0, chosen).float(), self.scale)
 
     def segment_of(self, step: int) -> Segment:
         """The segment that has this step; extends the list of segments as far as needed."""

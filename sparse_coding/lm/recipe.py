@@ -11,7 +11,13 @@ from torch import Tensor
 
 from sparse_coding.config import named_seed, require, require_flag
 from sparse_coding.files import read_record, read_tensors, write_tensors
-from sparse_coding.lm.activations.chunks import Chunks, Statistics, statistics
+from sparse_coding.lm.activations.chunks import (
+    Chunks,
+    Statistics,
+    in_words,
+    scaled,
+    statistics,
+)
 from sparse_coding.lm.activations.harvest import Harvester
 from sparse_coding.lm.activations.passes import evaluation_rows, harvest_rows
 from sparse_coding.lm.activations.places import Place, device_with_room, in_memory, on_disk
@@ -111,6 +117,7 @@ class Optimisation:
     shuffle_gb: of activations, that are mixed at a time
     max_norm_multiple: of the median norm; 0: no limit
     prefixes: of nested families, see SAESpec
+    skip: of transcoders, see transcoding.py
     """
 
     n_tokens: int
@@ -123,6 +130,7 @@ class Optimisation:
     shuffle_gb: float
     max_norm_multiple: float
     prefixes: tuple[float, ...] = PREFIXES
+    skip: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for a constant out of its range."""
@@ -214,49 +222,65 @@ class LanguageRecipe:
         """Of the activations."""
         return self.held_out.site.width
 
+    @property
+    def transcodes(self) -> bool:
+        """Whether activations of the site's target are predicted."""
+        return self.held_out.site.target is not None
+
+    @property
+    def buffer_rows(self) -> int:
+        """Rows of the chunks that are mixed at a time."""
+        return self.optimisation.buffer_rows(self.held_out.site.stored_width)
+
     @cached_property
     def statistics(self) -> Statistics:
         """Of the training text's activations."""
-        return statistics(self.chunks, max_norm_multiple=self.optimisation.max_norm_multiple)
+        multiple = self.optimisation.max_norm_multiple
+        n_sites = 1 + self.transcodes
+        return statistics(self.chunks, max_norm_multiple=multiple, n_sites=n_sites)
 
     def left_out(self) -> str:
         """How many rows are beyond max_norm, in words."""
         known = self.statistics
         return (
             f"left out: {known.n_left_out:,} of the first {known.n_rows:,} activations, of norms "
-            f"above {known.max_norm:.4g}, {self.optimisation.max_norm_multiple:g} x the median "
+            f"above {in_words(known.limits)}, {self.optimisation.max_norm_multiple:g} x the median "
             "(--max-norm-multiple)"
         )
 
     def memory(self, kinds: list[Kind]) -> int:
         """Of the ensemble, two buffers of rows, and codes of all of them at evaluation."""
         o, n_dicts = self.optimisation, [n for _, n in kinds]
-        rows = 2 * 2 * self.width * min(o.buffer_rows(self.width), sum(self.chunks.rows))
+        row_bytes = 2 * self.held_out.site.stored_width
+        rows = 2 * row_bytes * min(self.buffer_rows, sum(self.chunks.rows))
         tokens = self.held_out.lm_batch_size * self.held_out.text.context_length
         one_evaluated = 4 * tokens * (4 * max(n_dicts) + 2 * self.held_out.lm.vocab_size)
         saved = sum(8 * n * self.width for n in n_dicts)
-        ensemble = ensemble_bytes(kinds, self.width, o.batch_size, self.device)
+        ensemble = ensemble_bytes(
+            kinds, self.width, o.batch_size, self.device, transcodes=self.transcodes
+        )
         return ensemble + rows + one_evaluated + saved
 
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one seed, the batches they train on and their evaluation."""
-        o, seed, scale = self.optimisation, group[0].seed, self.statistics.scale
+        o, seed, known = self.optimisation, group[0].seed, self.statistics
         reader = Reader(
             self.chunks,
             batch_size=o.batch_size,
             n_steps=o.n_steps,
-            scale=scale,
+            scale=known.scales,
             seed=named_seed(seed, "batches"),
             device=self.device,
-            buffer_rows=o.buffer_rows(self.width),
-            max_norm=self.statistics.max_norm,
+            buffer_rows=self.buffer_rows,
+            max_norm=known.limits,
         )
+        specs = specs_of(group, o.l1_normalisation, tied=True, prefixes=o.prefixes)
         ensemble = Ensemble(
-            specs_of(group, o.l1_normalisation, tied=True, prefixes=o.prefixes),
+            [replace(spec, transcodes=self.transcodes, skip=o.skip) for spec in specs],
             self.width,
             lr=o.lr,
             device=self.device,
-            b_dec=self.statistics.mean * scale,
+            b_dec=known.output.mean * known.output.scale,
             project=True,
             schedule=o.schedule(self.width),
         )
@@ -275,13 +299,15 @@ class LanguageRecipe:
         self, ensemble: Ensemble, group: list[Cell]
     ) -> list[tuple[dict, dict[str, Tensor]]]:
         """Rows and autoencoders for raw activations, with their feature densities."""
-        raw = [unscaled(ensemble.dictionary(i), self.statistics.scale) for i in range(len(group))]
+        known = self.statistics
+        scales = known.scale, known.target.scale if known.target else None
+        raw = [unscaled(ensemble.dictionary(i), *scales) for i in range(len(group))]
+        more = dict(metadata={}, transcodes=self.transcodes)
         saes = [
-            SparseAutoencoder(**tensors, metadata={}, top_k=cell.top_k).to(self.device)
+            SparseAutoencoder(**tensors, **more, top_k=cell.top_k).to(self.device)
             for tensors, cell in zip(raw, group, strict=True)
         ]
-        known = self.statistics
-        evaluations = evaluate(self.held_out, saes, mean=known.mean, max_norm=known.max_norm)
+        evaluations = evaluate(self.held_out, saes, mean=known.output.mean, max_norm=known.limits)
         as_trained = self._as_trained(ensemble, group)
         results = []
         for i, (cell, evaluation) in enumerate(zip(group, evaluations, strict=True)):
@@ -306,8 +332,8 @@ class LanguageRecipe:
         if not any(by_batch):
             return {}
         known, size = self.statistics, self.optimisation.batch_size
-        xs = self.held_out.activations(size, max_norm=known.max_norm)
-        found = reconstruction(ensemble, (x * known.scale for x in xs))
+        xs = self.held_out.activations(size, max_norm=known.limits)
+        found = reconstruction(ensemble, (scaled(x, known.scales) for x in xs))
         found = {f"{name}_trained": found[name] for name in ("fvu", "l0")}
         return {
             name: [value if by else None for value, by in zip(values, by_batch, strict=True)]
@@ -320,11 +346,12 @@ class LanguageRecipe:
         sparsity = torch.log10(sae.pop("density") + NEVER)
         path = sae_folder(folder, cell)
         write_tensors(path / SPARSITY, {"sparsity": sparsity})
+        of = self.statistics
         known = {
             "max_norm_multiple": self.optimisation.max_norm_multiple,
-            "max_norm": self.statistics.max_norm if self.statistics.max_norm < math.inf else None,
-            "n_left_out": self.statistics.n_left_out,
-            "n_left_out_of": self.statistics.n_rows,
+            "max_norm": of.max_norm if of.max_norm < math.inf else None,
+            "n_left_out": of.n_left_out,
+            "n_left_out_of": of.n_rows,
             "n_eval_left_out": sae.pop("n_left_out").item(),
             "n_eval_tokens": self.held_out.n_read,
             "n_tokens": self.optimisation.n_tokens,
@@ -335,8 +362,13 @@ class LanguageRecipe:
         }
         if FAMILIES[cell.arch].nested:
             known["prefixes"] = self.optimisation.prefixes
+        if of.target:
+            known |= {"skip": self.optimisation.skip}
+            if known["max_norm"]:
+                known |= {"target_max_norm": of.target.max_norm}
         known |= {name: row[name] for name in ("fvu", "l0", "ce_recovered")}
-        save_sae(path, sae, metadata=self.metadata | known, top_k=cell.top_k)
+        of = dict(top_k=cell.top_k, transcodes=self.transcodes)
+        save_sae(path, sae, metadata=self.metadata | known, **of)
 
     def merged(self, folder: Path, cells: list[Cell]) -> list[dict]:
         """Rows of results.csv."""

@@ -21,6 +21,7 @@ from sparse_coding.figures.frontier import (
 from sparse_coding.figures.heatmap import HeatmapSpec
 from sparse_coding.figures.report import write_figure, write_figures, write_report
 from sparse_coding.files import Damaged, read_record, write_record
+from sparse_coding.lm.activations.chunks import in_words
 from sparse_coding.lm.evaluation import evaluate
 from sparse_coding.lm.features.names import Names, read_names
 from sparse_coding.lm.features.run_pages import recovered, rename_features, write_pages
@@ -35,10 +36,10 @@ from sparse_coding.sweep.cells import sae_folder
 from sparse_coding.sweep.grid import L1_TERMS, Cell, asked_of, gap, on_grid
 
 SHOWN = "shown.json"  # the choice behind what the folder shows
-TITLE = "Sparse autoencoders on a language model"
+TITLE = "{} on a language model"
 # what an autoencoder was trained on that its evaluation must share
-MUST_MATCH = ("model", "weight_hash", "layer", "site", "tokenizer_fingerprint", "held_out",
-              "tokens_sha256", "model_dtype")  # fmt: skip
+MUST_MATCH = ("model", "weight_hash", "layer", "site", "target_site", "tokenizer_fingerprint",
+              "held_out", "tokens_sha256", "model_dtype")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def show(
     _export(folder, sound, choice.export, frontiers=[figures[spec.name] for spec in FRONTIERS])
     write_report(
         folder,
-        title=TITLE,
+        title=TITLE.format("Transcoders" if recipe.transcodes else "Sparse autoencoders"),
         verdict=verdict(rows, most_l0=choice.page_l0),
         rows=rows,
         specs=(*FRONTIERS, *_heatmaps(cells), DENSITIES),
@@ -160,9 +161,11 @@ def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
     known = load_sae(sae_folder(folder, cells[0])).metadata if cells else {}
     if not known.get("max_norm"):
         return 0, "nothing: no --max-norm-multiple"
-    n = known["n_eval_left_out"]
+    n, limits = known["n_eval_left_out"], known["max_norm"]
+    if "target_max_norm" in known:
+        limits = limits, known["target_max_norm"]
     text = (
-        f"left out, of norms above {known['max_norm']:.4g}, {known['max_norm_multiple']:g} x the "
+        f"left out, of norms above {in_words(limits)}, {known['max_norm_multiple']:g} x the "
         f"median: {known['n_left_out']:,} of the first {known['n_left_out_of']:,} activations, "
         f"{n:,} held-out tokens"
     )
@@ -309,13 +312,21 @@ def check_fit(sae: SparseAutoencoder, target: Target) -> None:
         f"{site.name} of {ours['model']} has width {site.width}: choose its own --model, "
         "--layer and --site",
     )
+    transcodes = site.target is not None
+    require(
+        sae.transcodes == transcodes,
+        "the transcoder predicts another site's activations: give that site as --target-site"
+        if sae.transcodes
+        else f"the autoencoder is no transcoder: drop --target-site {ours.get('target_site')}",
+    )
     require(
         not (target.before_norm and sae.metadata.get("hook_name")),
         f"{sae.metadata.get('hook_name')} of {ours['model']} stands behind a norm, {site.name} "
         "here before it: evaluate it with sae_lens",
     )
     for name in MUST_MATCH:
-        was, here = sae.metadata.get(name, ours[name]), ours[name]
+        here = ours.get(name)
+        was = sae.metadata.get(name, here)
         if was != here:
             line = f"warning: trained on {name} {was}, evaluated on {here}"
             print(one_line(line), file=sys.stderr)
@@ -324,11 +335,11 @@ def check_fit(sae: SparseAutoencoder, target: Target) -> None:
 def evaluate_one(sae: SparseAutoencoder, recipe: LanguageRecipe) -> dict[str, float]:
     """The metrics of results.csv for an autoencoder from elsewhere; says on what."""
     known = recipe.statistics
-    (found,) = evaluate(recipe.held_out, [sae], mean=known.mean, max_norm=known.max_norm)
+    (found,) = evaluate(recipe.held_out, [sae], mean=known.output.mean, max_norm=known.limits)
     n = recipe.held_out.n_kept - found.n_left_out
     print(f"{n:,} held-out tokens; ce_recovered: against ablation by zeros")
     if found.n_left_out:
-        print(f"left out: {found.n_left_out:,}, of norms above {known.max_norm:.4g}")
+        print(f"left out: {found.n_left_out:,}, of norms above {in_words(known.limits)}")
     return found.values
 
 

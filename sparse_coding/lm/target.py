@@ -28,7 +28,6 @@ from sparse_coding.lm.model import (
     SITES,
     LanguageModel,
     Site,
-    find_site,
     hub_commit,
     load_language_model,
     logits,
@@ -44,6 +43,7 @@ from sparse_coding.lm.tokenizer import (
     load_tokenizer,
     tokenizer_files,
 )
+from sparse_coding.lm.transcoding import find_sites
 from sparse_coding.sae.saelens import CONFIG, saved_flags
 from sparse_coding.sae.saved import load_sae
 
@@ -64,6 +64,7 @@ class ModelChoice:
     layer: None: the middle one
     dtype: auto is float32 on the CPU, bfloat16 on CUDA
     store_dtype: of its activations on disk
+    target_site: of transcoders, whose activations are predicted; else ""
     """
 
     model: str
@@ -73,6 +74,12 @@ class ModelChoice:
     site: str
     dtype: str
     store_dtype: str
+    target_site: str = ""
+
+    @property
+    def known(self) -> dict:
+        """The fields by name; without target_site where there is none, as it was before."""
+        return {k: v for k, v in asdict(self).items() if k != "target_site" or v}
 
     @property
     def path(self) -> str:
@@ -129,6 +136,7 @@ class Target:
             "model_dtype": str(lm.dtype).removeprefix("torch."),
             "layer": self.site.layer,
             "site": self.site.name,
+            **({"target_site": self.site.target.name} if self.site.target else {}),
             "tokenizer": self.tokenizer.name,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "dataset": self.text.dataset,
@@ -146,14 +154,15 @@ class Target:
     @property
     def provenance(self) -> dict:
         """For saved autoencoders: the metadata, and the flags with which --evaluate opens this."""
-        known = self.metadata | {"flags": asdict(self.model) | asdict(self.text)}
-        return known | {"hook_name": None} if self.before_norm else known
+        known = self.metadata | {"flags": self.model.known | asdict(self.text)}
+        behind = "hook_name_out" if self.site.target else "hook_name"
+        return known | {behind: None} if self.before_norm else known
 
     @property
     def before_norm(self) -> bool:
         """Whether a norm follows the site, behind which TransformerLens has its hook_mlp_out."""
         post_norm = FAMILIES[self.lm.model.config.model_type].post_norm
-        return post_norm and self.site.name == "mlp_out"
+        return post_norm and (self.site.target or self.site).name == "mlp_out"
 
     def require_same_files(self, files: dict[str, str]) -> None:
         """Raises UserError if the files were written to since `files` were their stamps."""
@@ -172,6 +181,7 @@ class Target:
         n_copies = corpus.get("n_duplicates") or 0
         copies = f" ({n_copies:,} duplicates left out)" * (n_copies > 0)
         of_model, unigram = losses(self)
+        target = f", to predict {self.site.target.name}" if self.site.target else ""
         centred = ", its mean taken out (center_writing_weights)" * self.site.centred
         bos = ", rows begin with bos (prepend_bos)" * (self.held_out.first is not None)
         warning = "" if of_model < unigram else "; WARNING: wrong tokenizer, or wrong weights?"
@@ -181,7 +191,7 @@ class Target:
             f"model: next-token loss {of_model:.3f} nats on held-out text, token frequencies give "
             f"{unigram:.3f}{warning}\n"
             f"site: layer {self.site.layer} of 0 to {self.lm.n_layers - 1}, {self.site.name}, "
-            f"width {self.site.width}{centred}{bos}"
+            f"width {self.site.width}{target}{centred}{bos}"
         )
 
 
@@ -207,7 +217,7 @@ def open_target(
         model = replace(model, layer=lm.n_layers // 2)
     if text.context_length is None:
         text = replace(text, context_length=min(CONTEXT, longest))
-    site = find_site(lm, model.layer, model.site, centred=centred)
+    site = find_sites(lm, model.layer, model.site, model.target_site, centred=centred)
     require(
         lm.max_context is None or text.context_length <= longest,
         f"--context-length {text.context_length} must be at most {longest}, which the model has",
@@ -280,8 +290,9 @@ def default_folder(
     files: see stamps
     """
     more = files | {"device": device.type if model.dtype == "auto" else ""}
-    hashed = fingerprint(asdict(model) | asdict(text) | more)
-    return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{model.site}-{hashed}")
+    hashed = fingerprint(model.known | asdict(text) | more)
+    sites = "-".join(filter(None, (model.site, model.target_site)))
+    return Path(f"activations/{Path(model.model).stem}-layer{model.layer}-{sites}-{hashed}")
 
 
 def commits(model: ModelChoice, text: TextChoice) -> dict[str, str]:

@@ -12,6 +12,12 @@ from sparse_coding.sae.engines.cpu_compile import one_thread_here
 Batches = Iterator[tuple[range, Tensor]]
 
 
+def inputs_and_targets(xs: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, y) of batches, each (n, batch, h): of autoencoders xs are both, of transcoders
+    (n, 2, batch, h)."""
+    return (xs[:, 0].contiguous(), xs[:, 1].contiguous()) if xs.dim() == 4 else (xs, xs)
+
+
 def step_ranges(first: int, n_steps: int, *, length: int, stop_every: int) -> Iterator[range]:
     """Steps first .. n_steps in ranges of at most `length`, none across a multiple of stop_every.
 

@@ -80,11 +80,13 @@ class Ensemble:
         self.engine = engine_of(self.stacks)
 
     def step_(self, x: Tensor) -> None:
-        """One training step of every autoencoder on x (batch, activation_dim)."""
+        """One training step of every autoencoder on x (batch, activation_dim); of transcoders on x
+        and y, (2, batch, activation_dim)."""
         self.steps_(x.unsqueeze(0))
 
     def steps_(self, xs: Tensor) -> None:
-        """A training step of every autoencoder on each x of xs (n, batch, activation_dim)."""
+        """A training step of every autoencoder on each x of xs (n, batch, activation_dim), of
+        transcoders (n, 2, batch, activation_dim)."""
         steps = range(self.n_steps_done, self.n_steps_done + len(xs))
         self.engine.steps_(xs, n_done=steps.start, factors=[self.schedule.at(i) for i in steps])
         self.n_steps_done = steps.stop
@@ -117,6 +119,8 @@ class Ensemble:
             saved["first_threshold"] = stack.smallest_of_first[k].cpu() * of_code
         if stack.threshold is not None:
             saved["threshold"] = stack.threshold[k].cpu() * length
+        if stack.W_skip is not None:
+            saved["W_skip"] = stack.W_skip[k].cpu()
         return unscaled(saved, stack.x_scale)
 
     def l1(self, i: int) -> float:
@@ -211,10 +215,11 @@ def _gpu_engines(stacks: list[Stack]) -> list[Engine]:
     kinds: dict[type, list[Stack]] = {}
     for stack in stacks:
         arch, (_, _, h), device = stack.specs[0].arch, stack.W_dec.shape, stack.W_dec.device
-        if _is_small(arch, h, device) and stack.unit_rows:
+        if _is_small(arch, h, device) and stack.unit_rows and not stack.transcodes:
             kind = gpu.GpuEngine
         else:
-            kind = DenseEngine if stack.weighed or stack.family.refined else GemmEngine
+            dense = stack.weighed or stack.family.refined or stack.transcodes
+            kind = DenseEngine if dense else GemmEngine
         kinds.setdefault(kind, []).append(stack)
     return [kind(of_kind) for kind, of_kind in kinds.items()]
 
@@ -227,28 +232,37 @@ def _is_small(arch: str, h: int, device: torch.device) -> bool:
 
 
 def ensemble_bytes(
-    kinds: list[Kind], activation_dim: int, batch_size: int, device: torch.device
+    kinds: list[Kind],
+    activation_dim: int,
+    batch_size: int,
+    device: torch.device,
+    *,
+    transcodes: bool = False,
 ) -> int:
     """Bytes that an ensemble of these (family, n_dict) needs: its state, and scratch for its
     largest stack.
 
     With Adam's moments the state is 12 (2 n_dict h + n_dict) bytes per autoencoder, h =
-    activation_dim. Scratch of a stack: codes (n_dict x batch), x_hat, and for dense steps δ and two
-    gradients (n_dict x h); engines with kernels have their own.
+    activation_dim; of transcoders 12 h² more, for W_skip. Scratch of a stack: codes (n_dict x
+    batch), x_hat, and for dense steps δ and two gradients (n_dict x h); engines with kernels have
+    their own.
     """
     h = activation_dim
     state = sum(12 * (2 * n * h + n) + 8 * n + 8 for _, n in kinds)
     state += sum(12 * n for arch, n in kinds if FAMILIES[arch].selection == "jump")
     state += sum(8 * n for arch, n in kinds if FAMILIES[arch].refined)
+    state += 12 * h**2 * len(kinds) * transcodes
     compiled = device.type == "cpu" and has_kernels()
-    on_gpu = device.type == "cuda" and gpu.has_triton()
+    on_gpu = device.type == "cuda" and gpu.has_triton() and not transcodes
     fast = [kind for kind in kinds if compiled or (on_gpu and not FAMILIES[kind[0]].refined)]
+    of_skip = (2 * batch_size * h + h**2) * transcodes
     scratch = 4 * max(
-        kinds.count(kind) * _scratch_numbers(kind, h, batch_size, fast=kind in fast)
+        kinds.count(kind) * (_scratch_numbers(kind, h, batch_size, fast=kind in fast) + of_skip)
         for kind in set(kinds)
     )
     if fast and compiled:
-        scratch += engine_bytes(fast, h, batch_size, n_threads=torch.get_num_threads())
+        n_threads = torch.get_num_threads()
+        scratch += engine_bytes(fast, h, batch_size, n_threads=n_threads, transcodes=transcodes)
     if fast and on_gpu:
         scratch += _gpu_bytes(fast, h, batch_size, device)
     return state + scratch

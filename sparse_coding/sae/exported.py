@@ -1,6 +1,8 @@
-"""Saved autoencoders in the formats of dictionary_learning 0.1 and sparsify 1.3."""
+"""Saved autoencoders in the formats of dictionary_learning 0.1 and sparsify 1.3, transcoders in
+those of sparsify and circuit-tracer 0.5."""
 
 import io
+import json
 from pathlib import Path
 
 import torch
@@ -24,8 +26,9 @@ def export_dictionary_learning(folder: Path, sae: SparseAutoencoder, *, metadata
     metadata: as in save_sae. ae.pt is torch's own format, loadable with weights_only=True.
 
     Raises:
-        UserError: it refines its codes, or would not fit on the disk.
+        UserError: it refines its codes, is a transcoder, or would not fit on the disk.
     """
+    require(not sae.transcodes, f"{folder.name}: dictionary_learning has no transcoders")
     refines = sae.first_threshold is not None
     require(not refines, f"{folder.name}: dictionary_learning has no SAE that refines its codes")
     dict_class, state = _as_dictionary(sae.to("cpu", torch.float32), metadata)
@@ -102,6 +105,8 @@ def export_sparsify(folder: Path, sae: SparseAutoencoder, *, metadata: dict) -> 
         "W_dec": sae.W_dec,
         "b_dec": sae.b_dec,
     }
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip
     (folder / CONFIG).unlink(missing_ok=True)  # old constants beside new weights would be a lie
     write_tensors(folder / "sae.safetensors", tensors)
     config = {
@@ -111,12 +116,45 @@ def export_sparsify(folder: Path, sae: SparseAutoencoder, *, metadata: dict) -> 
         "num_latents": sae.n_dict,
         "k": sae.top_k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": sae.W_skip is not None,
+        "transcode": sae.transcodes,
         "d_in": sae.activation_dim,
     }
     write_json(folder / CONFIG, config | {"sparse_coding": metadata})
 
 
+def export_circuit_tracer(folder: Path, sae: SparseAutoencoder, *, metadata: dict) -> None:
+    """Writes layer_<i>.safetensors, as circuit_tracer's load_relu_transcoder reads it, and
+    config.yaml, as its load_transcoder_from_hub does. A set of it has a file of every layer, from 0
+    on, of one n_dict: files of several runs, put into one folder.
+
+    metadata: with model and layer
+    Raises:
+        UserError: it is no transcoder, or a topk one, or it would not fit on the disk.
+    """
+    known = sae.transcodes and sae.top_k is None
+    require(known, f"{folder.name}: circuit_tracer has relu and jumprelu transcoders alone")
+    sae = sae.to("cpu", torch.float32)
+    tensors = sae.tensors | {"W_enc": sae.W_enc.T}
+    if sae.threshold is not None:
+        tensors["activation_function.threshold"] = sae.threshold
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip
+    config = {
+        "model_kind": "transcoder_set",
+        "model_name": metadata.get("model"),
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out",
+        "scan": folder.name,
+    }
+    write_tensors(folder / f"layer_{metadata['layer']}.safetensors", tensors)
+    lines = [f"{name}: {json.dumps(value)}\n" for name, value in config.items()]  # JSON is YAML
+    write_atomic(folder / "config.yaml", "".join(lines))
+
+
 # flag of run.py, and folder beside saes/ -> what writes a cell
-EXPORTERS = {"dictionary_learning": export_dictionary_learning, "sparsify": export_sparsify}
+EXPORTERS = {
+    "dictionary_learning": export_dictionary_learning,
+    "sparsify": export_sparsify,
+    "circuit_tracer": export_circuit_tracer,
+}

@@ -16,8 +16,14 @@ from sparse_coding.sae.families import REFINEMENT
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 AGAIN = "write or fetch the SAE again"  # where its files are damaged
 REFINED = "matryoshka_refined"  # ours: no class of sae_lens refines codes
-ARCHITECTURES = ("standard", "jumprelu", "topk", REFINED)
+# ours again where codes are topk: sae_lens has no such transcoder
+TRANSCODERS = (
+    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder",
+    "topk_transcoder", "topk_skip_transcoder",
+)  # fmt: skip
+ARCHITECTURES = ("standard", "jumprelu", "topk", REFINED, *TRANSCODERS)
 HOOKS = {  # site -> TransformerLens's name of it
+    "mlp_in": "blocks.{}.mlp.hook_in",  # of TransformerLens 3's bridge, as in circuit-tracer
     "mlp_act": "blocks.{}.mlp.hook_post",
     "mlp_out": "blocks.{}.hook_mlp_out",
     "resid_post": "blocks.{}.hook_resid_post",
@@ -35,6 +41,20 @@ HARMLESS = {
     "trust_remote_code", "local_files_only", "token", "cache_dir",
 }  # fmt: skip
 AT_HEADS = {"fold_value_biases", "refactor_factored_attn_matrices"}  # elsewhere harmless too
+
+
+def kind_of(architecture: str) -> tuple[str, bool, bool]:
+    """(how codes are chosen: standard, jumprelu, topk or REFINED; whether it is a transcoder;
+    whether that has a skip connection)."""
+    if architecture not in TRANSCODERS:
+        return architecture, False, False
+    chosen = architecture.split("_")[0]
+    return chosen if chosen in ("jumprelu", "topk") else "standard", True, "skip" in architecture
+
+
+def architecture_of(kind: tuple[str, bool, bool]) -> str:
+    """The name of what kind_of gives."""
+    return next(name for name in ARCHITECTURES if kind_of(name) == kind)
 
 
 def read_config(folder: Path) -> dict:
@@ -77,13 +97,20 @@ def _require_expressible(path: Path, config: dict) -> None:
         f"{path.parent} wants normalize_activations {normalised}: fold it into the weights with "
         "sae_lens and save it again",
     )
-    flags = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
+    transcodes = kind_of(architecture)[1]
+    require(
+        not transcodes or config.get("d_out") == config["d_in"],
+        f"{path.parent} predicts activations of width {str(config.get('d_out'))[:60]} from such of "
+        f"{config['d_in']}; only equal ones can be read",
+    )
+    flags = (*["apply_b_dec_to_input"] * (not transcodes), "rescale_acts_by_decoder_norm")
     known = {
         "d_in": _is_size(config["d_in"]),
         "d_sae": _is_size(config["d_sae"]),
         "dtype": config.get("dtype") is None or _dtype(config["dtype"]) in DTYPES,
         "reshape_activations": config.get("reshape_activations") in (None, "none", "hook_z"),
         "activation_fn": config.get("activation_fn") in (None, "relu", architecture),
+        "apply_b_dec_to_input": not transcodes or not config.get("apply_b_dec_to_input"),
         "refinement": architecture != REFINED or config.get("refinement") == REFINEMENT,
     } | {name: config.get(name) in (None, True, False) for name in flags}
     _require_all(path, known, config)
@@ -128,15 +155,17 @@ def foreign_metadata(folder: Path, metadata: dict) -> dict:
     } | {name: isinstance(metadata.get(name), (str, type(None))) for name in texts}
     _require_all(path, known, metadata)
     site, layer = site_of(hook)
+    target, of_target = site_of(metadata.get("hook_name_out"))
     told = {
         "model": metadata.get("model_name"),
         "hook_name": hook,
         "site": site,
         "layer": layer,
+        "target_site": target if of_target == layer else None,
         "context_length": context,
         "dataset": metadata.get("dataset_path"),
         "prepend_bos": metadata.get("prepend_bos") or None,
-    } | _model_options(path, options, at_heads=site in (None, "attn_concat"))
+    } | _model_options(path, options, site)
     return {name: value for name, value in told.items() if value is not None}
 
 
@@ -150,9 +179,10 @@ def site_of(hook: str | None) -> tuple[str | None, int | None]:
     return None, None
 
 
-def _model_options(path: Path, options: dict, *, at_heads: bool) -> dict:
-    """What options of from_pretrained come to. at_heads: the SAE is, or may be, on attn_concat."""
-    harmless = HARMLESS if at_heads else HARMLESS | AT_HEADS
+def _model_options(path: Path, options: dict, site: str | None) -> dict:
+    """What options of from_pretrained come to, for an SAE on the site, which may be unknown."""
+    harmless = HARMLESS if site in (None, "attn_concat") else HARMLESS | AT_HEADS
+    harmless = harmless - {"fold_ln"} if site == "mlp_in" else harmless  # behind a norm's gain
     dtype = options.get("dtype", options.get("torch_dtype"))
     centred = options.get("center_writing_weights")
     known: dict[str, Callable[[object], bool]] = {

@@ -22,7 +22,9 @@ from sparse_coding.sae.saelens import (
     REFINED,
     UNPROCESSED,
     WEIGHTS,
+    architecture_of,
     foreign_metadata,
+    kind_of,
     read_config,
 )
 
@@ -36,6 +38,9 @@ class SparseAutoencoder:
 
     A jumprelu one zeroes pre-activations that do not exceed `threshold`, a topk one all but the
     `top_k` largest. Rows of W_dec are the features.
+
+    A transcoder's x_hat is of another site's y, as wide, and may have a skip connection:
+    codes = ReLU(x W_enc + b_enc), x_hat = codes W_dec + b_dec + x W_skipᵀ.
     """
 
     W_enc: Tensor  # (activation_dim, n_dict)
@@ -46,6 +51,8 @@ class SparseAutoencoder:
     threshold: Tensor | None = None  # (n_dict,)
     first_threshold: Tensor | None = None  # (n_dict,), of a refined one: see stack.py
     top_k: int | None = None
+    W_skip: Tensor | None = None  # (activation_dim, activation_dim)
+    transcodes: bool = False
 
     @property
     def activation_dim(self) -> int:
@@ -64,7 +71,7 @@ class SparseAutoencoder:
 
     def encode(self, x: Tensor) -> Tensor:
         """x (..., activation_dim) -> codes (..., n_dict)"""
-        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        pre = (x if self.transcodes else x - self.b_dec) @ self.W_enc + self.b_enc
         if self.first_threshold is not None:
             first = pre.relu() * (pre > self.first_threshold)
             pre = pre + REFINEMENT * (x - self.decode(first)) @ self.W_enc
@@ -76,30 +83,38 @@ class SparseAutoencoder:
             codes = torch.zeros_like(codes).scatter(-1, largest.indices, largest.values)
         return codes
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes (..., n_dict) -> x_hat (..., activation_dim)"""
-        return codes @ self.W_dec + self.b_dec
+    def decode(self, codes: Tensor, x: Tensor | None = None) -> Tensor:
+        """codes (..., n_dict) -> x_hat (..., activation_dim); x: for a skip connection"""
+        x_hat = codes @ self.W_dec + self.b_dec
+        return x_hat if self.W_skip is None else x_hat + x @ self.W_skip.T
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "SparseAutoencoder":
         """The same autoencoder elsewhere."""
         moved = {name: t.to(device=device, dtype=dtype) for name, t in self.tensors.items()}
-        for name in THRESHOLDS:
-            if (threshold := getattr(self, name)) is not None:
-                moved[name] = threshold.to(device=device, dtype=dtype)
+        for name in (*THRESHOLDS, "W_skip"):
+            if (tensor := getattr(self, name)) is not None:
+                moved[name] = tensor.to(device=device, dtype=dtype)
         return replace(self, **moved)
 
 
 def save_sae(
-    folder: Path, tensors: dict[str, Tensor], *, metadata: dict, top_k: int | None = None
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    metadata: dict,
+    top_k: int | None = None,
+    transcodes: bool = False,
 ) -> None:
     """Writes a folder that `sae_lens.SAE.load_from_disk` and `load_sae` read; cfg.json last.
 
     Args:
         tensors: W_enc, b_enc, W_dec, b_dec for raw activations: any scaling is folded in; and
             threshold, in the same units, of a jumprelu SAE, or one that chose by batch; and
-            first_threshold of a refined one, whose folder sae_lens can't read
+            first_threshold of a refined one, whose folder sae_lens can't read; and W_skip of a
+            transcoder with a skip connection
+        transcodes: whether it is a transcoder; sae_lens can't read one that is topk
         top_k: of a topk SAE, whose rows of W_dec have length 1
         metadata: where it comes from, kept whole in metadata.sparse_coding of cfg.json. SAELens's
             own fields are filled from model, layer, site, context_length, dataset and prepend_bos,
@@ -111,20 +126,24 @@ def save_sae(
     activation_dim, n_dict = tensors["W_enc"].shape
     thresholds = [name for name in THRESHOLDS if name in tensors]
     assert not (top_k and thresholds)
-    architecture = ("topk" if top_k else "standard", "jumprelu", REFINED)[len(thresholds)]
+    chosen = ("topk" if top_k else "standard", "jumprelu", REFINED)[len(thresholds)]
     of_topk = {"k": top_k, "rescale_acts_by_decoder_norm": False}
-    own = {"topk": of_topk, REFINED: {"refinement": REFINEMENT}}.get(architecture, {})
+    own = {"topk": of_topk, REFINED: {"refinement": REFINEMENT}}.get(chosen, {})
+    skip = ["W_skip"] * ("W_skip" in tensors)
+    if transcodes:
+        own |= {"d_out": activation_dim}
     (folder / CONFIG).unlink(missing_ok=True)  # old constants beside new weights would be a lie
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", *thresholds)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", *thresholds, *skip)
     write_tensors(folder / WEIGHTS, {name: tensors[name].float() for name in names})
     config = {
-        "architecture": architecture,
+        "architecture": architecture_of((chosen, transcodes, bool(skip))),
         "d_in": activation_dim,
         "d_sae": n_dict,
         **own,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": bool(tensors["b_dec"].any()),  # false where it is fixed at 0
+        # false where it is fixed at 0
+        "apply_b_dec_to_input": bool(tensors["b_dec"].any()) and not transcodes,
         "normalize_activations": "none",
         # hook_z has a dimension for the heads, which SAELens then flattens
         "reshape_activations": "hook_z" if metadata.get("site") == "attn_concat" else "none",
@@ -140,10 +159,15 @@ def _is_nan(value: object) -> bool:
 def _saelens_metadata(metadata: dict) -> dict:
     """SAELens's names for what is known, and all of `metadata` under sparse_coding."""
     site, layer = metadata.get("site"), metadata.get("layer")
-    hook = HOOKS[site].format(layer) if site in HOOKS and layer is not None else None
+
+    def hook(at: str | None) -> str | None:
+        return HOOKS[at].format(layer) if at in HOOKS and layer is not None else None
+
     known = {
         "model_name": metadata.get("model"),
-        "hook_name": metadata.get("hook_name", hook),  # None: TransformerLens has none there
+        # None: TransformerLens has none there
+        "hook_name": metadata.get("hook_name", hook(site)),
+        "hook_name_out": metadata.get("hook_name_out", hook(metadata.get("target_site"))),
         "context_size": metadata.get("context_length"),
         "dataset_path": metadata.get("dataset"),
         "prepend_bos": metadata.get("prepend_bos"),
@@ -167,9 +191,10 @@ def load_sae(folder: Path) -> SparseAutoencoder:
             be honoured, tensors that are missing, unknown, torn, not finite or of a wrong shape.
     """
     config = read_config(folder)
-    architecture, top_k = config["architecture"], config.get("k")
+    top_k, (architecture, transcodes, skip) = config.get("k"), kind_of(config["architecture"])
     parameters = ["W_enc", "b_enc", "W_dec", "b_dec"]
     parameters += THRESHOLDS[: {"jumprelu": 1, REFINED: 2}.get(architecture, 0)]
+    parameters += ["W_skip"] * skip
     tensors = _read_weights(folder / WEIGHTS, parameters, config)
     if architecture == "topk":
         require(
@@ -178,14 +203,13 @@ def load_sae(folder: Path) -> SparseAutoencoder:
         )
         if config.get("rescale_acts_by_decoder_norm"):
             tensors |= with_unit_rows(tensors)
-    if not config.get("apply_b_dec_to_input", True):
+    if not config.get("apply_b_dec_to_input", True) and not transcodes:
         shift = tensors["b_dec"].double() @ tensors["W_enc"].double()
         tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
     ours = config["metadata"].get("sparse_coding")
     metadata = ours if isinstance(ours, dict) else foreign_metadata(folder, config["metadata"])
-    return SparseAutoencoder(
-        **tensors, metadata=metadata, top_k=top_k if architecture == "topk" else None
-    )
+    top_k = top_k if architecture == "topk" else None
+    return SparseAutoencoder(**tensors, metadata=metadata, top_k=top_k, transcodes=transcodes)
 
 
 def _read_weights(path: Path, parameters: list[str], config: dict) -> dict[str, Tensor]:
@@ -201,6 +225,7 @@ def _read_weights(path: Path, parameters: list[str], config: dict) -> dict[str, 
         require(not names, f"{path} {what} {', '.join(sorted(names))}: write or fetch it again")
     width, n_dict = config["d_in"], config["d_sae"]
     shapes = {"W_enc": (width, n_dict), "W_dec": (n_dict, width), "b_dec": (width,)}
+    shapes["W_skip"] = (width, width)
     for name in parameters:
         shape = shapes.get(name, (n_dict,))
         require(
@@ -231,8 +256,16 @@ def with_unit_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.float() for name, t in ({"W_dec": rows} | scaled).items()}
 
 
-def unscaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+def unscaled(
+    tensors: dict[str, Tensor], scale: float, y_scale: float | None = None
+) -> dict[str, Tensor]:
     """The same autoencoder for x instead of scale · x: by ReLU's homogeneity only biases and
-    thresholds change, and codes are in the units of x."""
+    thresholds change, and codes are in the units of x. Of a transcoder, to y instead of
+    y_scale · y, codes are in the units of y, and what multiplies x changes, too."""
     names = tensors.keys() & {"b_enc", "b_dec", "threshold", "first_threshold"}
-    return tensors | {name: tensors[name] / scale for name in names}
+    of_y = scale if y_scale is None else y_scale
+    found = tensors | {name: tensors[name] / of_y for name in names}
+    if y_scale is None:
+        return found
+    of_x = tensors.keys() & {"W_enc", "W_skip"}
+    return found | {name: tensors[name] * (scale / y_scale) for name in of_x}

@@ -38,6 +38,7 @@ class SAESpec:
     lr_factor: of the ensemble's learning rate; the same for all of one family
     x_scale: it trains on x times this, and so are its parameters; what it is asked for and what it
         gives are in units of x. The same for all of one family
+    transcodes: it predicts another site's y from x, see stack.py; skip: with a skip connection
     """
 
     n_dict: int
@@ -50,6 +51,15 @@ class SAESpec:
     rows: Rows = "unit"
     lr_factor: float = 1.0
     x_scale: float = 1.0
+    transcodes: bool = False
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what has no formulas in stack.py."""
+        if self.transcodes and (FAMILIES[self.arch].refined or self.x_scale != 1):
+            raise ValueError("a transcoder neither refines its codes nor scales its x")
+        if self.skip and not self.transcodes:
+            raise ValueError("a skip connection is a transcoder's")
 
     @property
     def seeks_l0(self) -> bool:
@@ -146,11 +156,18 @@ class Schedule:
 
 
 def initial_autoencoder(
-    activation_dim: int, n_dict: int, seed: int, *, tied: bool = False, unit_rows: bool = True
+    activation_dim: int,
+    n_dict: int,
+    seed: int,
+    *,
+    tied: bool = False,
+    unit_rows: bool = True,
+    transcodes: bool = False,
 ) -> dict[str, Tensor]:
     """The start of June 2023: W_enc, b_enc as torch.nn.Linear, W_dec orthogonal, rows of length 1.
     With `tied`: rows of W_dec uniform on the sphere, W_enc half its transpose, b_enc 0; rows that
-    are free start SHORT, and W_enc as the transpose.
+    are free start SHORT, and W_enc as the transpose. A transcoder's W_enc has rows of its own, as
+    long: what it reads is elsewhere than what it writes.
 
     Drawn on the CPU in float32. Feature-major as in a Stack: W_enc is (n_dict, activation_dim),
     the transpose of what Ensemble.dictionary and the saved files have.
@@ -160,7 +177,10 @@ def initial_autoencoder(
         W_dec = normalize(torch.randn(n_dict, activation_dim, generator=rng), dim=1)
         of_dec, of_enc = (1.0, TIED) if unit_rows else (SHORT, SHORT)
         b_enc = torch.zeros(n_dict)
-        return {"W_enc": of_enc * W_dec, "b_enc": b_enc, "W_dec": of_dec * W_dec}
+        W_enc = W_dec
+        if transcodes:
+            W_enc = normalize(torch.randn(n_dict, activation_dim, generator=rng), dim=1)
+        return {"W_enc": of_enc * W_enc, "b_enc": b_enc, "W_dec": of_dec * W_dec}
     bound = activation_dim**-0.5  # torch.nn.Linear: U(−1/√fan_in, 1/√fan_in) for weight and bias
     W_enc = torch.empty(n_dict, activation_dim).uniform_(-bound, bound, generator=rng)
     b_enc = torch.empty(n_dict).uniform_(-bound, bound, generator=rng)
@@ -174,7 +194,12 @@ def stacked_starts(
     """Those of several of one kind: name -> (n_saes, ...)."""
     starts = [
         initial_autoencoder(
-            activation_dim, spec.n_dict, spec.seed, tied=spec.tied, unit_rows=spec.rows == "unit"
+            activation_dim,
+            spec.n_dict,
+            spec.seed,
+            tied=spec.tied,
+            unit_rows=spec.rows == "unit",
+            transcodes=spec.transcodes,
         )
         for spec in specs
     ]

@@ -53,6 +53,13 @@ gains −c₁ᵀ u, ∂b_dec gains −Σ u, and δ of pre is δ − (u W_decᵀ)
 ranks of the features by how often they fire; the error of an inner prefix trains its last band
 alone, beside the error of the whole. Errors of samples weigh as softmax(TILT · error / their mean).
 
+Transcoders predict another site's y from x (Dunefsky, Chlenski, Nanda 2024, arXiv 2406.11944):
+y takes x's place in the loss, in e and in g, and nothing is taken off the encoder's input. A skip
+connection (Paulo, Shabalin, Belrose 2025, arXiv 2501.18823) is part of every prefix's y_hat:
+
+    pre = x W_enc + b_enc        y_hat = codes W_dec + b_dec + x W_skipᵀ, W_skip at first 0
+    ∂W_skip = gᵀ x               ∂b_dec = Σ over batch of g               ∂W_enc = xᵀ δ
+
 Gradient projection (an option): the part of ∂W_dec along a row of W_dec only changes the row's
 length, which is put back to 1, so Adam is spared it (Bricken et al. 2023, Towards Monosemanticity).
 """
@@ -86,7 +93,7 @@ from sparse_coding.sae.spec import (
     stacked_starts,
 )
 
-PARAMETERS = ("W_enc", "b_enc", "W_dec")  # and b_dec, where it is trained, and threshold
+PARAMETERS = ("W_enc", "b_enc", "W_dec")  # and, where there are such, b_dec, threshold and W_skip
 
 
 class Scratch:
@@ -124,7 +131,7 @@ class Stack:
     ):
         self.specs, self.scratch, self.project = specs, scratch, project
         self.n_dict, self.lr = specs[0].n_dict, lr * specs[0].lr_factor
-        self.family = FAMILIES[specs[0].arch]
+        self.family, self.transcodes = FAMILIES[specs[0].arch], specs[0].transcodes
         self.bands = bands(self.n_dict, specs[0].prefixes if self.family.nested else (1.0,))
         to = {"device": scratch.device, "dtype": scratch.dtype}
         shape = (len(specs), self.n_dict)
@@ -133,12 +140,15 @@ class Stack:
             stacked["b_dec"] = b_dec.to(**to).repeat(len(specs), 1) * self.x_scale  # (n_saes, h)
         if self.family.selection == "jump":
             stacked["threshold"] = torch.full(shape, THRESHOLD, **to)
+        if specs[0].skip:
+            stacked["W_skip"] = torch.zeros(len(specs), activation_dim, activation_dim, **to)
         self.parameters = {
             k: torch.nn.Parameter(t, requires_grad=False) for k, t in stacked.items()
         }
         self.W_enc, self.b_enc, self.W_dec = (self.parameters[name] for name in PARAMETERS)
         self.b_dec = self.parameters.get("b_dec")
         self.threshold = self.parameters.get("threshold")
+        self.W_skip = self.parameters.get("W_skip")  # (n_saes, width of y, width of x)
         self.l1 = torch.tensor([spec.l1 for spec in specs], **to).view(-1, 1, 1)
         sought = [spec.target_l0 * spec.seeks_l0 for spec in specs]
         self.target_l0 = torch.tensor(sought, **to).view(-1, 1, 1)
@@ -184,6 +194,8 @@ class Stack:
         if self.family.refined:
             codes = self.select_(self.refine(x, codes)[0])
         x_hat = self.decode(codes)
+        if self.W_skip is not None:
+            x_hat += self.skipped(x)
         return (codes, x_hat) if scale == 1 else (codes.div_(scale), x_hat.div_(scale))
 
     def refine(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +212,8 @@ class Stack:
         pre = self.scratch("codes", n_saes, n_dict, len(x))
         x_T = x.T.expand(n_saes, h, len(x))
         bias = self.b_enc.unsqueeze(2)  # (n_saes, n_dict, 1)
-        if self.b_dec is not None:  # (x − b_dec) W_enc + b_enc without a copy of x per autoencoder
-            # one by one: bmm gives a single autoencoder other bits than it has among others
+        if self.b_dec is not None and not self.transcodes:
+            # without a copy of x; one by one: bmm gives a single one other bits than among others
             of_b_dec = [W @ b for W, b in zip(self.W_enc, self.b_dec, strict=True)]
             bias = bias - torch.stack(of_b_dec).unsqueeze(2)
         return torch.baddbmm(bias, self.W_enc, x_T, out=pre)
@@ -234,8 +246,12 @@ class Stack:
         b_dec = self.b_dec.unsqueeze(1)
         return torch.baddbmm(b_dec, codes.transpose(1, 2), self.W_dec, out=x_hat)
 
-    def step_(self, x: Tensor, factors: Factors) -> None:
-        """One dense step of gradient descent on x (batch, activation_dim)."""
+    def skipped(self, x: Tensor) -> Tensor:
+        """x W_skipᵀ (n_saes, batch, activation_dim)."""
+        return torch.bmm(x.expand(len(self.W_skip), *x.shape), self.W_skip.mT)
+
+    def step_(self, x: Tensor, factors: Factors, y: Tensor | None = None) -> None:
+        """One dense step of gradient descent on x (batch, activation_dim); y: of transcoders."""
         pre, k_factor = self.encode(x), 1.0
         if self.family.refined:
             k_factor = factors.k
@@ -246,7 +262,8 @@ class Stack:
         kept = self.scratch("pre", *pre.shape).copy_(pre) if needed else None
         codes = self.select_(pre, k_factor)
         self._adapt_(codes, factors)
-        errors, whole = self._errors(x, codes)
+        y = x if y is None else y
+        errors, whole = self._errors(y if self.W_skip is None else y - self.skipped(x), codes)
         delta = self._set_decoder_gradients_(codes, errors, self.l1 * factors.l1, factors.p)
         through = 0
         if self.threshold is not None:
@@ -276,7 +293,7 @@ class Stack:
     def _errors(self, x: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
         """g (n_saes, batch, h) of each band of features, the sum over the prefixes with it; and of
         the whole x_hat."""
-        batch, h = x.shape
+        batch, h = x.shape[-2:]
         if self.family.refined:
             return self._errors_of_ranks(x, codes)
         if len(self.bands) == 1:
@@ -400,7 +417,11 @@ class Stack:
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1)
         self.W_enc.grad = torch.bmm(delta, x.expand(n_saes, *x.shape), out=W_enc_grad)
         self.b_enc.grad = delta.sum(dim=2)
-        if self.b_dec is not None:
+        if self.W_skip is not None:
+            self.W_skip.grad = torch.bmm(g.mT, x.expand(n_saes, *x.shape))
+        if self.transcodes and self.b_dec is not None:
+            self.b_dec.grad = g.sum(dim=1)
+        elif self.b_dec is not None:
             through_encoder = self.b_enc.grad.unsqueeze(1)  # (n_saes, 1, n_dict)
             W_enc_grad.addcmul_(through_encoder.mT, self.b_dec.unsqueeze(1), value=-1)
             self.b_dec.grad = g.sum(dim=1) - torch.bmm(through_encoder, self.W_enc).squeeze(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sparse_coding.config import named_seed
+from sparse_coding.sae.batches import inputs_and_targets
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.saved import SparseAutoencoder
 
@@ -273,11 +274,12 @@ class Scores:
         return found | ({"s_dec": fmean(self.s_dec)} if self.s_dec else {})
 
 
-def reconstructed(sae: SparseAutoencoder, x: Tensor, sums: ReconstructionSums) -> Tensor:
-    """x_hat of x, both (n, activation_dim), counted in the sums of this one autoencoder."""
+def reconstructed(sae: SparseAutoencoder, x: Tensor, y: Tensor, sums: ReconstructionSums) -> Tensor:
+    """x_hat of x, both (n, activation_dim), counted in the sums of this one autoencoder. y: what
+    x_hat is of: x but of transcoders."""
     codes = sae.encode(x)
-    x_hat = sae.decode(codes)
-    sums.add(x, x_hat.unsqueeze(0), codes.T.unsqueeze(0))
+    x_hat = sae.decode(codes, x)
+    sums.add(y, x_hat.unsqueeze(0), codes.T.unsqueeze(0))
     return x_hat
 
 
@@ -286,14 +288,15 @@ def reconstruction(ensemble: Ensemble, batches: Iterable[Tensor]) -> dict[str, l
     """l0, l1, mse, fvu, n_dead over all samples of the batches, in the order of the specs.
 
     Args:
-        batches: each (batch_size, activation_dim)
+        batches: each (batch_size, activation_dim), of transcoders (2, batch_size, activation_dim)
     """
     h, device = ensemble.activation_dim, ensemble.scratch.device
     sums = [ReconstructionSums(len(s.specs), s.n_dict, h, device) for s in ensemble.stacks]
-    for x in batches:
+    for batch in batches:
+        (x,), (y,) = inputs_and_targets(batch[None])
         for stack, total in zip(ensemble.stacks, sums, strict=True):
             codes, x_hat = stack.forward(x)
-            total.add(x, x_hat, codes)
+            total.add(y, x_hat, codes)
     return _in_order(ensemble, [total.result() for total in sums])
 
 

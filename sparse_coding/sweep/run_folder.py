@@ -49,7 +49,8 @@ WRITTEN = (
     "cells/seed*.json", "saes/seed*/*.safetensors", "saes/seed*/cfg.json",
     "dictionaries/seed*.safetensors", "dictionary_learning/seed*/ae.pt",
     "dictionary_learning/seed*/config.json", "sparsify/seed*/sae.safetensors",
-    "sparsify/seed*/cfg.json", "hub/README.md", "hub/results.csv", "hub/figures/*.png",
+    "sparsify/seed*/cfg.json", "circuit_tracer/seed*/layer_*.safetensors",
+    "circuit_tracer/seed*/config.yaml", "hub/README.md", "hub/results.csv", "hub/figures/*.png",
     "hub/*/seed*/README.md", "hub/*/seed*/*.safetensors", "hub/*/seed*/cfg.json",
     "checkpoints/*/step-*.safetensors",
 )  # fmt: skip
@@ -59,6 +60,8 @@ RENAMED = {"learning_rate": "lr"}  # constants of older folders
 ADDED = {"arch": ["relu"], "target_l0": [], "prefixes": list(PREFIXES),
          "baseline": "none", "world": "42", "n_worlds": 1,
          "n_eval_samples": 2560, "decoder_rows": "unit"}  # since, as they were  # fmt: skip
+# since, too, and no part of a run's constants while they are these: it keeps its name
+UNSET = {"target_site": "", "skip": False}
 GIT_STATE = "SPARSE_CODING_GIT_STATE"  # set on rented machines, where the code is no checkout
 
 

@@ -13,6 +13,7 @@ from sparse_coding.sweep.cells import saved_width
 from sparse_coding.sweep.grid import Cell, Shard, plan_groups, split_by_cost
 from sparse_coding.sweep.hardware import memory_budget
 from sparse_coding.sweep.run_folder import (
+    UNSET,
     close_run_folder,
     finished_rows,
     may_merge,
@@ -112,7 +113,8 @@ def plan_run(
         more: what else the numbers depend on (kind of device, precision, ...)
         device: in words; suffix: of this shard's files
     """
-    constants = {k: v for k, v in config.items() if k not in not_identity} | more
+    left_out = not_identity | {k for k, v in UNSET.items() if config.get(k) == v}
+    constants = {k: v for k, v in config.items() if k not in left_out} | more
     name = f"{script}-{config['preset']}-{fingerprint(constants)}"
     origin = {"run_name": name + suffix, **provenance(device)}
     return PlannedRun(Path(config["output_dir"] or f"outputs/{name}"), constants, origin)

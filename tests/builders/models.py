@@ -66,9 +66,10 @@ def random_model(kind: str, *, seed: int = 0, noise: float = 0.3, **changes):
 def module_at(model, kind: str, layer: int, site: str) -> tuple[torch.nn.Module, bool]:
     """(module, whether it's the module's input) where the activations of a site are."""
     layers, down, heads, mlp, _ = PATHS[kind]
-    path = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}[site]
-    module = model.get_submodule(f"{layers}.{layer}").get_submodule(path)
-    return module, site in ("mlp_act", "attn_concat")
+    path = {"mlp_act": down, "attn_concat": heads, "mlp_out": mlp, "resid_post": ""}
+    path["mlp_in"] = "fc1" if kind == "opt" else mlp
+    module = model.get_submodule(f"{layers}.{layer}").get_submodule(path[site])
+    return module, site in ("mlp_in", "mlp_act", "attn_concat")
 
 
 @torch.no_grad()

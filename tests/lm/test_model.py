@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +122,36 @@ def test_a_gated_mlps_activation_is_gate_times_up(models):
     assert (got - by_hand).abs().max() < 1e-5
 
 
+def site_is_before_down(name: str) -> bool:
+    """Whether the MLP's down projection comes after the site."""
+    return name in ("mlp_in", "mlp_act", "attn_concat")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_mlps_input_stands_behind_the_norm_and_gives_its_output(models, kind):
+    """What the MLP, or OPT's two projections, make of it is the activation at mlp_out."""
+    lm = models[kind]
+    block = lm.model.get_submodule(f"{PATHS[kind][0]}.1")
+    x, y = (activations(lm, find_site(lm, 1, name), IDS) for name in ("mlp_in", "mlp_out"))
+    with torch.no_grad():
+        opt = kind == "opt"
+        made = block.fc2(block.activation_fn(block.fc1(x))) if opt else block.mlp(x)
+    assert (made - y).abs().max() < 1e-4 * y.abs().max()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_site_and_its_target_come_from_one_pass(models, kind):
+    lm, passes = models[kind], []
+    handle = lm.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+    site, target = (find_site(lm, 1, name) for name in ("mlp_in", "mlp_out"))
+    got = activations(lm, replace(site, target=target), IDS)
+    assert len(passes) == 1
+    assert got.shape == (2, CONTEXT, 2 * D)
+    expected = [activations(lm, one, IDS) for one in (site, target)]
+    assert torch.equal(got, torch.cat(expected, dim=-1))
+    handle.remove()
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_nothing_after_the_site_is_computed(models, kind):
     lm = models[kind]
@@ -135,7 +166,7 @@ def test_nothing_after_the_site_is_computed(models, kind):
     handles.append(head.register_forward_pre_hook(lambda *_: run.append("head")))
     for name in SITES:
         activations(lm, find_site(lm, 1, name), IDS)
-        assert run == ([] if name in ("mlp_act", "attn_concat") else later[:1]), name
+        assert run == ([] if site_is_before_down(name) else later[:1]), name
         run.clear()
     activations(lm, find_site(lm, N_LAYERS - 1, "resid_post"), IDS)
     assert "head" not in run
@@ -275,7 +306,7 @@ def test_direct_logits_are_the_change_of_the_logits_with_the_norms_scale_frozen(
     norm = lm.model.get_submodule(PATHS[kind][-1])
     norm.register_forward_hook(frozen_norm(scale, float(kind == "gemma2")))
     parallel = kind in ("gptj", "gpt_neox", "phi")  # else the MLP reads what attention writes
-    for name in SITES if parallel else SITES[:3]:
+    for name in ("mlp_act", "mlp_out", "resid_post", *["attn_concat"] * parallel):
         site = find_site(lm, 0, name)
         directions = torch.randn(4, site.width, generator=torch.Generator().manual_seed(0))
         got = direct_logits(lm, site, directions)
@@ -307,7 +338,9 @@ def test_direct_logits_of_the_heads_go_through_the_output_projection(models):
     )
 
 
-def test_direct_logits_are_refused_where_no_direct_path_is_linear(tmp_path):
+def test_direct_logits_are_refused_where_no_direct_path_is_linear(models, tmp_path):
+    for lm in models.values():
+        assert direct_logits(lm, find_site(lm, 0, "mlp_in"), torch.ones(1, D)) is None
     lm = one_layer("opt", tmp_path / "post", do_layer_norm_before=False)
     assert all(direct_logits(lm, find_site(lm, 0, n), torch.ones(1, 1)) is None for n in SITES)
     lm = one_layer("opt", tmp_path / "narrow", word_embed_proj_dim=8)
@@ -375,7 +408,7 @@ def test_layers_and_sites_that_are_not_there_are_refused(models):
     for layer in (-1, 3):
         with pytest.raises(UserError, match=f"no such layer: {layer}: .* has layers 0 to 2"):
             find_site(lm, layer, "mlp_act")
-    with pytest.raises(UserError, match="no such site: mlp: use mlp_act, mlp_out"):
+    with pytest.raises(UserError, match="no such site: mlp: use attn_concat, mlp_in"):
         find_site(lm, 0, "mlp")
 
 

@@ -29,6 +29,7 @@ SCHEDULE = Schedule(
     N_STEPS, lr_warmup=5, l1_warmup=10, decay_start=160, anneal=range(40, 120), dead_steps=3
 )
 OTHERS = sorted(FAMILIES.keys() - {"relu"})
+TRANSCODING = [arch for arch in TRAINED if not FAMILIES[arch].refined]
 
 
 def batches(n: int = N_STEPS, h: int = H, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -38,6 +39,16 @@ def batches(n: int = N_STEPS, h: int = H, dtype: torch.dtype = torch.float64) ->
     active = torch.rand(n, BATCH, 60, generator=rng) < 0.08
     amounts = torch.rand(n, BATCH, 60, generator=rng, dtype=torch.float64) * active * 0.8
     return list((amounts @ directions).to(dtype))
+
+
+def pairs(n: int = N_STEPS, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """(2, BATCH, H): x, and a y that is another mixture with a part that is linear in x."""
+    rng = torch.Generator().manual_seed(6)
+    mix, linear = (torch.randn(H, H, generator=rng, dtype=torch.float64) / H**0.5 for _ in "ab")
+    return [
+        torch.stack([x, (x @ mix).relu() + 0.5 * x @ linear + 0.1]).to(dtype)
+        for x in batches(n, dtype=torch.float64)
+    ]
 
 
 def spec(arch: str, n_dict: int, seed: int = 0) -> SAESpec:
@@ -93,10 +104,13 @@ class Reference(nn.Module):
     def __init__(self, m: SAESpec, b_dec: Tensor | None):
         super().__init__()
         self.spec, self.family, self.weight = m, FAMILIES[m.arch], m.l1
-        start = initial_autoencoder(H, m.n_dict, m.seed, tied=m.tied, unit_rows=m.rows == "unit")
+        options = dict(tied=m.tied, unit_rows=m.rows == "unit", transcodes=m.transcodes)
+        start = initial_autoencoder(H, m.n_dict, m.seed, **options)
         for name, tensor in start.items():
             setattr(self, name, nn.Parameter(tensor.double().clone()))
         self.b_dec = nn.Parameter(b_dec.clone()) if b_dec is not None else torch.zeros(H)
+        if m.skip:
+            self.W_skip = nn.Parameter(torch.zeros(H, H, dtype=torch.float64))
         if self.family.selection == "jump":
             self.threshold = nn.Parameter(torch.full((m.n_dict,), THRESHOLD, dtype=torch.float64))
         self.silent = torch.zeros(m.n_dict, dtype=torch.int64)
@@ -159,7 +173,11 @@ class Reference(nn.Module):
             self.smallest = self.moved(self.smallest, codes)
 
     def backward(self, x: Tensor, step: int) -> None:
-        pre = (x - self.b_dec) @ self.W_enc.T + self.b_enc
+        x, y = x if self.spec.transcodes else (x, x)
+        pre = x @ self.W_enc.T + self.b_enc
+        if not self.spec.transcodes:
+            pre = pre - self.b_dec @ self.W_enc.T
+        skipped = x @ self.W_skip.T if self.spec.skip else 0.0
         if self.family.refined:
             first = self.codes(pre, step)
             self.smallest_of_first = self.moved(self.smallest_of_first, first.detach())
@@ -168,7 +186,7 @@ class Reference(nn.Module):
         codes = self.codes(pre, step)
         self.adapt_(codes.detach(), step)
         errors = [
-            x - codes[:, :end] @ self.W_dec[:end] - self.b_dec
+            y - codes[:, :end] @ self.W_dec[:end] - self.b_dec - skipped
             for _, end in bands(self.spec.n_dict, PREFIXES if self.family.nested else (1.0,))
         ]
         loss = (
@@ -286,6 +304,61 @@ def test_a_family_equals_plain_autograd_after_200_steps(arch, n_dict, rows):
             assert sae.n_revived > 0  # the auxiliary loss was at work
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("arch", TRANSCODING)
+def test_a_transcoder_of_any_family_equals_plain_autograd_after_200_steps(arch, skip):
+    xs = pairs()
+    b_dec = torch.cat([y for _, y in xs]).mean(dim=0)
+    m = replace(spec(arch, 40), transcodes=True, skip=skip)
+    found = trained([m], xs, b_dec=b_dec, project=True)
+    sae = train_reference(m, xs, b_dec)
+    expected = {name: getattr(sae, name) for name in ("b_enc", "W_dec", "b_dec")}
+    expected["W_enc"] = sae.W_enc.T
+    if FAMILIES[arch].selection == "jump":
+        expected["threshold"] = sae.threshold
+    if skip:
+        expected["W_skip"] = sae.W_skip
+        assert sae.W_skip.norm() > 0.5  # of a y whose linear part is half as long as x
+    dictionary = found.dictionary(0)
+    for name, parameter in expected.items():
+        assert distance(dictionary[name], parameter.detach()) < 1e-9, name
+    x, y = xs[-1]
+    _, y_hat = found.stacks[0].forward(x)
+    if FAMILIES[arch].selection != "jump":  # whose codes the reference makes with a gradient
+        codes = sae.codes(x @ sae.W_enc.T + sae.b_enc, N_STEPS)
+        by_hand = codes @ sae.W_dec + sae.b_dec + (x @ sae.W_skip.T if skip else 0.0)
+        assert distance(y_hat[0], by_hand.detach()) < 1e-9
+    assert (y_hat[0] - y).square().mean() < 0.7 * (y - y.mean(dim=0)).square().mean()
+    if FAMILIES[arch].aux:
+        assert sae.n_revived > 0  # the auxiliary loss was at work
+
+
+def test_a_skip_connection_learns_what_is_linear_in_x():
+    """y = A x + 0.3, with l1 so strong that no code is left."""
+    A = torch.randn(H, H, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / H**0.5
+    xs = [torch.stack([x, x @ A.T + 0.3]) for x in batches(400)]
+    m = SAESpec(40, 10.0, 0, tied=True, transcodes=True, skip=True)
+    ensemble = Ensemble([m], H, lr=2e-2, device=CPU, dtype=torch.float64, b_dec=torch.zeros(H))
+    for x in xs:
+        ensemble.step_(x)
+    found = ensemble.dictionary(0)
+    assert distance(found["W_skip"], A) < 1e-2
+    assert (found["b_dec"] - 0.3).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(skip=True), "a skip connection is a transcoder's"),
+        (dict(transcodes=True, arch="matryoshka_refined"), "neither refines"),
+        (dict(transcodes=True, x_scale=2.0), "nor scales its x"),
+    ],
+)
+def test_a_transcoder_without_formulas_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SAESpec(40, 0.0, 0, **options)
+
+
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
 def test_without_b_dec_and_projection_too(arch):
     xs = batches(60)
@@ -350,6 +423,22 @@ def test_all_families_in_one_ensemble_have_the_bits_that_they_have_alone(dtype):
         assert together.l1(i) == alone.l1(0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transcoders_in_one_ensemble_have_the_bits_that_they_have_alone(dtype):
+    specs = [
+        replace(spec(arch, n, seed), transcodes=True, skip=True)
+        for n in (48, 96)
+        for arch in TRANSCODING
+        for seed in (0, 1)
+    ]
+    xs, b_dec = pairs(60, dtype=dtype), torch.full((H,), 0.1)
+    together = trained(specs, xs, b_dec=b_dec, project=True)
+    for i in range(0, len(specs), 3):
+        alone = trained([specs[i]], xs, b_dec=b_dec, project=True)
+        for name, tensor in together.dictionary(i).items():
+            assert torch.equal(tensor, alone.dictionary(0)[name]), (specs[i], name)
+
+
 def test_free_rows_train_beside_rows_of_length_one():
     """In float32, where relu has kernels, which know rows of length 1 only."""
     specs = [replace(spec("relu", 48), rows=rows) for rows in ("free", "unit")]
@@ -380,20 +469,27 @@ def test_state_loaded_into_a_new_ensemble_continues_with_the_same_bits():
         assert torch.equal(tensor, resumed.state()[name]), name
 
 
+@pytest.mark.parametrize("transcodes", [False, True])
 @pytest.mark.parametrize("arch", OTHERS)
-def test_memory_plan_covers_what_a_family_holds(arch):
+def test_memory_plan_covers_what_a_family_holds(arch, transcodes):
+    if transcodes and FAMILIES[arch].refined:
+        pytest.skip("refined families are autoencoders' alone")
     kinds = [(arch, 96), (arch, 96), ("relu", 96)]
     ensemble = Ensemble(
-        [spec(a, n, i) for i, (a, n) in enumerate(kinds)],
+        [
+            replace(spec(a, n, i), transcodes=transcodes, skip=transcodes)
+            for i, (a, n) in enumerate(kinds)
+        ],
         H,
         lr=LR,
         device=CPU,
         b_dec=torch.zeros(H),
         schedule=SCHEDULE,
     )
-    for x in batches(8, dtype=torch.float32):
+    for x in (pairs if transcodes else batches)(8, dtype=torch.float32):
         ensemble.step_(x)
     held = [t for name, t in ensemble.state().items() if "step" not in name]
     held += ensemble.scratch.flat.values()
     allocated = sum(t.numel() * t.element_size() for t in held)
-    assert allocated <= ensemble_bytes(kinds, H, BATCH, CPU) <= 4 * allocated
+    planned = ensemble_bytes(kinds, H, BATCH, CPU, transcodes=transcodes)
+    assert allocated <= planned <= 4 * allocated

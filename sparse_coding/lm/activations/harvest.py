@@ -74,7 +74,7 @@ class Harvester:
     @property
     def texts_per_chunk(self) -> int:
         """Rows of text behind a chunk."""
-        row_bytes = self.text.context_length * self.site.width * self.store_dtype.itemsize
+        row_bytes = self.text.context_length * self.site.stored_width * self.store_dtype.itemsize
         return max(1, round(CHUNK_BYTES / row_bytes))
 
     def span(self, k: int, n_chunks: int = 1) -> tuple[int, int]:
@@ -94,7 +94,7 @@ class Harvester:
     @property
     def n_bytes(self) -> int:
         """Of all chunks."""
-        return sum(self.rows) * self.site.width * self.store_dtype.itemsize
+        return sum(self.rows) * self.site.stored_width * self.store_dtype.itemsize
 
     def load(self, k: int) -> Tensor:
         """Chunk k, computed, on the model's device."""
@@ -107,7 +107,7 @@ class Harvester:
     def buffer(self) -> Tensor:
         """For `read`: (tokens of chunks_at_once chunks, width)."""
         n_texts = min(self.chunks_at_once * self.texts_per_chunk, self.text.n_rows)
-        shape = (n_texts * self.text.context_length, self.site.width)
+        shape = (n_texts * self.text.context_length, self.site.stored_width)
         return torch.empty(shape, dtype=self.store_dtype, device=self.lm.device)
 
     def stretch_of(self, k: int) -> range:
@@ -143,7 +143,7 @@ class Harvester:
             UserError: an activation is too large for the store's dtype, or not a number.
         """
         source = self._shuffled(k, stretch).to(stretch.x.device)
-        n, width = len(source), self.site.width
+        n, width = len(source), self.site.stored_width
         rows = stretch.x.new_empty(n, width) if out is None else out[:n]
         norms = torch.empty(n, device=rows.device)
         at_once = n if rows.is_cuda else min(n, PIECE_ROWS)
@@ -200,7 +200,7 @@ class _Taking:
         """Of this thread."""
         if self.needs_room and not hasattr(self.mine, "room"):
             h = self.harvester
-            shape = (h.texts_per_chunk * h.text.context_length, h.site.width)
+            shape = (h.texts_per_chunk * h.text.context_length, h.site.stored_width)
             self.mine.room = torch.empty(shape, dtype=h.store_dtype, pin_memory=self.from_gpu)
         return self.mine.room if self.needs_room else None
 

@@ -122,7 +122,7 @@ def differences(there: dict, here: dict) -> str:
 
 def _harvest(folder: Path, harvester: Harvester, chunks: list[int]) -> None:
     """Computes and writes the chunks."""
-    width = harvester.site.width * harvester.store_dtype.itemsize
+    width = harvester.site.stored_width * harvester.store_dtype.itemsize
     require_free_disk(folder, sum(harvester.rows[k] for k in chunks) * width)
     write = partial(_write_chunk, folder, harvester)
     harvest(harvester, chunks, write, to=torch.device("cpu"), lent=True)

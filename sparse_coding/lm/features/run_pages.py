@@ -64,7 +64,7 @@ def write_pages(
                 folder / paths[cell],
                 _with_decoder(collected.pop(0), sae, target),
                 token_texts=texts,
-                title=f"Features of {known['model']}, layer {known['layer']} {known['site']}",
+                title=f"Features of {known['model']}, layer {known['layer']} {sites_of(known)}",
                 facts=_facts(cell, rows[cell], known),
                 place=_place(cell, checksum, rows=rows, paths=paths, names=names),
             )
@@ -96,7 +96,9 @@ def _collected(
 ) -> list[FeatureData]:
     """What the features of each respond to, from one pass of the model over the text."""
     held_out = replace(recipe.held_out, n_tokens=n_tokens)
-    max_norm = saes[0].metadata.get("max_norm") or math.inf
+    known = saes[0].metadata
+    of_site, of_target = (known.get(name) or math.inf for name in ("max_norm", "target_max_norm"))
+    max_norm = (of_site, of_target) if held_out.site.target else of_site
     collectors = [FeatureCollector(sae.n_dict, held_out.text.context_length) for sae in saes]
     for ids, keep, codes_of_each in held_out.codes(saes, max_norm=max_norm):
         for collector, codes in zip(collectors, codes_of_each, strict=True):
@@ -107,7 +109,8 @@ def _collected(
 def _with_decoder(data: FeatureData, sae: SparseAutoencoder, target: Target) -> FeatureData:
     """With what rows of W_dec say: nearest features, and tokens where the site permits."""
     data = replace(data, nearest=nearest_features(sae.W_dec))
-    effects = logit_effects(sae.W_dec, partial(direct_logits, target.lm, target.site))
+    written = target.site.target or target.site
+    effects = logit_effects(sae.W_dec, partial(direct_logits, target.lm, written))
     return replace(data, promoted=effects[0], suppressed=effects[1]) if effects else data
 
 
@@ -128,10 +131,16 @@ def _place(
 def _facts(cell: Cell, row: dict, known: dict) -> dict[str, str]:
     return {
         "model": known["model"],
-        "site": f"layer {known['layer']}, {known['site']}",
+        "site": f"layer {known['layer']}, {sites_of(known)}",
         "autoencoder": f"{cell.name}: {asked_of(row)}, n_dict {cell.n_dict}, {_measured(row)}",
         "text": f"{known['dataset']} {known['dataset_revision'] or ''}, held-out documents",
     }
+
+
+def sites_of(known: dict) -> str:
+    """Where the autoencoder of these metadata stands, in words."""
+    target = known.get("target_site")
+    return f"{known['site']} to {target}" if target else known["site"]
 
 
 def _measured(row: dict) -> str:

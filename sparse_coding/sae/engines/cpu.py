@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_coding.sae.batches import inputs_and_targets
 from sparse_coding.sae.engines import cpu_bf16
 from sparse_coding.sae.engines.cpu_compile import compiles, one_thread_here
 from sparse_coding.sae.engines.cpu_scratch import (
@@ -36,6 +37,7 @@ from sparse_coding.sae.spec import PLACE, Factors, SAESpec
 from sparse_coding.sae.stack import Scratch as StackScratch
 from sparse_coding.sae.stack import Stack
 
+Data = tuple[np.ndarray, np.ndarray, np.ndarray]  # xs, their parts, ys: see cpu_kernels.steps
 NO_END = 2**40  # of tiles
 MOST_STEPS = 16  # at a time: so many batches of 256 x 256 are 4 MB, which L3 holds; not tuned
 MOST_WEIGHTS = 1.5e8  # times steps, at a time: some seconds on two cores, then signals are seen
@@ -60,20 +62,22 @@ def smallest_step() -> tuple:
     scratch, x = Scratch([("relu", 8)], 8, 8, density=DENSITY), np.zeros((1, 8, 8), np.float32)
     numbers = np.zeros((1, len(PLACE)), np.float32)
     works, parts = scratch.works(("relu", 8)), np.zeros((1, 8, 0, 8), np.uint16)
-    return steps, (sae, works, scratch.gradients, x, parts, numbers, ALL, (0, 1))
+    return steps, (sae, works, scratch.gradients, (x, parts, x), numbers, ALL, (0, 1))
 
 
-def engine_bytes(kinds: list[Kind], h: int, batch: int, *, n_threads: int) -> int:
+def engine_bytes(
+    kinds: list[Kind], h: int, batch: int, *, n_threads: int, transcodes: bool = False
+) -> int:
     """Scratch of an engine's threads, each of which may step the largest autoencoder, the batches
     that are stepped, waiting and being made, and what stands for weights and batches in GEMMs."""
     n_parts = cpu_bf16.N_PARTS[cpu_bf16.in_use()]
-    sizes = dict(density=OF_PARTS[n_parts], n_parts=n_parts)
+    sizes = dict(density=OF_PARTS[n_parts], n_parts=n_parts, skip=transcodes)
     works = [largest_work(kinds, batch, h, **sizes, place=place) for place in (0, 1)]
     work = sum(n * dtype.itemsize for work in works for n, dtype in work.values())
     shapes = gradient_shapes(batch, h, n_parts).values()
     gradients = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     n_steps = steps_at_a_time([n for _, n in kinds], h)
-    batches = (3 * 4 + 2 * n_parts) * n_steps * batch * h
+    batches = (3 * 4 * (1 + transcodes) + 2 * n_parts) * n_steps * batch * h
     weights = 2 * n_parts * sum(n * h for _, n in kinds)
     return min(n_threads, len(kinds)) * (work + gradients) + batches + weights
 
@@ -118,16 +122,17 @@ class CpuEngine(Engine):
 
     def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
         """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
+        xs, ys = inputs_and_targets(xs)
         of_stacks = [step_numbers(stack, n_done, factors) for stack in self.stacks]
         numbers = [of_stacks[k] for k, stack in enumerate(self.stacks) for _ in stack.specs]
         self._split_weights()
-        x = xs.numpy(), cpu_bf16.parts_of(xs, self.n_parts).numpy()
+        data = xs.numpy(), cpu_bf16.parts_of(xs, self.n_parts).numpy(), ys.numpy()
         if self.shared:
             for i in range(len(self.saes)):
-                self._together(i, *x, numbers[i])
+                self._together(i, data, numbers[i])
         else:
             order = sorted(range(len(self.saes)), key=lambda i: -self.seconds[i])  # ends even
-            list(self.pool.map(lambda i: self._alone(i, *x, numbers[i]), order))
+            list(self.pool.map(lambda i: self._alone(i, data, numbers[i]), order))
         for stack in self.stacks:
             for state in stack.adam.state.values():
                 state["step"] += len(xs)
@@ -141,22 +146,23 @@ class CpuEngine(Engine):
         for sae, W_enc in zip(self.saes, rows, strict=True):
             sae.W_enc_parts[:] = cpu_bf16.parts_of(W_enc, self.n_parts)
 
-    def _alone(self, i: int, xs: np.ndarray, parts: np.ndarray, numbers: np.ndarray) -> None:
+    def _alone(self, i: int, data: Data, numbers: np.ndarray) -> None:
         """All steps of autoencoder i in this thread."""
-        start, scratch, k = time.perf_counter(), self._scratch_for(xs), self.kernels
+        start, scratch, k = time.perf_counter(), self._scratch_for(data[0]), self.kernels
         works = scratch.works(self.kinds[i])
-        k.steps(self.saes[i], works, scratch.gradients, xs, parts, numbers, k.ALL, (0, NO_END))
+        k.steps(self.saes[i], works, scratch.gradients, data, numbers, k.ALL, (0, NO_END))
         self.seconds[i] = time.perf_counter() - start
 
-    def _together(self, i: int, xs: np.ndarray, parts: np.ndarray, numbers: np.ndarray) -> None:
+    def _together(self, i: int, data: Data, numbers: np.ndarray) -> None:
         """All steps of autoencoder i by all threads, phase after phase."""
-        k, works = self.kernels, self._scratch_for(xs).works(self.kinds[i])
+        xs, k = data[0], self.kernels
+        works = self._scratch_for(xs).works(self.kinds[i])
         n_tiles, n_blocks = len(works[0].off), -(-xs.shape[1] // BLOCK)
 
         def run(step: int, todo: int, n: int) -> None:
             def share(span: tuple[int, int]) -> None:
                 grads, now = self._scratch_for(xs).gradients, slice(step, step + 1)
-                of_step = xs[now], parts[now], numbers[now]
+                of_step = tuple(array[now] for array in data), numbers[now]
                 k.steps(self.saes[i], works, grads, *of_step, todo, span)
 
             n_shares = min(n, self.n_threads)
@@ -188,7 +194,8 @@ class CpuEngine(Engine):
         _, batch, h = xs.shape
         scratch = getattr(self.scratch, "of_thread", None)
         if scratch is None or scratch.batch != batch:
-            sizes = dict(density=self.density, n_parts=self.n_parts)
+            skip = any(stack.W_skip is not None for stack in self.stacks)
+            sizes = dict(density=self.density, n_parts=self.n_parts, skip=skip)
             scratch = Scratch(self.kinds, batch, h, **sizes)
             self.scratch.of_thread = scratch
         return scratch

@@ -83,7 +83,7 @@ def fired(sae, f, d_biases, d_enc, d_dec, off, numbers):
     catch_up(sae, f)
     d_bias, d_threshold = d_biases
     W_enc, W_dec = sae.W_enc[f], sae.W_dec[f]
-    if sae.b_dec.shape[0]:
+    if sae.b_dec.shape[0] and not sae.transcodes:
         for j in range(off.shape[0]):
             off[j] -= d_bias[0] * W_enc[j]
             d_enc[j] -= d_bias[0] * sae.b_dec[j]

@@ -259,7 +259,7 @@ def encode(sae, work, x, span):
         gemm(False, True, (sae.W_enc[t:e], sae.W_enc_parts[t:e]), x, work.codes[t:e])
         for f in range(t, e):
             bias = sae.b_enc[f]
-            if sae.b_dec.shape[0]:
+            if sae.b_dec.shape[0] and not sae.transcodes:
                 bias -= dot(sae.W_enc[f], sae.b_dec)
             if sae.selection == JUMP:
                 jump_(sae, work, f, bias)

@@ -10,7 +10,7 @@ Everything of a step stays in the cache of one core: gradients exist for TILE fe
                 a band of features, for blocks of samples; and of the auxiliary loss
     auxiliary   gradients of dead features, by GEMMs of these alone, for tiles of them
     update      gradients of the rows, then cpu_adam.py; for tiles of features
-    finish      Adam of b_dec
+    finish      Adam of b_dec and of W_skip
 
 What goes through tiles or blocks takes a span of them, so that several threads may share an
 autoencoder: no result depends on how the spans are cut.
@@ -26,6 +26,7 @@ from sparse_coding.sae.engines.cpu_blas import (
     add_,
     dot,
     fill_,
+    float_gemm,
     gemm,
     kernel,
     scale_,
@@ -173,18 +174,32 @@ def sort_by_sample(sae, work):
 
 
 @kernel
-def decode(sae, work, x, span):
-    """g of each band and g_aux, for a span of blocks."""
+def decode(sae, work, x, y, span):
+    """g of each band and g_aux, for a span of blocks; y: what x_hat is of."""
     batch, h = x.shape
     scale = np.float32(2.0 / (batch * h))
+    target = work.target if sae.W_skip.shape[0] else y
     for t in range(span[0] * BLOCK, min(span[1] * BLOCK, batch), BLOCK):
         block = t, min(t + BLOCK, batch)
+        if sae.W_skip.shape[0]:
+            leave_to_codes(sae, work, x, y, block)
         if sae.refined:
-            decode_by_rank(sae, work, x, block, scale)
+            decode_by_rank(sae, work, target, block, scale)
         else:
-            decode_block(sae, work, x, block, scale)
+            decode_block(sae, work, target, block, scale)
         if work.n_dead[0]:
             decode_dead(work, sae.bands.shape[0], block, scale)
+
+
+@kernel
+def leave_to_codes(sae, work, x, y, block):
+    """work.target = y − x W_skipᵀ of a block of samples, in float32 in any precision."""
+    t, e = block
+    float_gemm(False, True, x[t:e], sae.W_skip, work.target[t:e])
+    for b in range(t, e):
+        target, yb = work.target[b], y[b]
+        for j in range(target.shape[0]):
+            target[j] = yb[j] - target[j]
 
 
 @kernel
@@ -408,8 +423,12 @@ def dense_gradients(sae, work, g, x, grads, weights, part):
 
 
 @kernel
-def finish(sae, work, numbers):
-    """Adam of b_dec, whose gradient the tiles have left in parts."""
+def finish(sae, work, x, numbers):
+    """Adam of b_dec, whose gradient the tiles have left in parts, and of W_skip."""
+    if sae.W_skip.shape[0]:
+        float_gemm(True, False, work.g[0], x, work.skip)
+        for i in range(sae.W_skip.shape[0]):
+            adam_(sae.W_skip[i], sae.W_skip_m[i], sae.W_skip_v[i], work.skip[i], numbers)
     if sae.b_dec.shape[0]:
         grad, g = work.off[0], work.g[0]
         for t in range(1, work.off.shape[0]):
@@ -422,15 +441,15 @@ def finish(sae, work, numbers):
 
 
 @partial(kernel, entry=True)
-def steps(sae, works, grads, xs, xs_parts, of_steps, todo, span):
-    """Steps on each x of xs (n, batch, h), with xs_parts (n, batch, parts, h); of_steps:
-    (n, numbers), StepNumbers of each.
+def steps(sae, works, grads, data, of_steps, todo, span):
+    """Steps on each x of data: xs (n, batch, h), xs_parts (n, batch, parts, h), and ys, what x_hat
+    is of: xs but of transcoders; of_steps: (n, numbers), StepNumbers of each.
 
     works: of the codes, and of the first codes of refined families
     todo: which phases, a sum; span: first and end of the tiles or blocks. One function for threads
     that work alone or share, since code compiled twice may round in two ways.
     """
-    work, first = works
+    (work, first), (xs, xs_parts, ys) = works, data
     for i in range(xs.shape[0]):
         x, numbers, with_parts = xs[i], of_steps[i], (xs[i], xs_parts[i])
         encoded = (work.x, work.x_parts) if sae.refined else with_parts
@@ -447,7 +466,7 @@ def steps(sae, works, grads, xs, xs_parts, of_steps, todo, span):
             if place and todo & REFINE:
                 refine(sae, work, first, x, span)
         if todo & DECODE:
-            decode(sae, work, x, span)
+            decode(sae, work, x, ys[i], span)
         if sae.refined and todo & TILT:
             tilt(sae, work)
         if sae.refined and todo & PULL_BACK:
@@ -457,4 +476,4 @@ def steps(sae, works, grads, xs, xs_parts, of_steps, todo, span):
         if todo & UPDATE:
             update(sae, work, first, with_parts, grads, numbers, span)
         if todo & FINISH:
-            finish(sae, work, numbers)
+            finish(sae, work, x, numbers)

@@ -41,6 +41,7 @@ class Sae(NamedTuple):
     W_enc_parts: ndarray  # (n_dict, parts, h) uint16: what stands for it in GEMMs (cpu_bf16.py)
     b_dec: ndarray  # (h,), or (0,) where it is fixed at 0
     threshold: ndarray  # (n_dict,)
+    W_skip: ndarray  # (h, h), of transcoders with a skip connection
     W_enc_m: ndarray
     W_enc_v: ndarray
     b_enc_m: ndarray
@@ -51,6 +52,8 @@ class Sae(NamedTuple):
     b_dec_v: ndarray
     threshold_m: ndarray
     threshold_v: ndarray
+    W_skip_m: ndarray
+    W_skip_v: ndarray
     idle: ndarray  # (n_dict,) int32
     silent: ndarray  # (n_dict,) int32
     n_revived: ndarray  # (1,) int64
@@ -69,6 +72,7 @@ class Sae(NamedTuple):
     frozen: bool
     aux: bool
     refined: bool
+    transcodes: bool
     k: float  # per sample
     dead_steps: int
 
@@ -123,6 +127,8 @@ class Work(NamedTuple):
     back: ndarray  # (batch, h): −u
     band: ndarray  # (n_dict,) int32: of each feature
     error: ndarray  # (bands, batch): of each prefix, later its weight
+    target: ndarray  # (batch, h): y − x W_skipᵀ
+    skip: ndarray  # (h, h): ∂W_skip
     place: int  # 1 if it is of first codes, else 0
 
 
@@ -150,7 +156,14 @@ def shapes_of_parts(
 
 
 def work_shapes(
-    kind: Kind, batch: int, h: int, *, density: float, n_parts: int, place: int = 0
+    kind: Kind,
+    batch: int,
+    h: int,
+    *,
+    density: float,
+    n_parts: int,
+    skip: bool = False,
+    place: int = 0,
 ) -> dict[str, tuple]:
     """(shape, dtype) of each field of Work that has memory of its own."""
     (arch, n), f32, i32 = kind, torch.float32, torch.int32
@@ -187,6 +200,8 @@ def work_shapes(
         **dict.fromkeys(("x", "back"), ((batch * refined, h), f32)),
         "band": ((n * refined,), i32),
         "error": ((n_bands * refined, batch), f32),
+        "target": ((batch * skip, h), f32),
+        "skip": ((h * skip, h), f32),
     }
     return shapes | shapes_of_parts(shapes | {"W_dec": ((n, h), f32)}, FACTORS, n_parts)
 
@@ -204,12 +219,12 @@ def gradient_shapes(batch: int, h: int, n_parts: int) -> dict[str, tuple]:
 
 
 def largest_work(
-    kinds: list[Kind], batch: int, h: int, *, density: float, n_parts: int, place: int
+    kinds: list[Kind], batch: int, h: int, *, place: int, **sizes: float
 ) -> dict[str, tuple]:
-    """(numbers, dtype) of each field of Work with memory for autoencoders of any of these kinds."""
+    """(numbers, dtype) of each field of Work with memory for autoencoders of any of these kinds.
+    sizes: of work_shapes"""
     kinds = {kind for kind in kinds if FAMILIES[kind[0]].refined or not place}
-    sizes = dict(density=density, n_parts=n_parts, place=place)
-    shapes = [work_shapes(kind, batch, h, **sizes) for kind in kinds]
+    shapes = [work_shapes(kind, batch, h, place=place, **sizes) for kind in kinds]
     return {
         name: (max(math.prod(of_kind[name][0]) for of_kind in shapes), dtype)
         for name, (_, dtype) in (shapes[0].items() if shapes else ())
@@ -219,9 +234,18 @@ def largest_work(
 class Scratch:
     """Work and Gradients of a thread, for autoencoders of these kinds."""
 
-    def __init__(self, kinds: list[Kind], batch: int, h: int, *, density: float, n_parts: int = 0):
+    def __init__(
+        self,
+        kinds: list[Kind],
+        batch: int,
+        h: int,
+        *,
+        density: float,
+        n_parts: int = 0,
+        skip: bool = False,
+    ):
         self.kinds, self.batch, self.h = kinds, batch, h
-        self.sizes = dict(density=density, n_parts=n_parts)
+        self.sizes = dict(density=density, n_parts=n_parts, skip=skip)
         self.flat: list[dict[str, Tensor]] = []  # by place
         self.gradients = Gradients(
             **{
@@ -270,12 +294,15 @@ def views(stack: Stack, n_parts: int = 0) -> list[Sae]:
     parts of W_enc are still to be filled."""
     n_saes, family, none = len(stack.specs), stack.family, torch.zeros(len(stack.specs), 0)
     tensors = {}
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip"):
         parameter = stack.parameters.get(name)
         state = stack.adam.state.get(parameter, {})
-        tensors[name] = none if parameter is None else parameter
-        tensors[f"{name}_m"] = state.get("exp_avg", none)
-        tensors[f"{name}_v"] = state.get("exp_avg_sq", none)
+        lacking = (
+            stack.W_dec[:, :0] if name == "W_skip" else none
+        )  # a matrix, as where there is one
+        tensors[name] = lacking if parameter is None else parameter
+        tensors[f"{name}_m"] = state.get("exp_avg", lacking)
+        tensors[f"{name}_v"] = state.get("exp_avg_sq", lacking)
     for name in COUNTED:
         tensors[name] = getattr(stack, name).view(n_saes, -1)
     shape = n_saes, stack.n_dict, n_parts, stack.W_dec.shape[2]
@@ -292,6 +319,7 @@ def views(stack: Stack, n_parts: int = 0) -> list[Sae]:
         through_input=family.through_input,
         frozen=family.frozen,
         refined=family.refined,
+        transcodes=stack.transcodes,
         aux=family.aux,
         dead_steps=stack.dead_steps,
     )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparse_coding.sae.batches import inputs_and_targets
 from sparse_coding.sae.spec import Factors
 from sparse_coding.sae.stack import Stack
 
@@ -13,7 +14,8 @@ class Engine:
     steps_at_a_time = 1
 
     def steps_(self, xs: Tensor, *, n_done: int, factors: list[Factors]) -> None:
-        """As many steps as xs (n, batch, h) has batches, of every autoencoder."""
+        """As many steps as xs (n, batch, h), of transcoders (n, 2, batch, h), has batches, of every
+        autoencoder."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
@@ -38,7 +40,7 @@ class DenseEngine(Engine):
         try:
             for stack in self.stacks:
                 stack.catch_up_()
-                for x, of_step in zip(xs, factors, strict=True):
-                    stack.step_(x, of_step)
+                for x, y, of_step in zip(*inputs_and_targets(xs), factors, strict=True):
+                    stack.step_(x, of_step, y)
         finally:
             torch.set_num_threads(before)

@@ -21,6 +21,7 @@ SCHEDULE = Schedule(
     200, lr_warmup=5, l1_warmup=10, decay_start=160, anneal=range(40, 120), dead_steps=3
 )
 ALWAYS, NEVER = 1.0, -1.0  # densities up to which steps are sparse
+TRANSCODING = [arch for arch, family in FAMILIES.items() if not family.refined]
 WITH_K = [arch for arch, family in FAMILIES.items() if family.has_k and not family.refined]
 
 k = pytest.importorskip("sparse_coding.sae.engines.cpu_kernels")
@@ -43,6 +44,19 @@ def spec(arch: str, n_dict: int, seed: int = 0, rows: str = "unit") -> SAESpec:
     l1 = {"l1": 2e-3, "lp": 2e-3, "l0_step": 1e-4, "l0_tanh": 3e-4, "none": 0.0}
     weight = l1[FAMILIES[arch].penalty]
     return SAESpec(n_dict, weight, seed, tied=True, target_l0=4.3 + seed, arch=arch, rows=rows)
+
+
+def pairs(n: int, batch: int) -> Tensor:
+    """(n, 2, batch, H): x, and a y that a ReLU layer makes of it."""
+    mix = torch.randn(H, H, generator=torch.Generator().manual_seed(6)) / H**0.5
+    xs = batches(n, batch)
+    return torch.stack([xs, (xs @ mix).relu() + 0.1], dim=1)
+
+
+def transcoders(arch: str, n_dict: int) -> list[SAESpec]:
+    """Two of them, with a skip connection."""
+    more = dict(transcodes=True, skip=True)
+    return [dataclasses.replace(spec(arch, n_dict, seed), **more) for seed in (0, 1)]
 
 
 def build(
@@ -111,6 +125,47 @@ def test_parameters_and_counts_equal_dense_training_in_float64(arch, n_dict, row
         assert expected.n_revived(0) > 0  # the auxiliary loss was at work
 
 
+@pytest.mark.parametrize("n_dict", [40, 300])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("arch", TRANSCODING)
+def test_transcoders_equal_dense_training_in_float64(arch, skip, n_dict):
+    xs, family = pairs(60, 75), FAMILIES[arch]
+    specs = [dataclasses.replace(m, skip=skip) for m in transcoders(arch, n_dict)]
+    expected = build(specs, density=None, dtype=torch.float64)
+    ours = {d: build(specs, density=d) for d in (ALWAYS, NEVER, cpu.DENSITY)}
+    for end in (1, 20, 60):
+        train(expected, xs[expected.n_steps_done : end])
+        for density, compiled in ours.items():
+            train(compiled, xs[compiled.n_steps_done : end])
+            distances = {  # of W_skip by a tenth: from 0 on Adam's steps are signs of gradients
+                (i, name): distance(compiled.dictionary(i)[name], tensor)
+                * (0.1 if name == "W_skip" else 1)
+                for i in (0, 1)
+                for name, tensor in expected.dictionary(i).items()
+            }
+            if end <= 20 or family.has_k:  # others run part: see above
+                assert max(distances.values()) < 1e-5, (end, density, distances)
+            assert statistics.median(distances.values()) < 1e-2, (end, density)
+    assert skip == ("W_skip" in expected.dictionary(0))
+    if family.aux:
+        assert expected.n_revived(0) > 0  # the auxiliary loss was at work
+
+
+@pytest.mark.parametrize("density", [ALWAYS, NEVER])
+@pytest.mark.parametrize("arch", TRANSCODING)
+def test_bits_of_transcoders_depend_neither_on_threads_nor_on_a_resume(arch, density):
+    specs, xs = transcoders(arch, 600), pairs(16, 75)
+    alone = train(build(specs, density=density), xs)
+    for n_threads, at_a_time in ((2, 5), (16, 12)):
+        other = build(specs, density=density, n_threads=n_threads)
+        assert same_bits(train(other, xs, at_a_time), alone), n_threads
+    half = train(build(specs, density=density), xs[:9])
+    resumed = build(specs, density=density)
+    resumed.load_state_(half.state())
+    assert same_bits(train(resumed, xs[9:]), alone)
+    assert alone.stacks[0].W_skip.abs().min() > 0
+
+
 @pytest.mark.parametrize("density", [ALWAYS, NEVER])
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_without_b_dec_and_projection_too(arch, density):
@@ -130,8 +185,8 @@ def codes_of(stack: Stack, x: Tensor, *, density: float, hint: float = 0.0) -> t
     sae.hint[:] = hint
     numbers = cpu.step_numbers(stack, 0, [SCHEDULE.at(0)])
     todo = k.ENCODE | k.BOUND | k.LIST | k.CHOOSE
-    xs = x[None].numpy(), cpu_bf16.parts_of(x[None], 0).numpy()
-    k.steps(sae, (work, first), scratch.gradients, *xs, numbers, todo, (0, cpu.NO_END))
+    data = x[None].numpy(), cpu_bf16.parts_of(x[None], 0).numpy(), x[None].numpy()
+    k.steps(sae, (work, first), scratch.gradients, data, numbers, todo, (0, cpu.NO_END))
     codes = torch.zeros(work.codes.shape)
     for f in range(stack.n_dict):
         if work.sparse[0]:
@@ -257,21 +312,23 @@ def test_an_autoencoder_that_diverges_does_so_visibly_and_raises_nothing(arch, d
         assert ensemble.dictionary(0)["W_enc"].isnan().any()
 
 
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("batch", [32, 75])
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_memory_plan_is_what_an_engine_of_this_family_allocates(arch, batch):
+def test_memory_plan_is_what_an_engine_of_this_family_allocates(arch, batch, skip):
     kinds = [(arch, 96), (arch, 300), ("relu", 300)]
-    scratch = cpu.Scratch(kinds, batch, H, density=cpu.DENSITY)
+    scratch = cpu.Scratch(kinds, batch, H, density=cpu.DENSITY, skip=skip)
     for kind in kinds:
         work, first = scratch.works(kind)
         assert work.codes.shape == first.codes.shape == (kind[1], batch)
         assert (first is not work) == FAMILIES[kind[0]].refined
         assert len(work.n_window) == kind[1] * (FAMILIES[kind[0]].selection == "jump")
-    batches_bytes = 3 * cpu.steps_at_a_time([96, 300, 300], H) * 4 * batch * H
-    planned = cpu.engine_bytes(kinds, H, batch, n_threads=2)
+    batches_bytes = (1 + skip) * 3 * cpu.steps_at_a_time([96, 300, 300], H) * 4 * batch * H
+    planned = cpu.engine_bytes(kinds, H, batch, n_threads=2, transcodes=skip)
     assert planned == 2 * scratch.n_bytes + batches_bytes
-    planned = cpu.engine_bytes(kinds, H, batch, n_threads=torch.get_num_threads())
-    assert ensemble_bytes(kinds, H, batch, CPU) > planned
+    n_threads = torch.get_num_threads()
+    planned = cpu.engine_bytes(kinds, H, batch, n_threads=n_threads, transcodes=skip)
+    assert ensemble_bytes(kinds, H, batch, CPU, transcodes=skip) > planned
 
 
 @pytest.mark.parametrize(
