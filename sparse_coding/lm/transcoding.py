@@ -49,10 +49,12 @@ class Transcoding:
 
     def _require_exportable(self) -> None:
         """Raises UserError if --export names a library that lacks such transcoders."""
-        topk = any(FAMILIES[name].selection == "topk" for name in self.arch)
+        of_topk = [FAMILIES[name].selection == "topk" for name in self.arch]
+        topk = any(of_topk)
         sites = self.site, self.target_site
         reasons = {
             "dictionary_learning": "it has no transcoders",
+            "sparsify": "it has topk transcoders alone" * (not all(of_topk)),
             "hub": "sae_lens has no topk transcoders" * topk,
             "circuit_tracer": "it has no topk transcoders" * topk
             or "it knows those from mlp_in to mlp_out alone" * (sites != ("mlp_in", "mlp_out")),

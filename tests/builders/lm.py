@@ -61,7 +61,7 @@ def tiny_target(
     if not (parquet := root / f"{n_documents}.parquet").exists():
         write_parquet(parquet, texts(n_documents))
     model = dict(model=str(root / kind), model_revision="", tokenizer="auto", layer=layer,
-                 site=site, dtype="auto", store_dtype="float16")  # fmt: skip
+                 site=site, dtype="auto", store_dtype="float16", target_site="")  # fmt: skip
     text = dict(dataset=str(parquet), dataset_revision="", text_column="text",
                 context_length=CONTEXT, packing="packed", held_out=0.2,
                 max_text_tokens=10**6)  # fmt: skip

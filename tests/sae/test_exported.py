@@ -4,10 +4,16 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from sparse_coding.config import UserError
-from sparse_coding.sae.exported import EXPORTERS, export_dictionary_learning, export_sparsify
+from sparse_coding.sae.exported import (
+    EXPORTERS,
+    export_circuit_tracer,
+    export_dictionary_learning,
+    export_sparsify,
+)
 from sparse_coding.sae.families import PREFIXES, bands
 from sparse_coding.sae.saved import SparseAutoencoder
 
@@ -46,14 +52,72 @@ def test_the_config_says_which_class_reads_it_and_where_it_comes_from(tmp_path):
     assert config["sparse_coding"] == about
 
 
+def random_transcoder(skip: bool, **more) -> SparseAutoencoder:
+    W_skip = torch.randn(5, 5, generator=torch.Generator().manual_seed(3)) if skip else None
+    return random_sae(W_skip=W_skip, transcodes=True, **more)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_sparsify_gets_a_transcoder_as_its_encode_and_forward_take_it(tmp_path, skip):
+    sae = random_transcoder(skip, top_k=3)
+    export_sparsify(tmp_path, sae, metadata={"layer": 1})
+    t, config = (
+        load_file(tmp_path / "sae.safetensors"),
+        json.loads((tmp_path / "cfg.json").read_text()),
+    )
+    assert (config["transcode"], config["skip_connection"]) == (True, skip)
+    assert ("W_skip" in t) == skip
+    pre = (X @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+    codes = torch.where(pre >= pre.sort(dim=1).values[:, -3:-2], pre, 0.0)
+    y_hat = codes @ t["W_dec"] + t["b_dec"] + (X @ t["W_skip"].mT if skip else 0.0)
+    torch.testing.assert_close(y_hat, sae.decode(sae.encode(X), X), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("more", [{}, {"threshold": THRESHOLDS}])
+def test_circuit_tracer_gets_a_file_of_the_layer_and_a_config(tmp_path, skip, more):
+    """Read as its load_relu_transcoder does, and config.yaml as its load_transcoder_from_hub."""
+    sae, folder = random_transcoder(skip, **more), tmp_path / "cell"
+    export_circuit_tracer(folder, sae, metadata={"model": "gpt2", "layer": 7})
+    t = load_file(folder / "layer_7.safetensors")
+    pre = torch.nn.functional.linear(X, t["W_enc"], t["b_enc"])
+    threshold = t.get("activation_function.threshold", torch.zeros(()))
+    codes = pre * (pre > threshold)
+    y_hat = codes @ t["W_dec"] + t["b_dec"] + (X @ t["W_skip"].T if skip else 0.0)
+    torch.testing.assert_close(y_hat, sae.decode(sae.encode(X), X), atol=1e-5, rtol=1e-5)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {
+        "model_kind": "transcoder_set",
+        "model_name": "gpt2",
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out",
+        "scan": "cell",
+    }
+
+
+def test_what_a_library_lacks_is_refused(tmp_path):
+    topk, plain = random_transcoder(False, top_k=3), random_sae()
+    for export, sae, message in (
+        (export_dictionary_learning, topk, "dictionary_learning has no transcoders"),
+        (export_circuit_tracer, topk, "relu and jumprelu transcoders alone"),
+        (export_circuit_tracer, plain, "relu and jumprelu transcoders alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "out", sae, metadata={"layer": 1})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("library", EXPORTERS)
 def test_the_same_autoencoder_gives_the_same_bytes(tmp_path, library):
+    transcodes = library == "circuit_tracer"
+    sae = random_transcoder(True) if transcodes else random_sae(top_k=3)
     for name in ("first", "second"):
-        EXPORTERS[library](tmp_path / name, random_sae(top_k=3), metadata={"arch": "topk"})
-    files = sorted(path.name for path in (tmp_path / "first").iterdir())
+        of = {"arch": "relu" if transcodes else "topk", "layer": 1, "model": "demo"}
+        EXPORTERS[library](tmp_path / name / "cell", sae, metadata=of)
+    files = sorted(path.name for path in (tmp_path / "first" / "cell").iterdir())
     assert len(files) == 2
     for file in files:
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+        first, second = (tmp_path / name / "cell" / file for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize(

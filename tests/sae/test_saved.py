@@ -10,7 +10,13 @@ from torch import Tensor
 
 from sparse_coding.config import UserError
 from sparse_coding.sae import saved
-from sparse_coding.sae.saved import SparseAutoencoder, load_sae, save_sae, with_unit_rows
+from sparse_coding.sae.saved import (
+    SparseAutoencoder,
+    load_sae,
+    save_sae,
+    unscaled,
+    with_unit_rows,
+)
 
 # x − b_dec = (2, 3), pre-activations (1, 3, −0.5), so codes (1, 3, 0) and x_hat = (2, 1)
 BY_HAND = {
@@ -213,6 +219,61 @@ def test_a_decoder_bias_that_is_not_applied_to_the_input_is_folded_into_the_enco
     torch.testing.assert_close(sae.decode(codes), codes @ tensors["W_dec"] + tensors["b_dec"])
 
 
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("chosen", "more"), [("", {}), ("jumprelu_", {"threshold": True}), ("topk_", {"top_k": 3})]
+)
+def test_transcoders_are_saved_under_sae_lens_names_and_read_again(tmp_path, chosen, more, skip):
+    tensors, rng = random_tensors(), torch.Generator().manual_seed(2)
+    if more.get("threshold"):
+        tensors["threshold"] = torch.rand(12, generator=rng)
+    if skip:
+        tensors["W_skip"] = torch.randn(5, 5, generator=rng)
+    about = {"model": "demo", "layer": 1, "site": "mlp_in", "target_site": "mlp_out"}
+    top_k = more.get("top_k")
+    save_sae(tmp_path, tensors, metadata=about, top_k=top_k, transcodes=True)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == f"{chosen}{'skip_' * skip}transcoder"
+    assert (config["d_in"], config["d_out"], config["apply_b_dec_to_input"]) == (5, 5, False)
+    hooks = [config["metadata"][name] for name in ("hook_name", "hook_name_out")]
+    assert hooks == ["blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"]
+    sae = load_sae(tmp_path)
+    assert (sae.transcodes, sae.top_k, sae.metadata) == (True, top_k, about)
+    assert (sae.W_skip is not None) == skip
+    x = torch.randn(20, 5, generator=rng)
+    pre = x @ tensors["W_enc"] + tensors["b_enc"]
+    codes = pre.relu()
+    if "threshold" in tensors:
+        codes = codes * (pre > tensors["threshold"])
+    if top_k:
+        codes = torch.where(codes >= codes.sort(dim=1).values[:, -3:-2], codes, 0.0)
+    y_hat = codes @ tensors["W_dec"] + tensors["b_dec"] + (x @ tensors["W_skip"].T if skip else 0.0)
+    assert torch.equal(sae.encode(x), codes)
+    torch.testing.assert_close(sae.decode(codes, x), y_hat)
+
+
+def test_a_foreign_transcoder_tells_its_two_sites(tmp_path):
+    of = {"hook_name": "blocks.7.mlp.hook_in", "hook_name_out": "blocks.7.hook_mlp_out"}
+    changes = {"architecture": "transcoder", "d_out": 2, "metadata": of}
+    sae = load_sae(write_foreign(tmp_path / "sae", BY_HAND, apply_b_dec_to_input=False, **changes))
+    assert sae.transcodes
+    known = [sae.metadata.get(name) for name in ("site", "target_site", "layer")]
+    assert known == ["mlp_in", "mlp_out", 7]
+    torch.testing.assert_close(sae.encode(X), (X @ BY_HAND["W_enc"] + BY_HAND["b_enc"]).relu())
+
+
+def test_folding_two_powers_of_two_is_exact():
+    rng = torch.Generator().manual_seed(0)
+    tensors = random_tensors() | {"W_skip": torch.randn(5, 5, generator=rng)}
+    x, options = torch.randn(50, 5, generator=rng), dict(metadata={}, transcodes=True)
+    inside = SparseAutoencoder(**tensors, **options)
+    raw = SparseAutoencoder(**unscaled(tensors, 0.25, 8.0), **options)
+    scaled = 0.25 * x
+    expected = inside.decode(inside.encode(scaled), scaled) / 8
+    torch.testing.assert_close(raw.decode(raw.encode(x), x), expected)
+    assert torch.equal(raw.W_dec, inside.W_dec)
+
+
 def test_topk_that_ranks_by_decoder_length_is_read_with_rows_of_length_one(tmp_path):
     tensors = random_tensors()
     x = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
@@ -254,6 +315,19 @@ def test_low_precision_weights_are_read_as_float32(tmp_path):
             "is a gated SAE; only standard, jumprelu, topk, matryoshka_refined",
         ),
         ({"normalize_activations": "layer_norm"}, "normalize_activations layer_norm"),
+        (
+            {"architecture": "transcoder", "d_out": 3},
+            "predicts activations of width 3 from such of 2; only equal ones",
+        ),
+        ({"architecture": "transcoder"}, "predicts activations of width None from such of 2"),
+        (
+            {"architecture": "transcoder", "d_out": 2, "apply_b_dec_to_input": True},
+            "apply_b_dec_to_input True can't be honoured",
+        ),
+        (
+            {"architecture": "skip_transcoder", "d_out": 2, "apply_b_dec_to_input": False},
+            "lacks W_skip",
+        ),
         ({"metadata": None}, "not of SAELens 6"),
         ({"d_sae": 4}, r"W_enc has shape \(2, 3\), but d_in 2 and d_sae 4"),
         ({"architecture": "jumprelu"}, "lacks threshold"),

@@ -135,9 +135,12 @@ def _card(
 ) -> str:  # fmt: skip
     """Markdown with front matter. rows: by sae_id; metadata: of one of the autoencoders."""
     ours = metadata["sparse_coding"]
-    what = f"{len(rows)} sparse autoencoders" if len(rows) > 1 else "A sparse autoencoder"
-    hook = metadata.get("hook_name")
+    kind = "transcoder" if ours.get("target_site") else "sparse autoencoder"
+    what = f"{len(rows)} {kind}s" if len(rows) > 1 else f"A {kind}"
+    hook, output = metadata.get("hook_name"), metadata.get("hook_name_out")
     at = f" (`{hook}` in TransformerLens)" * bool(hook)
+    if ours.get("target_site"):
+        at += f", to predict `{ours['target_site']}`" + f" (`{output}`)" * bool(output)
     pictures = "\n\n".join(f"![{path.stem}]({FIGURES}/{path.name})" for path in figures)
     return f"""\
 ---
