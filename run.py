@@ -5,7 +5,6 @@ expansion_factor x seed) on them at a time, evaluates each on held-out documents
 figures, report.html and features.html, pages of what the features of each respond to.
 
     python run.py                              demo on a CPU (needs no network), full on a GPU
-    python run.py --preset full                gpt2-small on Pile10k
     python run.py --model ID --dataset ID --layer 3 --target-l0 16 32 64
     python run.py --evaluate FOLDER            a saved autoencoder, ours or SAELens's
     python run.py --export hub --push OWNER/NAME  also uploads what others load with sae_lens
@@ -44,7 +43,7 @@ DESCRIPTION = __doc__.split("\n\n")[0]
 class Config:
     """The constants: each is a flag."""
 
-    # auto: full on CUDA or with --model, else demo (a small model of ours on the Python library)
+    # auto: full (gpt2 on pile-10k) on CUDA or with --model, else demo (ours, on Python's library)
     preset: Literal["auto", "demo", "full"] = "auto"
 
     # the model: hub id (EleutherAI/pythia-70m, roneneldan/TinyStories-33M, ...), local folder,

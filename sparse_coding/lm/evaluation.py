@@ -123,22 +123,14 @@ def evaluate(
         mean: (width,) of the training text's activations there, see activations.statistics
         max_norm: see activations.Statistics
     """
-    lm, site, device = held_out.lm, held_out.site, held_out.lm.device
-    output, source = site.target or site, replace(site, target=None)
+    site, device = held_out.site, held_out.lm.device
     sums = [ReconstructionSums(1, sae.n_dict, site.width, device) for sae in saes]
     by_saes = [partial(reconstructed, s, sums=total) for s, total in zip(saes, sums, strict=True)]
     substitutes = [lambda x, y: torch.zeros_like(y), lambda x, y: mean.to(y).expand_as(y), *by_saes]
     ce = torch.zeros(1 + len(substitutes), dtype=torch.float64, device=device)
-    n_predictions = 0
     for ids, keep in held_out.batches():
-        with computed_once(lm, output):
-            x = None if site.target is None else activations(lm, source, ids)
-            of_kept = partial(_replaced, x=x, keep=keep, max_norm=max_norm)
-            passes = [None, *(partial(of_kept, new=new) for new in substitutes)]
-            for i, change in enumerate(passes):
-                spliced = logits(lm, ids, site=output, replace=change)
-                ce[i] += next_token_loss(spliced, ids).double().sum()
-        n_predictions += ids[:, 1:].numel()
+        ce += _summed_losses(held_out, ids, keep, substitutes, max_norm=max_norm)
+    n_predictions = held_out.n_rows * (held_out.text.context_length - 1)
     clean, zero, by_mean, *spliced = (ce / n_predictions).tolist()
     return [
         Evaluation(
@@ -148,6 +140,26 @@ def evaluate(
         )
         for total, ce_spliced in zip(sums, spliced, strict=True)
     ]
+
+
+def _summed_losses(
+    held_out: HeldOut,
+    ids: Tensor,
+    keep: Tensor,
+    substitutes: list[Callable[[Tensor, Tensor], Tensor]],
+    *,
+    max_norm: PerSite,
+) -> Tensor:
+    """Next-token losses of these rows, summed: of the model itself, then with each substitute."""
+    lm, site, found = held_out.lm, held_out.site, []
+    output = site.target or site
+    with computed_once(lm, output):
+        x = activations(lm, replace(site, target=None), ids) if site.target else None
+        of_kept = partial(_replaced, x=x, keep=keep, max_norm=max_norm)
+        for change in (None, *(partial(of_kept, new=new) for new in substitutes)):
+            spliced = logits(lm, ids, site=output, replace=change)
+            found.append(next_token_loss(spliced, ids).double().sum())
+    return torch.stack(found)
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def say_left_out(folder: Path, cells: list[Cell]) -> tuple[int, str]:
         return 0, "nothing: no --max-norm-multiple"
     n, limits = known["n_eval_left_out"], known["max_norm"]
     if "target_max_norm" in known:
-        limits = limits, known["target_max_norm"]
+        limits = limits, known["target_max_norm"] or math.inf
     text = (
         f"left out, of norms above {in_words(limits)}, {known['max_norm_multiple']:g} x the "
         f"median: {known['n_left_out']:,} of the first {known['n_left_out_of']:,} activations, "

@@ -123,23 +123,12 @@ def save_sae(
         UserError: it would not fit on the disk.
     """
     metadata = {k: None if _is_nan(v) else v for k, v in metadata.items()}  # NaN is no JSON
-    activation_dim, n_dict = tensors["W_enc"].shape
-    thresholds = [name for name in THRESHOLDS if name in tensors]
-    assert not (top_k and thresholds)
-    chosen = ("topk" if top_k else "standard", "jumprelu", REFINED)[len(thresholds)]
-    of_topk = {"k": top_k, "rescale_acts_by_decoder_norm": False}
-    own = {"topk": of_topk, REFINED: {"refinement": REFINEMENT}}.get(chosen, {})
-    skip = ["W_skip"] * ("W_skip" in tensors)
-    if transcodes:
-        own |= {"d_out": activation_dim}
     (folder / CONFIG).unlink(missing_ok=True)  # old constants beside new weights would be a lie
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", *thresholds, *skip)
+    more = [name for name in (*THRESHOLDS, "W_skip") if name in tensors]
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", *more)
     write_tensors(folder / WEIGHTS, {name: tensors[name].float() for name in names})
     config = {
-        "architecture": architecture_of((chosen, transcodes, bool(skip))),
-        "d_in": activation_dim,
-        "d_sae": n_dict,
-        **own,
+        **_described(tensors, top_k, transcodes),
         "dtype": "float32",
         "device": "cpu",
         # false where it is fixed at 0
@@ -150,6 +139,23 @@ def save_sae(
         "metadata": _saelens_metadata(metadata),
     }
     write_record(folder / CONFIG, config)  # SAELens leaves out the checksum when it saves it again
+
+
+def _described(tensors: dict[str, Tensor], top_k: int | None, transcodes: bool) -> dict:
+    """What of cfg.json depends on the kind and the size of the autoencoder."""
+    activation_dim, n_dict = tensors["W_enc"].shape
+    n_thresholds = len(tensors.keys() & set(THRESHOLDS))
+    assert not (top_k and n_thresholds)
+    chosen = ("topk" if top_k else "standard", "jumprelu", REFINED)[n_thresholds]
+    of_topk = {"k": top_k, "rescale_acts_by_decoder_norm": False}
+    own = {"topk": of_topk, REFINED: {"refinement": REFINEMENT}}.get(chosen, {})
+    return {
+        "architecture": architecture_of((chosen, transcodes, "W_skip" in tensors)),
+        "d_in": activation_dim,
+        "d_sae": n_dict,
+        **({"d_out": activation_dim} if transcodes else {}),
+        **own,
+    }
 
 
 def _is_nan(value: object) -> bool:

@@ -206,6 +206,9 @@ def stacked_starts(
     stacked = {
         name: torch.stack([start[name] for start in starts]).to(device, dtype) for name in starts[0]
     }
+    if specs[0].skip:
+        shape = len(specs), activation_dim, activation_dim
+        stacked["W_skip"] = torch.zeros(shape, device=device, dtype=dtype)
     if dtype == torch.float64 and specs[0].rows == "unit":  # length 1 in the precision at hand
         stacked["W_dec"] = normalize(stacked["W_dec"], dim=2)
     return stacked

@@ -140,8 +140,6 @@ class Stack:
             stacked["b_dec"] = b_dec.to(**to).repeat(len(specs), 1) * self.x_scale  # (n_saes, h)
         if self.family.selection == "jump":
             stacked["threshold"] = torch.full(shape, THRESHOLD, **to)
-        if specs[0].skip:
-            stacked["W_skip"] = torch.zeros(len(specs), activation_dim, activation_dim, **to)
         self.parameters = {
             k: torch.nn.Parameter(t, requires_grad=False) for k, t in stacked.items()
         }

@@ -56,6 +56,15 @@ def test_what_changes_numbers_changes_the_folder_and_the_rest_does_not():
     assert ours.constants == {"lr": 0.1, "n_steps": 5, "device_type": "cpu"}
 
 
+def test_a_flag_that_came_later_changes_no_name_while_it_is_not_given():
+    """A folder of before is found by the same command."""
+    ours, unset = planned(), planned(target_site="", skip=False)
+    assert (unset.folder, unset.constants) == (ours.folder, ours.constants)
+    given = planned(target_site="mlp_out", skip=True)
+    assert given.folder != ours.folder
+    assert given.constants == ours.constants | {"target_site": "mlp_out", "skip": True}
+
+
 def test_the_name_of_the_run_says_which_shard_it_is_and_the_device_is_on_record():
     origin = planned(suffix="-shard-1-of-2").origin
     assert origin["run_name"] == f"{planned().folder.name}-shard-1-of-2"

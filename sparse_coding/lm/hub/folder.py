@@ -139,8 +139,7 @@ def _card(
     what = f"{len(rows)} {kind}s" if len(rows) > 1 else f"A {kind}"
     hook, output = metadata.get("hook_name"), metadata.get("hook_name_out")
     at = f" (`{hook}` in TransformerLens)" * bool(hook)
-    if ours.get("target_site"):
-        at += f", to predict `{ours['target_site']}`" + f" (`{output}`)" * bool(output)
+    at += f", to predict `{ours.get('target_site')}` (`{output}`)" * (kind == "transcoder")
     pictures = "\n\n".join(f"![{path.stem}]({FIGURES}/{path.name})" for path in figures)
     return f"""\
 ---

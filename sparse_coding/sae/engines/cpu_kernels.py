@@ -426,9 +426,10 @@ def dense_gradients(sae, work, g, x, grads, weights, part):
 def finish(sae, work, x, numbers):
     """Adam of b_dec, whose gradient the tiles have left in parts, and of W_skip."""
     if sae.W_skip.shape[0]:
-        float_gemm(True, False, work.g[0], x, work.skip)
-        for i in range(sae.W_skip.shape[0]):
-            adam_(sae.W_skip[i], sae.W_skip_m[i], sae.W_skip_v[i], work.skip[i], numbers)
+        of_skip = work.target[: x.shape[1]]
+        float_gemm(True, False, work.g[0], x, of_skip)
+        for i in range(of_skip.shape[0]):
+            adam_(sae.W_skip[i], sae.W_skip_m[i], sae.W_skip_v[i], of_skip[i], numbers)
     if sae.b_dec.shape[0]:
         grad, g = work.off[0], work.g[0]
         for t in range(1, work.off.shape[0]):

@@ -127,8 +127,7 @@ class Work(NamedTuple):
     back: ndarray  # (batch, h): −u
     band: ndarray  # (n_dict,) int32: of each feature
     error: ndarray  # (bands, batch): of each prefix, later its weight
-    target: ndarray  # (batch, h): y − x W_skipᵀ
-    skip: ndarray  # (h, h): ∂W_skip
+    target: ndarray  # (batch or h, the larger, h): y − x W_skipᵀ, later ∂W_skip
     place: int  # 1 if it is of first codes, else 0
 
 
@@ -156,15 +155,9 @@ def shapes_of_parts(
 
 
 def work_shapes(
-    kind: Kind,
-    batch: int,
-    h: int,
-    *,
-    density: float,
-    n_parts: int,
-    skip: bool = False,
+    kind: Kind, batch: int, h: int, *, density: float, n_parts: int, skip: bool = False,
     place: int = 0,
-) -> dict[str, tuple]:
+) -> dict[str, tuple]:  # fmt: skip
     """(shape, dtype) of each field of Work that has memory of its own."""
     (arch, n), f32, i32 = kind, torch.float32, torch.int32
     family, sample = FAMILIES[arch], torch.uint16 if batch < 2**16 else i32
@@ -172,8 +165,7 @@ def work_shapes(
     jump, topk = (n * (family.selection == name) for name in ("jump", "topk"))
     chosen, dead = n * family.has_k, n * family.aux * (not place)
     n_bands = (MOST_PREFIXES if family.nested else 1) * (not place)
-    refined = family.refined and not place
-    of_batch = batch * (family.has_k or family.aux)
+    refined, compares = family.refined and not place, family.has_k or family.aux
     shapes = {
         "codes": ((n, batch), f32),
         "where": ((n, batch), sample),
@@ -189,19 +181,17 @@ def work_shapes(
         "n_window": ((jump,), i32),
         "maxima": ((-(-topk // GROUP) * batch,), i32),
         "keys": ((int(CANDIDATES * chosen) * batch,), i32),
-        **dict.fromkeys(("limit", "room", "low", "high"), ((of_batch,), i32)),
+        **dict.fromkeys(("limit", "room", "low", "high"), ((batch * compares,), i32)),
         "aux": ((dead, batch), f32),
         "n_dead": ((1,), torch.int64),
-        "dead_row": ((dead,), i32),
-        "aux_count": ((dead,), i32),
+        **dict.fromkeys(("dead_row", "aux_count"), ((dead,), i32)),
         "g_aux": ((batch if dead else 0, h), f32),
         **dict.fromkeys(("aux_dec", "aux_enc"), ((dead, h), f32)),
         "aux_bias": ((dead,), f32),
         **dict.fromkeys(("x", "back"), ((batch * refined, h), f32)),
         "band": ((n * refined,), i32),
         "error": ((n_bands * refined, batch), f32),
-        "target": ((batch * skip, h), f32),
-        "skip": ((h * skip, h), f32),
+        "target": ((max(batch, h) * skip, h), f32),
     }
     return shapes | shapes_of_parts(shapes | {"W_dec": ((n, h), f32)}, FACTORS, n_parts)
 
