@@ -91,7 +91,7 @@ def test_the_hubs_folder_says_that_they_are_transcoders(world, finished):
     assert sorted(kinds) == ["jumprelu_skip_transcoder", "skip_transcoder"]
     card = (hub / "README.md").read_text()
     assert re.search("# 2 transcoders on `.*`, layer 1, mlp_in", card)
-    assert "to predict `mlp_out` (`blocks.1.hook_mlp_out`)" in card
+    assert "to predict `mlp_out` (blocks.1.hook_mlp_out)" in card
 
 
 REFUSED = {

@@ -137,9 +137,9 @@ def _card(
     ours = metadata["sparse_coding"]
     kind = "transcoder" if ours.get("target_site") else "sparse autoencoder"
     what = f"{len(rows)} {kind}s" if len(rows) > 1 else f"A {kind}"
-    hook, output = metadata.get("hook_name"), metadata.get("hook_name_out")
+    hook, output = metadata.get("hook_name"), metadata.get("hook_name_out", "before its norm")
     at = f" (`{hook}` in TransformerLens)" * bool(hook)
-    at += f", to predict `{ours.get('target_site')}` (`{output}`)" * (kind == "transcoder")
+    at += f", to predict `{ours.get('target_site')}` ({output})" * (kind == "transcoder")
     pictures = "\n\n".join(f"![{path.stem}]({FIGURES}/{path.name})" for path in figures)
     return f"""\
 ---

@@ -1,6 +1,7 @@
 """Kernels of the CPU with factors in bf16, and where that is refused."""
 
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -253,3 +254,21 @@ class Library:
 
     def __getitem__(self, name: str):
         return getattr(self, name)
+
+
+@needs_bf16
+@pytest.mark.parametrize("arch", ["relu", "topk", "matryoshka"])
+def test_transcoders_end_where_those_in_float32_do(xs, arch):
+    """The products of W_skip are float32 in any precision."""
+    mix = torch.randn(H, H, generator=torch.Generator().manual_seed(6)) / H**0.5
+    pairs = torch.stack([xs, (xs @ mix).relu()], dim=1)
+    of = [replace(spec, transcodes=True, skip=True) for spec in specs(arch)]
+    x, y = pairs[190:].transpose(0, 1).flatten(1, 2)
+    fvu = {}
+    for precision in ("float32", *PRECISIONS):
+        stacks = train(build(of, precision), pairs[:190]).stacks
+        off = [(y - one).square().sum() for stack in stacks for one in stack.forward(x)[1]]
+        fvu[precision] = float(sum(off) / len(off) / (y - y.mean(0)).square().sum())
+    assert fvu["float32"] < 0.7
+    assert fvu["bf16"] == pytest.approx(fvu["float32"], rel=0.01)
+    assert fvu["bf16x3"] == pytest.approx(fvu["float32"], rel=0.005)

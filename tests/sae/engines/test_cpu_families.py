@@ -143,7 +143,7 @@ def test_transcoders_equal_dense_training_in_float64(arch, skip, n_dict):
                 for i in (0, 1)
                 for name, tensor in expected.dictionary(i).items()
             }
-            if end <= 20 or family.has_k:  # others run part: see above
+            if end <= 20:  # later a code at the edge is chosen by rounding: see above
                 assert max(distances.values()) < 1e-5, (end, density, distances)
             assert statistics.median(distances.values()) < 1e-2, (end, density)
     assert skip == ("W_skip" in expected.dictionary(0))
