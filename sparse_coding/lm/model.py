@@ -110,10 +110,7 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class Site:
-    """Where activations are read and replaced: the input or the output of a module.
-
-    target: of transcoders, the later site whose activations are predicted, as wide
-    """
+    """Where activations are read and replaced: the input or the output of a module."""
 
     layer: int
     name: str
@@ -121,7 +118,7 @@ class Site:
     module: nn.Module = field(repr=False, compare=False)
     at_input: bool
     centred: bool = False  # without x's mean over its width, which is put back where x is replaced
-    target: "Site | None" = None
+    target: "Site | None" = None  # of transcoders: the later site, as wide, that is predicted
 
     @property
     def stored_width(self) -> int:
@@ -408,13 +405,10 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def activations(lm: LanguageModel, site: Site, input_ids: Tensor) -> Tensor:
-    """The activations at the site, those at its target beside them, if it has one; what comes after
-    in the model is not computed.
+    """The activations at the site, beside them those at its target, if it has one: (batch, context,
+    site.stored_width) in the model's dtype. What comes after in the model is not computed.
 
-    Args:
-        input_ids: (batch, context) token ids, rows without padding
-    Returns:
-        (batch, context, site.stored_width) in the model's dtype and on its device
+    input_ids: (batch, context) token ids, rows without padding
     """
     seen, sites = [], [site, site.target] if site.target else [site]
 
