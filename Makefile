@@ -4,7 +4,7 @@
 # make test         installs into .venv, then runs the tests that take minutes at most
 # make test-all     runs all of them: the schedules of faults of rented machines, older Tritons
 # make torture      fuzzes, kills, damages and fills disks for half an hour: all of tests/torture
-# make test-peers   installs SAELens, dictionary_learning, sparsify beside it, compares with them
+# make test-peers   installs SAELens, dictionary_learning, sparsify and circuit-tracer beside it, compares
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -62,9 +62,9 @@ lint: .venv/installed-tests
 	$(PY) -m pip install --quiet --requirement tests/requirements.txt
 	touch $@
 
-# dictionary-learning without its dependencies: see tests/requirements-peers.txt
+# these without their dependencies: see tests/requirements-peers.txt
 .venv-peers/installed: requirements.txt tests/requirements.txt tests/requirements-peers.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --requirement tests/requirements-peers.txt
-	.venv-peers/bin/pip install --quiet --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
+	.venv-peers/bin/pip install --quiet --no-deps dictionary-learning==0.1.0 nnsight==0.3.7 circuit-tracer==0.5.0
 	touch $@

@@ -3,17 +3,21 @@
 Skipped where they are not installed; tests/requirements-peers.txt says how to install them.
 """
 
+import copy
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from builders.models import VOCAB, random_model
 from torch import Tensor
 
+from sparse_coding.lm.model import activations, find_site, load_language_model
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.exported import export_circuit_tracer, export_sparsify
 from sparse_coding.sae.families import FAMILIES, TRAINED
+from sparse_coding.sae.saelens import HOOKS
 from sparse_coding.sae.saved import load_sae, save_sae, unscaled
 from sparse_coding.sae.spec import SAESpec
 
@@ -97,6 +101,21 @@ def test_sparsify_loads_those_that_are_topk(trained, tmp_path, monkeypatch):
     x, y = batch(-1)
     with torch.no_grad():
         assert_equal(trained, theirs(x, y).sae_out)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_the_hooks_that_are_saved_are_transformer_lens_names_of_our_sites(kind, tmp_path):
+    """mlp.hook_in is of its bridge. Behind hook_mlp_out of Gemma 2 there is a norm: not saved."""
+    pytest.importorskip("transformer_lens")
+    bridge = importlib.import_module("transformer_lens.model_bridge").TransformerBridge
+    random_model(kind).save_pretrained(tmp_path)
+    lm = load_language_model(str(tmp_path), device=torch.device("cpu"))
+    ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    theirs = bridge.boot_transformers(str(tmp_path), hf_model=copy.deepcopy(lm.model))
+    _, cache = theirs.run_with_cache(ids)
+    for site in ("mlp_in", *["mlp_out"] * (kind == "gpt2")):
+        x = activations(lm, find_site(lm, 1, site), ids)
+        torch.testing.assert_close(cache[HOOKS[site].format(1)], x, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
