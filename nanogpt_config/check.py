@@ -21,7 +21,8 @@ from sparse_coding.lm.tokenizer import read_bin_manifest
 
 DESCRIPTION = __doc__.split("\n\n")[0]
 HERE = Path(__file__).resolve().parent
-NO_OVERRIDES = {"prepare", "bin_writer", "convert", "check"}  # other files here are overrides
+# other files here are overrides
+NO_OVERRIDES = {"prepare", "bin_writer", "corpus", "convert", "check", "train_supertiny"}
 # defaults of nanoGPT's train.py at commit 3adf61e1 (2025-11-12): all keys that may be overridden
 NANOGPT = {
     "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200,

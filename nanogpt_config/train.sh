@@ -9,7 +9,9 @@
 # NAME is a file of this folder without .py; what follows it are options of train.py. Settings:
 #   GPUS=N           default 1
 #   DATA=folder      of prepare.py; default: made in data/
-#   NANOGPT=folder   a checkout of nanoGPT; default: cloned into nanoGPT/, at the commit below
+#   OUT=folder       for the checkpoint; default: models/NAME
+#   NANOGPT=folder   a checkout of nanoGPT; default: cloned into nanoGPT/ by get_nanogpt.sh
+#   EVAL_TOKENS=N    of val.bin, on which the model is measured at the end; default 500000
 #   PY=python        that has requirements.txt; default: .venv, made by make
 # Killed? The same command goes on: train.py from its last evaluation, all else from where it was.
 set -euo pipefail
@@ -18,17 +20,13 @@ cd "$(dirname "$0")/.."
 absolute() { case $1 in /* | "") echo "$1" ;; *) echo "$from/$1" ;; esac; }
 DATA=$(absolute "${DATA:-}")
 NANOGPT=$(absolute "${NANOGPT:-}")
-commit=3adf61e154c3fe3fca428ad6bc3818b27a3b8291 # 2025-11-12, with which these files were tried
 name=${1:-supertiny}
 options=("${@:2}")
-out=$PWD/models/$name
+OUT=$(absolute "${OUT:-}")
+out=${OUT:-$PWD/models/$name}
 
-fail() {
-  echo "train.sh: error: $*" >&2
-  exit 2
-}
 if [ -e "$out/ckpt.pt" ]; then
-  echo "done before: models/$name/ckpt.pt (remove the folder to start again)"
+  echo "done before: ${out#"$PWD/"}/ckpt.pt (remove the folder to start again)"
   exit
 fi
 
@@ -55,15 +53,7 @@ if [ -z "$DATA" ]; then
 fi
 
 # 4. nanoGPT
-if [ -z "$NANOGPT" ]; then
-  NANOGPT=$PWD/nanoGPT
-  if [ ! -e "$NANOGPT/train.py" ]; then
-    git clone --quiet https://github.com/karpathy/nanoGPT "$NANOGPT" ||
-      fail "no nanoGPT: clone it where there is network and set NANOGPT to the folder"
-    git -C "$NANOGPT" checkout --quiet $commit
-  fi
-fi
-[ -e "$NANOGPT/train.py" ] || fail "NANOGPT=$NANOGPT holds no train.py: give a checkout of nanoGPT"
+NANOGPT=$(NANOGPT=$NANOGPT bash nanogpt_config/get_nanogpt.sh)
 
 # 5. train. Without an override file train.py trains a model of 124 million weights
 launch=("$PY")
@@ -80,6 +70,7 @@ overrides=$PWD/nanogpt_config/$name.py
 if [ -e "$data/tokenizer.json" ]; then
   cp "$data/tokenizer.json" "$out/"
 fi
-"$PY" nanogpt_config/convert.py --checkpoint "$out/run/ckpt.pt" --data "$data"
+"$PY" nanogpt_config/convert.py --checkpoint "$out/run/ckpt.pt" --data "$data" \
+  --eval-tokens "${EVAL_TOKENS:-500000}"
 mv "$out/run/ckpt.pt" "$out/ckpt.pt"
-echo "done: python run.py --model models/$name/ckpt.pt --dataset $data/val.bin"
+echo "done: python run.py --model ${out#"$PWD/"}/ckpt.pt --dataset $data/val.bin"
