@@ -57,7 +57,7 @@ class Config:
     site: SiteName = "mlp_act"
     target_site: SiteName | Literal[""] = ""  # to be predicted by transcoders from --site
     skip: bool = False  # of transcoders: a linear connection as well, see docs/transcoders.md
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the model; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of model; auto: bfloat16 on new GPUs
 
     # hub id[:CONFIG][@SPLIT], .txt, .jsonl (also .gz, .zst), .parquet, folder, .bin, stdlib, pydoc
     dataset: str = "NeelNanda/pile-10k"

@@ -139,7 +139,7 @@ def load_language_model(
     A hub id is looked up in the local cache first, then downloaded.
 
     Args:
-        dtype: None: float32 on the CPU, bfloat16 elsewhere
+        dtype: None: that of default_dtype
         revision: commit, tag or branch of a hub id; "": main
         activation: of a nanoGPT checkpoint, see load_nanogpt
     Raises:
@@ -147,7 +147,7 @@ def load_language_model(
             an architecture that is not in FAMILIES.
     """
     path = Path(name).expanduser()
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or default_dtype(device)
     if path.suffix in (".pt", ".pth"):
         require(not revision, f"revision {revision} is for a hub id, but {name} is a file")
         model = load_nanogpt(path, activation=activation).to(dtype)
@@ -165,6 +165,13 @@ def load_language_model(
         device=device,
         dtype=dtype,
     )
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, from compute capability 8.0 on; float32 elsewhere."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
 
 
 def _weight_hash(model: nn.Module) -> str:

@@ -62,7 +62,7 @@ class ModelChoice:
     model: hub id, folder, nanoGPT checkpoint, "demo", the small one in assets/, or "smollm2", which
         `commits` makes, see packaged/smollm2.py
     layer: None: the middle one
-    dtype: auto is float32 on the CPU, bfloat16 on CUDA
+    dtype: auto is that of default_dtype
     store_dtype: of its activations on disk
     target_site: of transcoders, whose activations are predicted; else ""
     """
