@@ -55,7 +55,7 @@ HELD_OUT = 0.02  # share of the documents: a million tokens
 N_EVALUATIONS = 10  # and checkpoints, of a run
 N_MEASURED = 20  # steps that tell how long one takes
 SET_HERE = ("dataset", "out_dir", "init_from", "max_iters", "lr_decay_iters", "eval_interval")
-AFTERWARDS_S = 60.0  # for what comes after training, on half a million held-out tokens; ours
+AFTERWARDS_S = 90.0  # for what comes after training, on half a million held-out tokens; ours
 
 
 @dataclass(frozen=True)
