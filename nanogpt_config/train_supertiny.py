@@ -89,7 +89,10 @@ def main(argv: list[str]) -> int:
     if (folder / "README.md").is_file():
         print(f"done before: {folder} (remove it to start again)")
         return 0
-    check.main(["--overrides=supertiny", "--", f"--dataset={data}", *options])  # before all else
+    # before anything is fetched
+    check.main(["--overrides=supertiny", "--", f"--dataset={data}", *options])
+    if cfg.tokenizer == "gpt2":
+        require_gpt2()
 
     work.mkdir(parents=True, exist_ok=True)
     with held(work / "lock"):
@@ -123,6 +126,15 @@ def check_flags(cfg: Config) -> None:
     prepare.read_count(cfg.tokens)
     there = not cfg.text or Path(cfg.text).exists()
     require(there, f"--text {cfg.text}: no such file or folder")
+
+
+def require_gpt2() -> None:
+    """Raises UserError if tiktoken neither has GPT-2's tokenizer nor can fetch it."""
+    try:
+        load_tokenizer("", choice="gpt2", vocab_size=prepare.GPT2_TOKENS)
+    except UserError:
+        raise UserError("--tokenizer gpt2 is out of reach: set TIKTOKEN_CACHE_DIR to a folder in "
+                        "which tiktoken has kept it, or use --tokenizer bpe") from None  # fmt: skip
 
 
 def identity(cfg: Config, options: list[str]) -> str:

@@ -137,6 +137,7 @@ def test_with_the_real_nanogpt_the_loss_falls(tmp_path):
         (["--text", "nowhere"], ON_CPU, ["--text nowhere: no such file"]),
         (["--steps", "10"], [*ON_CPU, "--max_iters=3"], ["--max_iters after --", "--steps"]),
         (["--steps", "10"], [*ON_CPU, "--n_head=3"], ["n_head=3 must divide n_embd=16"]),
+        (["--tokenizer", "gpt2"], ON_CPU, ["--tokenizer gpt2 is out of reach", "--tokenizer bpe"]),
         (["--steps", "10"], [], ["CUDA GPUs are asked for", "--device=cpu"]),
     ],
 )
@@ -144,6 +145,8 @@ def test_bad_input_is_refused_and_nothing_is_written(
     tmp_path, nanogpt, monkeypatch, flags, options, words
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(UserError) as refused:
         train_supertiny.main(command(tmp_path, *flags, options=options))
     assert [word for word in words if word not in str(refused.value)] == []
