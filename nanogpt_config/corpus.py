@@ -8,6 +8,7 @@ Packages under the GPL, the GFDL or licences that forbid changes (RFCs) are left
 
 import html.parser
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ class Package:
         return not self.version
 
 
-STDLIB = Package("python", "at hand", "PSF-2.0", ())
+STDLIB = Package("python", platform.python_version(), "PSF-2.0", ())
 PACKAGES = (
     Package("sympy", "1.14.0", "BSD-3-Clause", (".py",)),
     Package("django", "5.2.19", "BSD-3-Clause", (".py",)),

