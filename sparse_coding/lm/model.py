@@ -33,6 +33,7 @@ from sparse_coding.config import UserError, first_line, one_line, require
 from sparse_coding.files import read_json
 from sparse_coding.lm.documents import hub_errors
 from sparse_coding.lm.nanogpt import load_nanogpt, require_stored
+from sparse_coding.sweep.hardware import default_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -165,13 +166,6 @@ def load_language_model(
         device=device,
         dtype=dtype,
     )
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that compute in it, from compute capability 8.0 on; float32 elsewhere."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
 
 
 def _weight_hash(model: nn.Module) -> str:

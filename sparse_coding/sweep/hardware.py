@@ -80,3 +80,10 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that compute in it, from compute capability 8.0 on; float32 elsewhere."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32

@@ -38,7 +38,6 @@ from sparse_coding.lm.model import (
     SITES,
     LanguageModel,
     activations,
-    default_dtype,
     direct_logits,
     find_site,
     hub_commit,
@@ -346,13 +345,6 @@ def test_direct_logits_are_refused_where_no_direct_path_is_linear(models, tmp_pa
     assert all(direct_logits(lm, find_site(lm, 0, n), torch.ones(1, 1)) is None for n in SITES)
     lm = one_layer("opt", tmp_path / "narrow", word_embed_proj_dim=8)
     assert all(direct_logits(lm, find_site(lm, 0, n), torch.ones(1, 1)) is None for n in SITES)
-
-
-def test_a_model_is_in_bfloat16_where_a_gpu_computes_in_it(monkeypatch):
-    for capability, wanted in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert default_dtype(torch.device("cuda", 0)) == wanted
-        assert default_dtype(torch.device("cpu")) == torch.float32
 
 
 def test_the_weight_hash_is_that_of_the_weights_in_bfloat16(folders, models):

@@ -7,6 +7,7 @@ from sparse_coding.config import UserError
 from sparse_coding.sae.engines import cpu_bf16
 from sparse_coding.sae.engines.gpu_gemm import precision
 from sparse_coding.sweep.hardware import (
+    default_dtype,
     free_memory,
     pick_device,
     set_precision,
@@ -61,3 +62,10 @@ def test_ranks_of_one_host_share_its_memory(monkeypatch):
     alone = free_memory(CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory(CPU) == pytest.approx(alone / 4, rel=0.1)
+
+
+def test_a_model_is_in_bfloat16_where_a_gpu_computes_in_it(monkeypatch):
+    for capability, wanted in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert default_dtype(torch.device("cuda", 0)) == wanted
+        assert default_dtype(torch.device("cpu")) == torch.float32
