@@ -174,9 +174,8 @@ class Reference(nn.Module):
 
     def backward(self, x: Tensor, step: int) -> None:
         x, y = x if self.spec.transcodes else (x, x)
-        pre = x @ self.W_enc.T + self.b_enc
-        if not self.spec.transcodes:
-            pre = pre - self.b_dec @ self.W_enc.T
+        encoded = x if self.spec.transcodes else x - self.b_dec
+        pre = encoded @ self.W_enc.T + self.b_enc
         skipped = x @ self.W_skip.T if self.spec.skip else 0.0
         if self.family.refined:
             first = self.codes(pre, step)
