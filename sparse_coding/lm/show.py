@@ -81,7 +81,7 @@ def verdict(rows: list[dict], *, most_l0: float) -> str:
         f"{best['dead_fraction']:.1%} dead), on held-out documents. "
         f"Cross-entropy {best['ce_clean']:.3f} nats; ablation by zeros costs "
         f"{best['ce_zero'] - best['ce_clean']:.2f}, by the mean "
-        f"{best['ce_mean'] - best['ce_clean']:.2f}, this autoencoder "
+        f"{best['ce_mean'] - best['ce_clean']:.2f}, this one "
         f"{best['ce_spliced'] - best['ce_clean']:.3f}. {gap(rows)}".rstrip()
     )
 

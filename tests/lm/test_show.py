@@ -77,7 +77,7 @@ def test_the_verdict_says_how_good_the_best_is_and_what_ablation_costs():
     assert verdict(rows, most_l0=32) == (
         "Best at l0 <= 32: fvu 0.091 at l0 20.0, ce_recovered 0.950 (relu, l1_alpha 0.01, n_dict "
         "64, 12.5% dead), on held-out documents. Cross-entropy 3.000 nats; ablation by zeros costs "
-        "2.00, by the mean 1.00, this autoencoder 0.100."
+        "2.00, by the mean 1.00, this one 0.100."
     )
 
 

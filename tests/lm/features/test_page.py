@@ -196,7 +196,7 @@ def test_the_page_opens_on_a_live_feature_and_says_what_it_shows(page):
     assert page.browser.run("document.getElementById('status').hidden")
     facts = page.texts(".facts dd")
     assert facts == ["a <b>model</b>", "1", "0.0003162"]
-    assert "40 features of one sparse autoencoder" in page.text("p")
+    assert "40 features of one dictionary" in page.text("p")
     assert "1 of them is dead" in page.text("p")
 
 
