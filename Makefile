@@ -16,7 +16,7 @@ PYTEST = $(QUIET) $(PY) -m pytest --numprocesses 3 --dist worksteal
 
 # sized for 10 minutes on two cores: most of it is the model's forward pass
 REAL = --model smollm2 --layer 12 --site resid_post --dataset pydoc --context-length 256 \
-	--max-text-tokens 130000 --held-out 0.3 --n-tokens 280000 --n-eval-tokens 4096 \
+	--max-text-tokens 130000 --held-out 0.3 --n-tokens 280000 --n-eval-tokens 2048 \
 	--n-page-tokens 20000 --arch relu batchtopk matryoshka --target-l0 16 32 --page-l0 40 \
 	--expansion-exp-low 1 --expansion-exp-high 2 --batch-size 512 --lr 3e-3 --lm-batch-size 4
 
