@@ -396,11 +396,12 @@ def test_a_folder_can_be_claimed_new_empty_with_text_and_as_a_store(tmp_path, ha
 def test_a_harvest_that_was_stopped_goes_on_with_the_missing_chunks(tmp_path, harvester):
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, counting(harvester, fails_at=5))
-    assert sorted(int(p.stem[-5:]) for p in tmp_path.glob("chunk-*")) == [0, 1, 2, 3, 4]
+    there = sorted(int(p.stem[-5:]) for p in tmp_path.glob("chunk-*"))
+    assert there in ([0, 1, 2, 3], [0, 1, 2, 3, 4])  # 4 may still wait for the thread that writes
     chunk_path(tmp_path, 1).unlink()
     again = counting(harvester)
     store = opened(tmp_path, again)
-    assert again.computed_of == [1, 5, 6, 7]
+    assert again.computed_of == [1, *range(len(there), 8)]
     whole = opened(tmp_path / "whole", harvester)
     for k in range(8):
         assert chunk_path(tmp_path, k).read_bytes() == chunk_path(whole.folder, k).read_bytes()
