@@ -69,8 +69,10 @@ def _multiplies() -> bool:
 def parts_of(factor: Tensor, n_parts: int) -> Tensor:
     """Bits (..., rows, n_parts, columns) of the bf16 numbers that stand for those of a factor
     (..., rows, columns)."""
-    high = factor.bfloat16()
-    parts = [high, (factor - high.float()).bfloat16()][:n_parts]
-    if not parts:
-        return factor.new_empty(*factor.shape[:-1], 0, factor.shape[-1], dtype=torch.uint16)
-    return torch.stack(parts, dim=-2).view(torch.uint16)
+    shape = (*factor.shape[:-1], n_parts, factor.shape[-1])
+    parts = factor.new_empty(shape, dtype=torch.bfloat16)
+    if n_parts:
+        parts[..., 0, :] = factor
+    if n_parts == 2:
+        parts[..., 1, :] = factor - parts[..., 0, :].float()
+    return parts.view(torch.uint16)
