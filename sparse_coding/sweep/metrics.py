@@ -6,7 +6,9 @@ features are matrices whose rows are the features; rows need not have length 1 h
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from statistics import fmean
 
 import numpy as np
@@ -20,6 +22,8 @@ from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.saved import SparseAutoencoder
 
 RECOVERED = 0.9  # cosine similarity above which a true feature counts as recovered; ours
+PAIR_BYTES = 12  # of a similarity while rows are matched: in float32, then in float64
+MATCHED_BYTES = 2**28  # that several dictionaries may take, matched at the same time; ours
 CHUNK = 4096  # dictionary rows compared at once: bounds memory at n_true x 4096 similarities
 
 
@@ -98,14 +102,37 @@ def agreement(W_dec: Tensor, features: Tensor) -> dict[str, float]:
         W_dec: (n_dict, activation_dim)
         features: the true ones, (n_true_features, activation_dim)
     """
-    best, similarity = max_cosine(features, W_dec), matches(W_dec, features)
-    return {
-        "mmcs": float(best.mean()),
-        "mmcs_dict_to_truth": float(mmcs(W_dec, features)),
-        "n_recovered": int((best > RECOVERED).sum()),
-        "mcc": mcc(similarity),
-        "uniqueness": uniqueness(similarity),
-    }
+    return next(agreements([W_dec], features))
+
+
+def agreements(dictionaries: Iterable[Tensor], features: Tensor) -> Iterator[dict[str, float]]:
+    """The same of each dictionary. Threads match them, which takes longest, while others are
+    compared."""
+    waiting = deque()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for W_dec in dictionaries:
+            best, similarity = max_cosine(features, W_dec), matches(W_dec, features)
+            found = {
+                "mmcs": float(best.mean()),
+                "mmcs_dict_to_truth": float(mmcs(W_dec, features)),
+                "n_recovered": int((best > RECOVERED).sum()),
+                "uniqueness": uniqueness(similarity),
+            }
+            waiting.append((found, pool.submit(mcc, similarity)))
+            if len(waiting) >= matched_at_once(*similarity.shape):
+                yield _matched(*waiting.popleft())
+        for one in waiting:
+            yield _matched(*one)
+
+
+def _matched(found: dict[str, float], matching: Future) -> dict[str, float]:
+    return found | {"mcc": matching.result()}
+
+
+def matched_at_once(n_dict: int, n_features: int) -> int:
+    """How many dictionaries are matched with true features at the same time."""
+    most = MATCHED_BYTES // (PAIR_BYTES * n_dict * n_features)
+    return max(1, min(torch.get_num_threads(), most))
 
 
 @full_float32()
@@ -303,7 +330,10 @@ def reconstruction(ensemble: Ensemble, batches: Iterable[Tensor]) -> dict[str, l
 def training_state(ensemble: Ensemble, x: Tensor, features: Tensor) -> dict[str, list[float]]:
     """What is logged while training: loss and l0 on the last batch, mmcs with the features."""
     on_batch = reconstruction(ensemble, [x])
-    of_stacks = [[float(mmcs(features, W)) for W in stack.W_dec] for stack in ensemble.stacks]
+    of_stacks = [
+        torch.stack([mmcs(features, W) for W in stack.W_dec]).tolist()  # a GPU is waited for once
+        for stack in ensemble.stacks
+    ]
     return {
         "train/mse": on_batch["mse"],
         "train/l0": on_batch["l0"],

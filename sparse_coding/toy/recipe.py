@@ -18,9 +18,12 @@ from sparse_coding.sweep.cells import merged_rows, sae_folder
 from sparse_coding.sweep.grid import Cell, asked_and_found, specs_of
 from sparse_coding.sweep.hardware import free_memory
 from sparse_coding.sweep.metrics import (
+    PAIR_BYTES,
     Scores,
     agreement,
+    agreements,
     full_float32,
+    matched_at_once,
     mmcs_with_larger,
     training_state,
 )
@@ -84,8 +87,9 @@ class ToyRecipe:
         d = self.data
         batch_size, n_dict = max(d.batch_size, d.eval_batch_size), max(n for _, n in kinds)
         ensemble = ensemble_bytes(kinds, self.width, batch_size, self.device)
-        similarities, on = 12 * n_dict * d.n_true_features, 5 * batch_size * d.n_true_features
-        return d.n_bytes + ensemble + similarities + on
+        similarities = PAIR_BYTES * n_dict * d.n_true_features
+        similarities *= matched_at_once(n_dict, d.n_true_features)
+        return d.n_bytes + ensemble + similarities + 5 * batch_size * d.n_true_features
 
     def prepare(self, group: list[Cell]) -> Task:
         """Autoencoders of cells of one world with the stream they train on and their evaluation."""
@@ -149,13 +153,14 @@ class ToyRecipe:
             if FAMILIES[cell.arch].selection == "batchtopk"
         }
         score(ensemble, trained, by_threshold.values(), samples)
-        results = []
-        for i, cell in enumerate(group):
+        dictionaries = passing_bar([sae.W_dec for sae in saes], desc="matching", unit="SAE")
+        agree, results = agreements(dictionaries, features), []
+        for i, (cell, with_truth) in enumerate(zip(group, agree, strict=True)):
             known = trained[i].result()
             if i in by_threshold:
                 known |= {f"{name}_trained": known[name] for name in OF_CHOICE}
                 known |= by_threshold[i].result()
-            known |= agreement(saes[i].W_dec, features)
+            known |= with_truth
             known |= asked_and_found(cell, ensemble, i, self.l1_normalisation)
             results.append((self._row(cell, known), saved[i]))
         return results

@@ -5,12 +5,15 @@ import torch
 
 from sparse_coding.sae.ensemble import Ensemble
 from sparse_coding.sae.spec import SAESpec
+from sparse_coding.sweep import metrics
 from sparse_coding.sweep.metrics import (
     DetectionSums,
     ReconstructionSums,
     agreement,
+    agreements,
     ceiling_mmcs,
     chance_mmcs,
+    matched_at_once,
     matches,
     max_cosine,
     mcc,
@@ -203,6 +206,23 @@ def test_agreement_equals_a_few_lines_on_the_saved_dictionary(ensemble):
         assert found["uniqueness"] == nearest / len(W_dec)
         n_recovered.append(found["n_recovered"])
     assert n_recovered == [0, 0, 5]
+
+
+def test_dictionaries_matched_in_threads_are_as_one_by_one_and_few_at_a_time(truth, monkeypatch):
+    """Six of 100 rows fit twice into what may be taken, whatever the number of threads."""
+    rng = torch.Generator().manual_seed(0)
+    dictionaries = [truth[i : i + 100] + i * torch.randn(100, 256, generator=rng) for i in range(6)]
+    one_by_one = [agreement(W_dec, truth) for W_dec in dictionaries]
+    assert one_by_one[0]["mcc"] == pytest.approx(1)
+    assert len({found["mcc"] for found in one_by_one}) == 6
+    monkeypatch.setattr(metrics, "MATCHED_BYTES", 2 * 12 * 100 * 512 + 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    begun = []
+    for i, found in enumerate(agreements((begun.append(W) or W for W in dictionaries), truth)):
+        assert found == one_by_one[i]
+        assert len(begun) == min(i + 2, 6)
+    assert matched_at_once(100, 512) == 2
+    assert matched_at_once(2**15, 2**15) == 1
 
 
 def test_what_is_logged_while_training_are_the_same_numbers(ensemble, x):
