@@ -13,7 +13,8 @@ from sparse_coding.sae.families import FAMILIES, K_FALL, K_START, PREFIXES, Rows
 TIED = 0.5  # length of encoder rows at a tied start; ours, 0.2 does as well, 1 worse (LOG.md)
 SHORT = 0.1  # length of free rows at a tied start, and of encoder rows; as in SAELens
 BETAS = 0.9, 0.999  # of Adam
-DORMANT = 200  # steps without firing, after which a feature's moments move it no more (cpu_kernels)
+DORMANT = 64  # steps without firing, in the last of which a feature makes all moves left (cpu_adam)
+REMAINING = 1 / (1 - BETAS[0] / BETAS[1] ** 0.5)  # these, in terms of the first of them
 # Of the controller that finds l1 for a target l0, per step; ours, LOG.md
 L0_GAIN = 0.016  # d log l1 / d log(l0 / target): its time constant is some sixty steps
 L0_CLAMP = 2.0  # l0 further off than this factor counts as this: the start is no measurement

@@ -458,17 +458,16 @@ class Stack:
         self.l1.copy_(torch.where(self.target_l0 > 0, self.l1 * off**L0_GAIN, self.l1))
 
     def catch_up_(self) -> None:
-        """Decays the moments of dormant features for the steps beyond DORMANT, in which sparse
-        kernels left them alone (cpu_kernels.py): as if all had been stepped densely."""
+        """Decays v of dormant features for the steps beyond DORMANT, in which sparse kernels left
+        them alone, their m spent (cpu_adam.py): as if all had been stepped densely."""
         missed = (self.idle - DORMANT).clamp_(min=0)
         self.idle.zero_()
         for name in (*PARAMETERS, "threshold") if missed.any() else ():
             if name not in self.parameters:
                 continue
-            state = self.adam.state[self.parameters[name]]
-            for moment, beta in zip(("exp_avg", "exp_avg_sq"), BETAS, strict=True):
-                decay = beta ** missed.to(state[moment].dtype)
-                state[moment] *= decay if state[moment].dim() == 2 else decay.unsqueeze(2)
+            v = self.adam.state[self.parameters[name]]["exp_avg_sq"]
+            decay = BETAS[1] ** missed.to(v.dtype)
+            v *= decay if v.dim() == 2 else decay.unsqueeze(2)
 
 
 def largest(values: Tensor, n: int) -> Tensor:

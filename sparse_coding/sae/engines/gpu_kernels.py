@@ -29,7 +29,8 @@ from torch import Tensor
 
 from sparse_coding.sae import spec
 
-DORMANT = tl.constexpr(spec.DORMANT)
+DORMANT, REMAINING = tl.constexpr(spec.DORMANT), tl.constexpr(spec.REMAINING)
+LAST = tl.constexpr(-1)  # a row makes all moves left without a gradient (cpu_adam.py)
 L0_GAIN, L0_CLAMP = tl.constexpr(spec.L0_GAIN), tl.constexpr(spec.L0_CLAMP)
 RATE, ROOT, EPS, L1_FACTOR, SEEKS_L0 = map(tl.constexpr, spec.PLACE[:5])
 
@@ -72,7 +73,7 @@ class Work(NamedTuple):
     codes: Tensor  # (n_rows, batch), written only where count is above 0
     count: Tensor  # (n_rows, blocks) int32: codes that are not 0 in a block of encode_b samples
     feature: Tensor  # (n_rows,) int32
-    missed: Tensor  # (n_rows,) int32: steps of decay that the moments of a row are behind
+    missed: Tensor  # (n_rows,) int32: steps of decay that v of a row is behind, or LAST
     n_fired: Tensor  # (n_saes,) int32
     n_resting: Tensor  # (n_saes,) int32
     r: Tensor  # (n_saes, batch, h)
@@ -184,7 +185,7 @@ def choose(rows, work, S: tl.constexpr):
         tl.store(rows.silent + row, tl.where(fired, 0, silent + 1), mask=there)
         n_revived += tl.sum((fired & (silent >= dead_steps)).to(tl.int32), 0)
         tl.store(work.missed + row, tl.maximum(idle - DORMANT, 0), mask=fired)
-        tl.store(work.missed + row, 0, mask=resting)
+        tl.store(work.missed + row, tl.where(idle == DORMANT - 1, LAST, 0), mask=resting)
         front = first + n_fired + tl.cumsum(fired.to(tl.int32), 0) - 1
         back = end - n_resting - tl.cumsum(resting.to(tl.int32), 0)
         tl.store(work.feature + front, row - first, mask=fired)
@@ -239,7 +240,7 @@ def decode(rows, work, S: tl.constexpr):
 
 
 BETA1, BETA2 = (tl.constexpr(beta) for beta in spec.BETAS)
-LOG2_BETA1, LOG2_BETA2 = (tl.constexpr(math.log2(beta)) for beta in spec.BETAS)
+LOG2_BETA2 = tl.constexpr(math.log2(spec.BETAS[1]))
 
 
 @triton.jit
@@ -262,14 +263,16 @@ def any_of(mask):
 
 @triton.jit
 def adam(p, m, v, at, mask, grad, missed, numbers):
-    """Parameters after a step of Adam, not stored; their moments are, after what they missed."""
-    decay_m, decay_v = tl.exp2(missed * LOG2_BETA1), tl.exp2(missed * LOG2_BETA2)
-    m_new = tl.load(m + at, mask=mask, other=0.0) * decay_m * BETA1 + grad * (1 - BETA1)
-    v_new = tl.load(v + at, mask=mask, other=0.0) * decay_v * BETA2 + grad * grad * (1 - BETA2)
-    tl.store(m + at, m_new, mask=mask)
+    """Parameters after a step of Adam, not stored; their moments are, v after what it missed."""
+    last = missed == LAST
+    decay = tl.exp2(tl.where(last, 0.0, missed) * LOG2_BETA2)
+    m_new = tl.load(m + at, mask=mask, other=0.0) * BETA1 + grad * (1 - BETA1)
+    v_new = tl.load(v + at, mask=mask, other=0.0) * decay * BETA2 + grad * grad * (1 - BETA2)
+    tl.store(m + at, tl.where(last, 0.0, m_new), mask=mask)
     tl.store(v + at, v_new, mask=mask)
+    rate = tl.load(numbers + RATE) * tl.where(last, REMAINING, 1.0)
     root = tl.sqrt(v_new) * tl.load(numbers + ROOT) + tl.load(numbers + EPS)
-    return tl.load(p + at, mask=mask, other=0.0) - tl.load(numbers + RATE) * m_new / root
+    return tl.load(p + at, mask=mask, other=0.0) - rate * m_new / root
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from sparse_coding.sae.engines import cpu, cpu_compile
 from sparse_coding.sae.engines.cpu import CpuEngine, kernels_compile
 from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.ensemble import Ensemble
-from sparse_coding.sae.spec import BETAS, DORMANT, SAESpec, Schedule
+from sparse_coding.sae.spec import BETAS, DORMANT, REMAINING, SAESpec, Schedule
 from sparse_coding.sae.stack import PARAMETERS
 from sparse_coding.toy.data import ToyData, ToyStream, make_world
 
@@ -162,19 +162,20 @@ def test_a_dormant_feature_that_fires_again_continues_as_under_dense_adam(arch):
                 asleep[id(ensemble)] = row
             elif end == again:
                 moved = (row - asleep[id(ensemble)]).abs().max()
-                # dense Adam moves it by less than float32 can show; sparse training leaves it alone
-                assert moved < (1e-10 if ensemble is dense else 1e-30)
+                # dense Adam goes on to where sparse training has taken it before it left it alone
+                assert (1e-5 < moved < 0.04 * LR) if ensemble is dense else moved == 0
         if end > again:
             for name in sparse.stacks[0].parameters:
                 ours, theirs = (e.stacks[0].parameters[name] for e in (sparse, dense))
-                assert distance(ours[0, 0], theirs[0, 0]) < 1e-6, (end, name)
+                # so early the correction of v's bias still grows: one move stands for unequal ones
+                assert distance(ours[0, 0], theirs[0, 0]) < 1e-5, (end, name)
                 for moment in ("exp_avg", "exp_avg_sq"):
                     ours, theirs = (
                         e.stacks[0].adam.state[e.stacks[0].parameters[name]][moment][0, 0]
                         for e in (sparse, dense)
                     )
                     least = torch.finfo(torch.float32).tiny  # float32 has nothing less
-                    near = distance(ours, theirs) < 1e-5 or theirs.abs().max() < least
+                    near = distance(ours, theirs) < 5e-5 or theirs.abs().max() < least
                     assert near, (end, name, moment)
     assert sparse.stacks[0].idle[0, 0] == 0
 
@@ -191,15 +192,16 @@ def test_it_would_not_if_its_moments_had_not_decayed(monkeypatch):
     assert distance(forgetful.stacks[0].W_enc[0, 0], dense.stacks[0].W_enc[0, 0]) > 1e-4
 
 
-def test_movement_left_after_dormancy_is_below_the_resolution_of_float32():
-    """The bound of cpu_kernels.py, for one gradient after many steps without."""
-    m, v, moved = 1 - BETAS[0], 1 - BETAS[1], 0.0
-    for step in range(5000):
+def test_moves_left_at_dormancy_are_small_and_made_in_one():
+    """The bound of cpu_adam.py, for one gradient after many steps without."""
+    m, v, moves = 1 - BETAS[0], 1 - BETAS[1], []
+    for _ in range(5000):
         m, v = m * BETAS[0], v * BETAS[1]
-        if step >= DORMANT:
-            moved += m / v**0.5
-    assert moved < 3e-8
-    assert LR * moved < torch.finfo(torch.float32).eps * 2**-6
+        moves.append(m / v**0.5)
+    left = sum(moves[DORMANT:])
+    assert left < 0.04
+    assert left < 0.0013 * sum(moves)
+    assert REMAINING * moves[DORMANT] == pytest.approx(left, rel=1e-9)
 
 
 def test_features_that_never_fired_are_never_touched():
@@ -341,7 +343,7 @@ def test_compiling_is_said_if_it_takes_long(capsys, monkeypatch):
 def test_kernels_are_kept_by_their_source_and_the_constants_compiled_into_them(tmp_path):
     """numba itself sees no change in a file that the kernels' file imports."""
     names = set()
-    for name, edit in {"as it is": ("", ""), "edited": ("DORMANT = 200", "DORMANT = 100")}.items():
+    for name, edit in {"as it is": ("", ""), "edited": ("DORMANT = 64", "DORMANT = 32")}.items():
         shutil.copytree(ROOT / "sparse_coding", tmp_path / name / "sparse_coding")
         spec = tmp_path / name / "sparse_coding" / "sae" / "spec.py"
         assert edit[0] in spec.read_text()

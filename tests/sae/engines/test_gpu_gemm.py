@@ -16,7 +16,7 @@ from sparse_coding.sae.engines.dense import DenseEngine
 from sparse_coding.sae.engines.gpu_gemm import precision
 from sparse_coding.sae.ensemble import Ensemble, _gpu_engines, ensemble_bytes
 from sparse_coding.sae.families import FAMILIES, TRAINED
-from sparse_coding.sae.spec import SAESpec, Schedule
+from sparse_coding.sae.spec import BETAS, DORMANT, REMAINING, SAESpec, Schedule
 from sparse_coding.sae.stack import Scratch, Stack
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
@@ -138,6 +138,36 @@ def test_rows_that_stay_or_have_any_length(arch, share):
         ensemble.steps_(batches(2).to(ensemble.stacks[0].W_dec.dtype))
     require_same_training(ours, reference)
     assert torch.equal(ours.stacks[0].W_dec, before) == arch.endswith("_frozen")
+
+
+@pytest.mark.usefixtures("untried")
+@MODES
+@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+def test_a_feature_that_rests_makes_its_last_moves_in_one_step_and_is_left_alone(arch, share):
+    """Three features rest: their last step but one, their last one, none any more."""
+    ensemble = build([spec(arch)], share=share)
+    stack, names = ensemble.stacks[0], ("W_enc", "W_dec", "b_enc")
+    ensemble.steps_(batches(3))
+    stack.b_enc[0, :3] = -9.0  # these do not fire
+    stack.idle[0, :3] = torch.tensor([DORMANT - 2, DORMANT - 1, DORMANT], dtype=torch.int32)
+    before = {name: t.double() for name, t in ensemble.state().items()}
+    ensemble.steps_(batches(1))
+    if arch == "jumprelu" and not share:  # whose dense steps leave no feature out
+        assert stack.idle[0, :3].tolist() == [0, 0, 0]
+        return
+    after = ensemble.state()
+    assert stack.idle[0, :3].tolist() == [DORMANT - 1, DORMANT, DORMANT + 1]
+    for name in names:
+        p, m, v = (before[f"0.{name}{end}"][0, :3] for end in ("", ".exp_avg", ".exp_avg_sq"))
+        move = 1e-3 * m * BETAS[0] / (1 - BETAS[0] ** 4)
+        move /= (v * BETAS[1] / (1 - BETAS[1] ** 4)).sqrt() + 1e-8
+        steps = torch.tensor([1, REMAINING, 0], dtype=torch.float64, device=DEVICE)
+        p = p - move * steps.view(3, *[1] * (p.dim() - 1))
+        p[:2] /= p[:2].norm(dim=1, keepdim=True) if name == "W_dec" else 1
+        assert distance(after[f"0.{name}"][0, :3], p) < 1e-6, name
+        left = after[f"0.{name}.exp_avg"][0, :3]
+        assert torch.equal(left[1], 0 * left[1])
+        assert torch.equal(left[2].double(), m[2])
 
 
 @MODES

@@ -30,8 +30,9 @@ from sparse_coding.sae.engines.gpu_gemm.parts import (
     pre_at,
     selected,
 )
+from sparse_coding.sae.engines.gpu_kernels import DORMANT, LAST
 
-DORMANT, EMA = tl.constexpr(spec.DORMANT), tl.constexpr(families.EMA)
+EMA = tl.constexpr(families.EMA)
 L0_GAIN, L0_CLAMP = tl.constexpr(spec.L0_GAIN), tl.constexpr(spec.L0_CLAMP)
 L1_FACTOR, SEEKS_L0 = tl.constexpr(spec.PLACE.l1_factor), tl.constexpr(spec.PLACE.seeks_l0)
 P, P_BEFORE = tl.constexpr(spec.PLACE.p), tl.constexpr(spec.PLACE.p_before)
@@ -109,6 +110,7 @@ def adapt(rows, work, n, S: tl.constexpr):
         tl.store(rows.silent + at, tl.where(fired, 0, silent + 1), mask=there)
         tl.store(rows.idle + at, tl.where(moves, 0, idle + 1), mask=there)
         missed = tl.where(moves, tl.maximum(idle - DORMANT, 0), 0)
+        missed = tl.where((~moves) & (idle == DORMANT - 1), LAST, missed)
         tl.store(work.missed + at, missed, mask=there)
         state = tl.where(moves, MOVES, tl.where(idle < DORMANT, RESTS, ASLEEP))
         tl.store(work.state + at, state, mask=there)

@@ -73,7 +73,7 @@ class Work(NamedTuple):
     count: Tensor  # (n_saes, n_dict) int32: codes above 0
     dead: Tensor  # (n_saes, n_dict) int32: whether a feature was, before this batch
     state: Tensor  # (n_saes, n_dict) int32: ASLEEP, RESTS or MOVES
-    missed: Tensor  # (n_saes, n_dict) int32: steps of decay that its moments are behind
+    missed: Tensor  # (n_saes, n_dict) int32: steps of decay that its v is behind, or LAST
     sums: Tensor  # (n_bands, n_saes, batch, h): of a band's codes times rows of W_dec
     r: Tensor  # (n_bands, n_saes, batch, h): x_hat − x, summed over the prefixes with a band
     r_factor: Tensor  # the same as a factor

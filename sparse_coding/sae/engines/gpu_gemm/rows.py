@@ -44,14 +44,12 @@ def move_biases(rows, work, at, missed, S: tl.constexpr):
     """Adam of a feature's b_enc and threshold."""
     unit: tl.constexpr = 2.0 / (S.batch * S.h)
     grad = tl.load(work.bias_grad + at) * unit
-    b_enc = adam(
-        rows.b_enc, rows.b_enc_m, rows.b_enc_v, at, missed >= 0, grad, missed, work.numbers
-    )
+    b_enc = adam(rows.b_enc, rows.b_enc_m, rows.b_enc_v, at, at >= 0, grad, missed, work.numbers)
     tl.store(rows.b_enc + at, b_enc)
     if S.selection == JUMP:
         grad = tl.load(work.threshold_grad + at) * unit
         m, v = rows.threshold_m, rows.threshold_v
-        threshold = adam(rows.threshold, m, v, at, missed >= 0, grad, missed, work.numbers)
+        threshold = adam(rows.threshold, m, v, at, at >= 0, grad, missed, work.numbers)
         tl.store(rows.threshold + at, tl.maximum(threshold, 0.0))
 
 
