@@ -2,8 +2,8 @@
 # make demo         installs into .venv, then trains autoencoders on a small language model
 # make real         the same on SmolLM2-135M, which a Python package holds, and Python's documentation
 # make test         installs into .venv, then runs the tests that take minutes at most
-# make test-all     runs all of them: the schedules of faults of rented machines, older Tritons
-# make torture      fuzzes, kills, damages and fills disks for half an hour: all of tests/torture
+# make test-all     runs more of them: schedules of faults of rented machines, older Tritons
+# make torture      fuzzes, kills, damages, fills disks and lets rented machines fail, for an hour
 # make test-peers   installs SAELens, dictionary_learning, sparsify and circuit-tracer beside it, compares
 # ARGS passes flags on: make replicate ARGS="--preset full"
 PYTHON ?= python3
@@ -38,7 +38,7 @@ test-all: .venv/installed-tests
 	$(PYTEST) --long $(ARGS)
 
 torture: .venv/installed-tests
-	$(PYTEST) --torture tests/torture $(ARGS)
+	$(PYTEST) --torture tests/torture tests/rental tests/test_vastai_utils.py $(ARGS)
 
 test-peers: .venv-peers/installed
 	$(QUIET) .venv-peers/bin/python -m pytest tests/test_peers*.py $(ARGS)

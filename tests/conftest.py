@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="with what takes minutes, marked long")
-    parser.addoption("--torture", action="store_true", help="--long, and all of tests/torture")
+    parser.addoption("--torture", action="store_true", help="--long, and all cases of share(n)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -33,6 +33,7 @@ TOY = ["python", "replicate_toy_models.py", "--preset", "smoke", "--n-steps", "6
 
 
 @pytest.mark.long
+@pytest.mark.share(1)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_the_toy_figures_come_from_two_machines_as_from_two_shards_here(user, tmp_path, kernels):
     here = {}
@@ -325,6 +326,7 @@ def test_commands_that_only_look_say_soon_that_the_service_is_not_there(user):
 
 
 @pytest.mark.long
+@pytest.mark.share(4)
 @pytest.mark.parametrize("action", ["hang", "drop", "500"])
 @pytest.mark.parametrize("words", ["status", "search", "doctor"])
 def test_they_say_so_within_twenty_seconds(user, action, words):

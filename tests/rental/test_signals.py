@@ -61,6 +61,7 @@ def with_machines(user: User, verb: str) -> list[str]:
     return [verb, *FAST]
 
 
+@pytest.mark.share(40)
 @pytest.mark.parametrize(
     ("verb", "phase", "how"),
     [*FEW, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in FEW)],

@@ -1,7 +1,7 @@
 """Sweeps on a loopback market with real sshd and rsync, and everything that can go wrong there.
 
-Of the faults, of the kills at each call and of the random schedules a part runs in every suite; all
-of them, for half an hour, with --long.
+Of the faults, of the kills at each call and of the random schedules a part runs in every suite,
+more with --long, and all of them, for half an hour, with --torture.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def test_the_cost_is_that_of_the_services_ledger(user):
 
 @long
 def test_the_calls_keep_the_documented_intervals(vast_server, tmp_path):
-    with renting(tmp_path, vast_server, rate_limits=0.2) as user:
+    with renting(tmp_path, vast_server, rate_limits=0.15) as user:  # .05 for what a call takes
         assert_whole(user, user.sweep("--api-spacing", "0.2"))
         assert [r for r in user.lab.requests() if r["status"] == 429] == []
 
@@ -301,6 +301,7 @@ EVERY_CALL = [(call, how) for call in range(1, N_CALLS + 1) for how in KILLS]
 
 
 @long
+@pytest.mark.share(24)
 @pytest.mark.parametrize(("call", "how"), EVERY_CALL)
 def test_killed_at_a_call_it_leaves_nothing_and_the_same_command_goes_on(user, call, how):
     user.lab.fault(path="", caller="account", nth=call, action=how)
@@ -380,6 +381,7 @@ RANDOM_FATES = [
 ]  # fmt: skip
 
 
+@pytest.mark.share(40)
 @pytest.mark.parametrize("seed", some([7], [n for n in range(200) if n != 7]))
 def test_a_random_schedule_of_faults_ends_with_the_same_table(user, seed):
     draw = random.Random(seed)

@@ -1,5 +1,6 @@
 """metrics.jsonl first, W&B beside it: with the real wandb, and no network but loopback."""
 
+import contextlib
 import http.server
 import inspect
 import json
@@ -336,7 +337,9 @@ def service_of(process: psutil.Process) -> psutil.Process:
 
 
 def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may go between two looks
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def test_a_stuck_service_is_waited_for_once(tmp_path, monkeypatch, capfd):
