@@ -167,7 +167,7 @@ def parts(cfg: Config, work: Path, model: str) -> list[Part]:
     again = ["--families", "topk", "relu", "--no-peers", "--no-dense"]
     batchtopk = ["--arch", "batchtopk"]
     found = [
-        Part("kernels", 80, kernels(tiny), last_line, needs="pytest"),
+        Part("kernels", 80, kernels("gpu", tiny), last_line, needs="pytest"),
         Part("families", 140, families("bf16", tiny, "--no-peers"), of_families),
         Part("figure", 110, figure(work, tiny), of_run),
         Part("peers", 70, families("bf16", tiny, *at_gpt2), of_peers),
@@ -180,6 +180,7 @@ def parts(cfg: Config, work: Path, model: str) -> list[Part]:
         Part("tf32", 50, families("tf32", tiny, *again), of_families),
         Part("speed", 90, ["benchmarks/gpu_speed.py"], of_speed),
         Part("synth_table", 60, synth("synth_table", 5000, work, tiny), of_synth),
+        Part("gemm_kernels", 90, kernels("gpu_gemm", tiny), last_line, needs="pytest"),
     ]
     if tiny:  # gpu_speed.py's are kernels, and a test interprets them
         found = [
@@ -192,13 +193,13 @@ def on_cpu(tiny: bool) -> list[str]:
     return ["--device", "cpu"] if tiny else []
 
 
-def kernels(tiny: bool) -> list[str]:
+def kernels(of: str, tiny: bool) -> list[str]:
     """Without those tests that compile for other GPUs, which any machine can do."""
-    command = ["-m", "pytest", "tests/sae/engines/test_gpu.py", "-k"]
+    command = ["-m", "pytest", f"tests/sae/engines/test_{of}.py", "-k"]
     if tiny:
-        return [*command, "without_triton"]
+        return [*command, "without_triton or without_tf32"]
     several = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    return [*command, "not compile_for_gpus", *several]
+    return [*command, "not kernels_compile", *several]
 
 
 def families(precision: str, tiny: bool, *more: str) -> list[str]:

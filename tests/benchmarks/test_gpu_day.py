@@ -183,7 +183,8 @@ def test_all_parts_run_tiny_on_a_cpu(tmp_path):
     table = done.stdout.split("part ")[1].splitlines()[1:]
     rows = {line.split()[0]: line for line in table}
     assert list(rows) == ["kernels", "families", "figure", "peers", "model", "run", "harvest",
-                          "agreement", "world", "synth_cell", "tf32", "synth_table"]  # fmt: skip
+                          "agreement", "world", "synth_cell", "tf32", "synth_table",
+                          "gemm_kernels"]  # fmt: skip
     for name, line in rows.items():
         assert line.split()[1] == "ok", line
         assert name in ("world", "model") or len(line.split()) > 4, line
